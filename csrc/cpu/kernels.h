@@ -1,0 +1,12 @@
+// The CPU kernels. Same contract as csrc/cuda/kernels.h.
+#pragma once
+
+#include "../params.h"
+
+namespace softprompt_fast::cpu {
+
+void assemble(const AssembleParams& params);
+void prompt_backward(const PromptBackwardParams& params);
+void embedding_backward(const EmbeddingBackwardParams& params);
+
+}  // namespace softprompt_fast::cpu

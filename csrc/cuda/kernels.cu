@@ -1,0 +1,49 @@
+#include "kernels.h"
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "kernels.cuh"
+
+namespace softprompt_fast::cuda {
+namespace {
+
+struct Launcher {
+  cudaStream_t stream;
+  cudaError_t* error;
+
+  static constexpr int max_threads() { return kMaxThreads; }
+
+  template <class Kernel, class... Arguments>
+  void run(Kernel kernel, const Launch& launch, const Arguments&... arguments) const {
+    if (launch.blocks > INT32_MAX) {  // the grid's limit
+      *error = cudaErrorInvalidConfiguration;
+      return;
+    }
+    kernel<<<static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.threads), 0, stream>>>(arguments...);
+    *error = cudaGetLastError();
+  }
+};
+
+template <class Run, class Params>
+const char* launch(const Run& run, const Params& params, void* stream) {
+  cudaError_t error = cudaSuccess;
+  run(params, Launcher{static_cast<cudaStream_t>(stream), &error});
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* assemble(const AssembleParams& params, void* stream) {
+  return launch([](const auto& p, const auto& go) { run_assemble(p, go); }, params, stream);
+}
+
+const char* prompt_backward(const PromptBackwardParams& params, void* stream) {
+  return launch([](const auto& p, const auto& go) { run_prompt_backward(p, go); }, params, stream);
+}
+
+const char* embedding_backward(const EmbeddingBackwardParams& params, void* stream) {
+  return launch([](const auto& p, const auto& go) { run_embedding_backward(p, go); }, params, stream);
+}
+
+}  // namespace softprompt_fast::cuda

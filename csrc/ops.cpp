@@ -1,0 +1,217 @@
+#include "ops.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+namespace softprompt_fast {
+namespace {
+
+// The Python wrapper explains bad input to people; these checks only keep a direct call from harm.
+Scalar scalar_of(const at::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Scalar::f32;
+    case at::kBFloat16:
+      return Scalar::bf16;
+    case at::kHalf:
+      return Scalar::f16;
+    case at::kDouble:
+      return Scalar::f64;
+    default:
+      TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64, got ", tensor.scalar_type());
+  }
+}
+
+void check_matrix(const at::Tensor& tensor, const char* name, const at::Tensor& like) {
+  TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
+  TORCH_CHECK(tensor.device() == like.device(), name, " must be on ", like.device(), ", got ", tensor.device());
+}
+
+Words words_of(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr(), static_cast<int32_t>(tensor.element_size()), tensor.stride(0), tensor.stride(1)};
+}
+
+Words words_of(const std::optional<at::Tensor>& tensor, const char* name, const at::Tensor& input_ids) {
+  if (!tensor.has_value()) return {nullptr, 8, 0, 0};
+  TORCH_CHECK(tensor->sizes() == input_ids.sizes() && tensor->device() == input_ids.device(), name,
+              " must have the shape and device of input_ids, got ", tensor->sizes(), " on ", tensor->device());
+  return words_of(*tensor);
+}
+
+Rows rows_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, " must have adjacent elements in a row");
+  return {tensor.const_data_ptr(), scalar_of(tensor, name), tensor.size(0), tensor.stride(0)};
+}
+
+const int64_t* integers_of(const at::Tensor& tensor, const char* name, int64_t size, const at::Tensor& like) {
+  TORCH_CHECK(tensor.scalar_type() == at::kLong && tensor.is_contiguous() && tensor.numel() == size &&
+                  tensor.device() == like.device(),
+              name, " must be ", size, " adjacent int64 on ", like.device(), ", got ", tensor.sizes(), " ",
+              tensor.scalar_type(), " on ", tensor.device());
+  return tensor.const_data_ptr<int64_t>();
+}
+
+// Bit patterns of 1 and of -0.
+std::pair<uint64_t, uint64_t> mask_patterns(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf:
+      return {0x3c00, 0x8000};
+    case at::kBFloat16:
+      return {0x3f80, 0x8000};
+    case at::kFloat:
+      return {0x3f800000, 0x80000000};
+    case at::kDouble:
+      return {0x3ff0000000000000, 0x8000000000000000};
+    default:
+      TORCH_CHECK(at::isIntegralType(type, true), "attention_mask must be bool, integer or float, got ", type);
+      return {1, 0};
+  }
+}
+
+}  // namespace
+
+Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at::Tensor& embedding,
+                   const at::Tensor& prompts, const at::Tensor& prompt_offsets,
+                   const std::optional<at::Tensor>& prompt_ids, const std::optional<at::Tensor>& attention_mask,
+                   const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& plan, int64_t slots,
+                   int64_t width, int64_t prompt_segments, bool left, int64_t mask_format, bool causal, int64_t window,
+                   double scale) {
+  check_matrix(input_ids, "input_ids", input_ids);
+  check_matrix(embedding, "embedding", input_ids);
+  check_matrix(prompts, "prompts", input_ids);
+  TORCH_CHECK(input_ids.scalar_type() == at::kLong || input_ids.scalar_type() == at::kInt,
+              "input_ids must be int32 or int64, got ", input_ids.scalar_type());
+  TORCH_CHECK(prompts.size(1) == embedding.size(1), "prompts and embedding must have one hidden size");
+  TORCH_CHECK(prompts.scalar_type() == embedding.scalar_type() || prompts.scalar_type() == at::kFloat,
+              "prompts must be float32 or have the dtype of embedding, got ", prompts.scalar_type());
+
+  AssembleParams p{};
+  p.rows = input_ids.size(0);
+  p.tokens = input_ids.size(1);
+  p.dim = embedding.size(1);
+  p.slots = slots;
+  p.width = width;
+  p.left = left;
+  p.mask_format = static_cast<MaskFormat>(mask_format);
+  p.causal = causal;
+  p.window = window;
+  p.scale = scale;
+  p.input_ids = words_of(input_ids);
+  p.attention_mask = words_of(attention_mask, "attention_mask", input_ids);
+  p.labels = words_of(labels, "labels", input_ids);
+  p.embedding = rows_of(embedding, "embedding");
+  p.prompts = rows_of(prompts, "prompts");
+  p.prompt_count = prompt_offsets.numel() - 1;
+  p.prompt_offsets = integers_of(prompt_offsets, "prompt_offsets", p.prompt_count + 1, input_ids);
+  if (prompt_ids.has_value()) p.prompt_ids = integers_of(*prompt_ids, "prompt_ids", p.rows, input_ids);
+  if (plan.has_value()) {
+    p.prompt_segments = prompt_segments;
+    p.segments = prompt_segments + p.rows;
+    p.plan = integers_of(*plan, "plan", p.segments * kPlanColumns, input_ids);
+    TORCH_CHECK(mask_format == 0, "the packed layout has no attention mask");
+  } else {
+    p.segments = p.rows;
+    TORCH_CHECK(slots == p.rows * width, "slots must be rows * width in the padded layout");
+  }
+
+  const auto long_options = input_ids.options().dtype(at::kLong);
+  const std::vector<int64_t> lead =
+      plan.has_value() ? std::vector<int64_t>{1, slots} : std::vector<int64_t>{p.rows, width};
+  at::Tensor inputs_embeds = at::empty({lead[0], lead[1], p.dim}, embedding.options());
+  at::Tensor position_ids = at::empty(lead, long_options);
+  at::Tensor mask_out, labels_out;
+  const auto mask_type = attention_mask.has_value() ? attention_mask->scalar_type() : at::kLong;
+  std::tie(p.mask_one, p.mask_sign) = mask_patterns(mask_type);
+  switch (p.mask_format) {
+    case MaskFormat::none:
+      mask_out = at::empty({0}, long_options);
+      break;
+    case MaskFormat::two_d:
+      mask_out = at::empty(lead, input_ids.options().dtype(mask_type));
+      break;
+    case MaskFormat::four_d_bool:
+      mask_out = at::empty({p.rows, 1, width, width}, input_ids.options().dtype(at::kBool));
+      break;
+    case MaskFormat::four_d_additive:
+      mask_out = at::empty({p.rows, 1, width, width}, embedding.options());
+      break;
+    default:
+      TORCH_CHECK(false, "mask_format must be 0 to 3, got ", mask_format);
+  }
+  labels_out = labels.has_value() ? at::empty(lead, labels->options()) : at::empty({0}, long_options);
+  at::Tensor token_slots = at::empty({p.rows, p.tokens}, long_options);
+  at::Tensor row_ids = at::empty({plan.has_value() ? slots : 0}, long_options);
+  at::Tensor prompt_slots = at::empty({plan.has_value() ? prompt_segments : p.rows}, long_options);
+  at::Tensor status = at::full({kStatusSize}, kNoError, long_options);
+  p.inputs_embeds = inputs_embeds.mutable_data_ptr();
+  p.mask_out = mask_out.mutable_data_ptr();
+  p.position_ids = position_ids.mutable_data_ptr<int64_t>();
+  p.labels_out = labels.has_value() ? labels_out.mutable_data_ptr() : nullptr;
+  p.token_slots = token_slots.mutable_data_ptr<int64_t>();
+  p.row_ids = plan.has_value() ? row_ids.mutable_data_ptr<int64_t>() : nullptr;
+  p.prompt_slots = prompt_slots.mutable_data_ptr<int64_t>();
+  p.status = status.mutable_data_ptr<int64_t>();
+  if (p.segments > 0) kernels.assemble(p);
+  return {inputs_embeds, mask_out, position_ids, labels_out, token_slots, prompt_slots, row_ids, status};
+}
+
+at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& prompt_slots,
+                           const std::optional<at::Tensor>& use_ids, const at::Tensor& prompt_offsets,
+                           int64_t prompt_rows, at::ScalarType dtype) {
+  TORCH_CHECK(dtype == grad.scalar_type() || dtype == at::kFloat, "dtype must be float32 or that of grad, got ", dtype);
+  const at::Tensor flat = grad.reshape({-1, grad.size(-1)}).contiguous();
+  at::Tensor result = at::empty({prompt_rows, flat.size(1)}, flat.options().dtype(dtype));
+  PromptBackwardParams p{};
+  p.dim = flat.size(1);
+  p.uses = prompt_slots.numel();
+  p.prompt_count = prompt_offsets.numel() - 1;
+  p.grad = rows_of(flat, "grad");
+  p.grad_prompts = rows_of(result, "grad_prompts");
+  p.slots = integers_of(prompt_slots, "prompt_slots", p.uses, grad);
+  if (use_ids.has_value()) p.use_ids = integers_of(*use_ids, "use_ids", p.uses, grad);
+  p.prompt_offsets = integers_of(prompt_offsets, "prompt_offsets", p.prompt_count + 1, grad);
+  if (result.numel() > 0) kernels.prompt_backward(p);
+  return result;
+}
+
+at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& input_ids,
+                              const at::Tensor& token_slots, int64_t vocabulary, int64_t padding_idx, double scale) {
+  const at::Tensor flat = grad.reshape({-1, grad.size(-1)}).contiguous();
+  at::Tensor result = at::zeros({vocabulary, flat.size(1)}, flat.options());
+  const at::Tensor slots = token_slots.reshape({-1});
+  at::Tensor ids = input_ids.reshape({-1}).to(at::kLong);
+  ids = at::where(slots.lt(0).logical_or(ids.eq(padding_idx)), vocabulary, ids);  // sorted last, then skipped
+  const auto [sorted_ids, order] = at::sort(ids, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const at::Tensor sorted_slots = slots.index_select(0, order);
+  EmbeddingBackwardParams p{};
+  p.dim = flat.size(1);
+  p.tokens = ids.numel();
+  p.scale = scale;
+  p.grad = rows_of(flat, "grad");
+  p.grad_embedding = rows_of(result, "grad_embedding");
+  p.sorted_ids = integers_of(sorted_ids, "sorted_ids", p.tokens, grad);
+  p.sorted_slots = integers_of(sorted_slots, "sorted_slots", p.tokens, grad);
+  if (p.tokens > 0 && p.dim > 0) kernels.embedding_backward(p);
+  return result;
+}
+
+// Schemas. Private: the public functions stand in softprompt_fast/functional.py.
+TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
+  library.def(
+      "assemble(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor prompt_offsets, Tensor? prompt_ids, "
+      "Tensor? attention_mask, Tensor? labels, Tensor? plan, SymInt slots, SymInt width, SymInt prompt_segments, "
+      "bool left, int mask_format, bool causal, int window, float scale) -> (Tensor inputs_embeds, "
+      "Tensor attention_mask, Tensor position_ids, Tensor labels, Tensor token_slots, Tensor prompt_slots, "
+      "Tensor row_ids, Tensor status)");
+  library.def(
+      "prompt_backward(Tensor grad, Tensor prompt_slots, Tensor? use_ids, Tensor prompt_offsets, SymInt prompt_rows, "
+      "ScalarType dtype) -> Tensor");
+  library.def(
+      "embedding_backward(Tensor grad, Tensor input_ids, Tensor token_slots, SymInt vocabulary, int padding_idx, "
+      "float scale) -> Tensor");
+}
+
+}  // namespace softprompt_fast

@@ -1,0 +1,63 @@
+// Fills the kernels' params from tensors; the same for every device. A Device says how to run a kernel.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "params.h"
+
+namespace softprompt_fast {
+
+struct Kernels {
+  void (*assemble)(const AssembleParams&);
+  void (*prompt_backward)(const PromptBackwardParams&);
+  void (*embedding_backward)(const EmbeddingBackwardParams&);
+};
+
+using Assembled =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at::Tensor& embedding,
+                   const at::Tensor& prompts, const at::Tensor& prompt_offsets,
+                   const std::optional<at::Tensor>& prompt_ids, const std::optional<at::Tensor>& attention_mask,
+                   const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& plan, int64_t slots,
+                   int64_t width, int64_t prompt_segments, bool left, int64_t mask_format, bool causal, int64_t window,
+                   double scale);
+
+at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& prompt_slots,
+                           const std::optional<at::Tensor>& use_ids, const at::Tensor& prompt_offsets,
+                           int64_t prompt_rows, at::ScalarType dtype);
+
+at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& input_ids,
+                              const at::Tensor& token_slots, int64_t vocabulary, int64_t padding_idx, double scale);
+
+// Defines the ops' implementations for one dispatch key: `Device::kernels()` runs on the tensors' device.
+template <class Device>
+void register_ops(torch::Library& library) {
+  library.impl(
+      "assemble", [](const at::Tensor& input_ids, const at::Tensor& embedding, const at::Tensor& prompts,
+                     const at::Tensor& prompt_offsets, const std::optional<at::Tensor>& prompt_ids,
+                     const std::optional<at::Tensor>& attention_mask, const std::optional<at::Tensor>& labels,
+                     const std::optional<at::Tensor>& plan, int64_t slots, int64_t width, int64_t prompt_segments,
+                     bool left, int64_t mask_format, bool causal, int64_t window, double scale) {
+        const typename Device::Guard guard(input_ids);
+        return assemble(Device::kernels(), input_ids, embedding, prompts, prompt_offsets, prompt_ids, attention_mask,
+                        labels, plan, slots, width, prompt_segments, left, mask_format, causal, window, scale);
+      });
+  library.impl("prompt_backward", [](const at::Tensor& grad, const at::Tensor& prompt_slots,
+                                     const std::optional<at::Tensor>& use_ids, const at::Tensor& prompt_offsets,
+                                     int64_t prompt_rows, at::ScalarType dtype) {
+    const typename Device::Guard guard(grad);
+    return prompt_backward(Device::kernels(), grad, prompt_slots, use_ids, prompt_offsets, prompt_rows, dtype);
+  });
+  library.impl(
+      "embedding_backward", [](const at::Tensor& grad, const at::Tensor& input_ids, const at::Tensor& token_slots,
+                               int64_t vocabulary, int64_t padding_idx, double scale) {
+        const typename Device::Guard guard(grad);
+        return embedding_backward(Device::kernels(), grad, input_ids, token_slots, vocabulary, padding_idx, scale);
+      });
+}
+
+}  // namespace softprompt_fast

@@ -1,0 +1,90 @@
+// What a kernel is told: plain structs without a torch or CUDA type, shared by CPU and CUDA code.
+// Symbols as in docs/architecture.md: B rows, T tokens, D hidden size, V vocabulary, N prompts, R prompt rows.
+#pragma once
+
+#include <cstdint>
+
+namespace softprompt_fast {
+
+enum class Scalar : int32_t { f32, bf16, f16, f64 };
+enum class MaskFormat : int32_t { none = 0, two_d = 1, four_d_bool = 2, four_d_additive = 3 };
+
+// A matrix of 1-, 2-, 4- or 8-byte words, read without knowing more of its type. Strides in words.
+struct Words {
+  const void* data;  // null: absent
+  int32_t bytes;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+// A matrix of floating-point rows whose elements are adjacent. Stride in elements.
+struct Rows {
+  const void* data;
+  Scalar type;
+  int64_t count;
+  int64_t stride;
+};
+
+// Slots of `status`: the smallest index at which a rule was broken, or kNoError.
+enum Status : int32_t {
+  kBadTokenId = 0,    // row * T + column of input_ids
+  kBadPromptId = 1,   // row of prompt_ids
+  kBadMaskValue = 2,  // row * T + column of attention_mask
+  kBadLength = 3,     // row that does not fit its place in the output
+  kBadOffset = 4,     // prompt whose offsets are not ascending or leave the bank
+  kStatusSize = 5,
+};
+constexpr int64_t kNoError = INT64_MAX;
+
+// One line of the packed layout's plan, [segments, kPlanColumns] int64.
+enum PlanColumn : int32_t { kPlanSlot = 0, kPlanLength = 1, kPlanPrompt = 2, kPlanPosition = 3, kPlanColumns = 4 };
+
+struct AssembleParams {
+  int64_t rows, tokens, dim;
+  int64_t slots;            // output rows: B * S padded, K packed
+  int64_t width;            // S padded; the longest segment packed
+  int64_t segments;         // B padded; distinct prompts + B packed
+  int64_t prompt_segments;  // 0 padded; distinct prompts packed
+  int64_t prompt_count;
+  bool left;  // padded layout: padding in front
+  MaskFormat mask_format;
+  bool causal;
+  int64_t window;                // 0: none
+  double scale;                  // of token embeddings
+  uint64_t mask_one, mask_sign;  // bit patterns of 1 and -0 in the mask's dtype
+
+  Words input_ids, attention_mask, labels;
+  Rows embedding, prompts;
+  const int64_t* prompt_offsets;  // [N + 1]
+  const int64_t* prompt_ids;      // [B]; null: prompt 0 everywhere
+  const int64_t* plan;            // null: padded layout
+
+  void* inputs_embeds;    // [slots, D], dtype of embedding
+  void* mask_out;         // [slots] or [slots, S]
+  int64_t* position_ids;  // [slots]
+  void* labels_out;       // [slots], null: none
+  int64_t* token_slots;   // [B, T]: slot of each token, -1 for padding
+  int64_t* row_ids;       // [slots] packed: row of each token, -1 for prompts; null: padded
+  int64_t* prompt_slots;  // [B] padded, [distinct prompts] packed: slot of a prompt's first vector
+  int64_t* status;        // [kStatusSize]
+};
+
+struct PromptBackwardParams {
+  int64_t dim, uses, prompt_count;
+  Rows grad;               // [slots, D]
+  Rows grad_prompts;       // [R, D], written
+  const int64_t* slots;    // [uses], ascending rows
+  const int64_t* use_ids;  // [uses]; null: prompt 0 everywhere
+  const int64_t* prompt_offsets;
+};
+
+struct EmbeddingBackwardParams {
+  int64_t dim, tokens;  // tokens: entries of order
+  double scale;
+  Rows grad;                    // [slots, D]
+  Rows grad_embedding;          // [V, D], zero on entry
+  const int64_t* sorted_ids;    // [tokens] ascending; ids >= V are skipped
+  const int64_t* sorted_slots;  // [tokens]
+};
+
+}  // namespace softprompt_fast

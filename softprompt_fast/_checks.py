@@ -1,0 +1,165 @@
+"""Input checks of ``assemble``. Each message names the argument, the rule and the value it got."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .batch import NO_ERROR
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = ("padded", "packed")
+SIDES = ("left", "right")
+MASK_FORMATS = ("none", "2d", "4d_bool", "4d_additive")
+
+
+def describe(value: object) -> str:
+    """A tensor as ``int64 [2, 3] on cpu``; anything else as its repr."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def fail(argument: str, rule: str, value: object) -> ValueError:
+    return ValueError(f"assemble: `{argument}` must {rule}, got {describe(value)}")
+
+
+def fail_type(argument: str, rule: str, value: object) -> TypeError:
+    return TypeError(f"assemble: `{argument}` must {rule}, got {describe(value)}")
+
+
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise fail(argument, f"be one of {', '.join(choices)}", value)
+
+
+def check_tensors(
+    input_ids: Tensor, embedding: Tensor, prompts: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+) -> None:
+    """Types, ranks, dtypes, shapes and devices: what can be told without reading a value."""
+    for argument, value in (("input_ids", input_ids), ("embedding", embedding), ("prompts", prompts)):
+        if not isinstance(value, Tensor):
+            raise fail_type(argument, "be a tensor", value)
+        if value.dim() != 2:
+            shape = {"input_ids": "[B, T]", "embedding": "[V, D]", "prompts": "[R, D]"}[argument]
+            raise fail(argument, f"have shape {shape}", value)
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise fail_type("input_ids", "be int64 or int32", input_ids)
+    if embedding.dtype not in FLOATS:
+        raise fail_type("embedding", "be float32, bfloat16, float16 or float64", embedding)
+    if prompts.dtype != embedding.dtype and prompts.dtype != torch.float32:
+        raise fail_type("prompts", f"be float32 or have the embedding's dtype ({embedding.dtype})", prompts)
+    if prompts.shape[1] != embedding.shape[1]:
+        raise fail("prompts", f"have the embedding's hidden size {embedding.shape[1]}", prompts)
+    if embedding.device != input_ids.device:
+        raise fail("embedding", f"be on the device of input_ids ({input_ids.device})", embedding)
+    if prompts.device != input_ids.device:
+        raise fail("prompts", f"be on the device of input_ids ({input_ids.device})", prompts)
+    if attention_mask is not None:
+        _check_like(input_ids, "attention_mask", attention_mask)
+        if attention_mask.dtype.is_complex:
+            raise fail_type("attention_mask", "be bool, integer or float", attention_mask)
+    if labels is not None:
+        _check_like(input_ids, "labels", labels)
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise fail_type("labels", "be int64 or int32", labels)
+
+
+def _check_like(input_ids: Tensor, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise fail_type(argument, "be a tensor or None", value)
+    if value.shape != input_ids.shape:
+        raise fail(argument, f"have the shape of input_ids {list(input_ids.shape)}", value)
+    if value.device != input_ids.device:
+        raise fail(argument, f"be on the device of input_ids ({input_ids.device})", value)
+
+
+def check_offsets(offsets: Sequence[int], prompt_rows: int) -> None:
+    """Offsets start at 0, ascend, and end inside the bank."""
+    if len(offsets) == 0 or offsets[0] != 0:
+        raise ValueError(f"assemble: `prompt_offsets` must start with 0, got {_short(offsets)}")
+    previous = 0
+    for n, offset in enumerate(offsets):
+        if offset < previous:
+            raise ValueError(
+                f"assemble: `prompt_offsets` must ascend, got {offset} after {previous} at position {n}: {_short(offsets)}"
+            )
+        previous = offset
+    if previous != prompt_rows:
+        raise ValueError(
+            f"assemble: `prompt_offsets` must end with the rows of prompts ({prompt_rows}), got {previous}: {_short(offsets)}"
+        )
+
+
+def check_prompt_ids(ids: Sequence[int], rows: int, prompts: int) -> None:
+    if len(ids) != rows:
+        raise ValueError(f"assemble: `prompt_ids` must name a prompt for each of the {rows} rows, got {len(ids)}")
+    for row, n in enumerate(ids):
+        if not -1 <= n < prompts:
+            raise IndexError(
+                f"assemble: `prompt_ids` must be -1 (no prompt) or 0 to {prompts - 1}, got {n} for row {row}"
+            )
+
+
+def check_lengths(lengths: Sequence[int], rows: int, tokens: int) -> None:
+    if len(lengths) != rows:
+        raise ValueError(f"assemble: `lengths` must give a length for each of the {rows} rows, got {len(lengths)}")
+    for row, length in enumerate(lengths):
+        if not 0 <= length <= tokens:
+            raise ValueError(f"assemble: `lengths` must be 0 to T={tokens}, got {length} for row {row}")
+
+
+def check_status(
+    status: Sequence[int],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_ids: Tensor | None,
+    vocabulary: int,
+    prompts: int,
+) -> None:
+    """Raises for the first rule that the kernel found broken."""
+    if all(index == NO_ERROR for index in status):
+        return
+    token, prompt, mask, length, offset = status
+    columns = max(input_ids.shape[1], 1)
+    if prompt != NO_ERROR:
+        value = int(prompt_ids[prompt]) if prompt_ids is not None else 0
+        raise IndexError(
+            f"assemble: `prompt_ids` must be -1 (no prompt) or 0 to {prompts - 1}, got {value} for row {prompt}"
+        )
+    if offset != NO_ERROR:
+        raise ValueError(f"assemble: `prompt_offsets` must ascend within the rows of prompts, not so at prompt {offset}")
+    if mask != NO_ERROR:
+        row, column = divmod(mask, columns)
+        assert attention_mask is not None
+        raise ValueError(
+            "assemble: `attention_mask` must hold 1 for tokens and 0 for padding, "
+            f"got {attention_mask[row, column].item()} at row {row}, column {column}"
+        )
+    if length != NO_ERROR:
+        raise ValueError(
+            f"assemble: row {length} does not fit: `lengths` must count its real tokens and "
+            "`max_prompt_length` must be at least its prompt's length"
+        )
+    row, column = divmod(token, columns)
+    raise IndexError(
+        f"assemble: `input_ids` must be 0 to {vocabulary - 1}, "
+        f"got {int(input_ids[row, column])} at row {row}, column {column}"
+    )
+
+
+def check_finite(prompts: Tensor) -> None:
+    bad = (~torch.isfinite(prompts)).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise ValueError(
+            f"assemble: `prompts` must be finite, got {prompts[row, column].item()} at row {row}, column {column} "
+            f"({len(bad)} such values)"
+        )
+
+
+def _short(values: Sequence[int]) -> str:
+    shown = ", ".join(map(str, values[:8]))
+    return f"[{shown}{', ...' if len(values) > 8 else ''}]"

@@ -1,0 +1,164 @@
+"""Which implementation of the ops runs: the native extension or its plain-PyTorch twin. Fake kernels live here too."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import _build
+
+logger = logging.getLogger("softprompt_fast")
+CHOICES = ("auto", "native", "reference")
+
+
+@dataclass
+class State:
+    """What this process uses, and why. Settled once, by the first call that needs an op."""
+
+    name: str  # "native" or "reference"
+    reason: str
+    module: ModuleType | None = None
+    info: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The native ops, bound once: attribute look-ups in ``torch.ops`` cost more than a small call."""
+
+    assemble: Callable[..., Any]
+    prompt_backward: Callable[..., Any]
+    embedding_backward: Callable[..., Any]
+
+
+_state: State | None = None
+_ops: Ops | None = None
+_warned_devices: set[str] = set()
+
+
+def state() -> State:
+    """The active backend; decides and, if need be, compiles on the first call.
+
+    Raises:
+        ValueError: ``SOFTPROMPT_FAST_BACKEND`` holds an unknown word.
+        BuildUnavailable: ``SOFTPROMPT_FAST_BACKEND=native`` and the extension cannot be had.
+    """
+    global _state, _ops
+    if _state is not None:
+        return _state
+    choice = os.environ.get("SOFTPROMPT_FAST_BACKEND", "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"SOFTPROMPT_FAST_BACKEND must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "reference":
+        _state = State("reference", "SOFTPROMPT_FAST_BACKEND=reference")
+        return _state
+    try:
+        module = _build.load()
+    except _build.BuildUnavailable as error:
+        if choice == "native":
+            raise
+        logger.warning("the plain-PyTorch implementation is used: %s", error)
+        _state = State("reference", str(error))
+        return _state
+    _ops = bind(_build.NAMESPACE)
+    _state = State("native", "the extension is built and loads", module, module.build_info())
+    return _state
+
+
+def bind(namespace: str) -> Ops:
+    """Registers the fake kernels of a loaded extension's ops and returns the ops."""
+    library = getattr(torch.ops, namespace)
+    torch.library.register_fake(f"{namespace}::assemble", _fake_assemble)
+    torch.library.register_fake(f"{namespace}::prompt_backward", _fake_prompt_backward)
+    torch.library.register_fake(f"{namespace}::embedding_backward", _fake_embedding_backward)
+    return Ops(library.assemble.default, library.prompt_backward.default, library.embedding_backward.default)
+
+
+# A string, so that torch.compile takes the decision as a constant and never traces a build.
+_decide = torch._dynamo.assume_constant_result(lambda: state().name)
+
+
+def ops_for(device: torch.device) -> Ops | None:
+    """The native ops if they run on this device; None means the twin."""
+    if _state is None:
+        _decide()
+    if _ops is None:
+        return None
+    if device.type == "cpu" or device.type == "meta":
+        return _ops
+    if device.type == "cuda" and _state is not None and _state.info is not None and _state.info["cuda"]:
+        return _ops
+    if device.type not in _warned_devices:
+        _warned_devices.add(device.type)
+        logger.warning("the extension has no %s kernels; plain PyTorch is used for tensors there", device.type)
+    return None
+
+
+def _fake_assemble(
+    input_ids: torch.Tensor,
+    embedding: torch.Tensor,
+    prompts: torch.Tensor,
+    prompt_offsets: torch.Tensor,
+    prompt_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    plan: torch.Tensor | None,
+    slots: int,
+    width: int,
+    prompt_segments: int,
+    left: bool,
+    mask_format: int,
+    causal: bool,
+    window: int,
+    scale: float,
+) -> tuple[torch.Tensor, ...]:
+    rows, tokens = input_ids.shape
+    lead = (1, slots) if plan is not None else (rows, width)
+    mask_dtype = attention_mask.dtype if attention_mask is not None else torch.int64
+
+    def long(*shape: int) -> torch.Tensor:
+        return input_ids.new_empty(shape, dtype=torch.int64)
+
+    masks = {
+        0: lambda: long(0),
+        1: lambda: input_ids.new_empty(lead, dtype=mask_dtype),
+        2: lambda: input_ids.new_empty((rows, 1, width, width), dtype=torch.bool),
+        3: lambda: embedding.new_empty((rows, 1, width, width)),
+    }
+    return (
+        embedding.new_empty((*lead, embedding.shape[1])),
+        masks[mask_format](),
+        long(*lead),
+        labels.new_empty(lead) if labels is not None else long(0),
+        long(rows, tokens),
+        long(prompt_segments if plan is not None else rows),
+        long(slots if plan is not None else 0),
+        long(5),
+    )
+
+
+def _fake_prompt_backward(
+    grad: torch.Tensor,
+    prompt_slots: torch.Tensor,
+    use_ids: torch.Tensor | None,
+    prompt_offsets: torch.Tensor,
+    prompt_rows: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return grad.new_empty((prompt_rows, grad.shape[-1]), dtype=dtype)
+
+
+def _fake_embedding_backward(
+    grad: torch.Tensor,
+    input_ids: torch.Tensor,
+    token_slots: torch.Tensor,
+    vocabulary: int,
+    padding_idx: int,
+    scale: float,
+) -> torch.Tensor:
+    return grad.new_empty((vocabulary, grad.shape[-1]))
