@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -34,31 +33,6 @@ void copy_row(Out* out, const In* in, int64_t dim, bool streaming) {
   }
 }
 
-// Fills everything but vectors and 4-D masks for one segment, and `sources` for the vectors.
-void resolve_segment(const AssembleParams& p, int64_t index, std::vector<int64_t>& columns, int64_t* sources,
-                     Layout* layouts) {
-  Segment segment = segment_at(p, index);
-  columns.clear();
-  if (segment.text_row >= 0) {
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      if (is_real(p, segment.text_row, t)) {
-        columns.push_back(t);
-      } else {
-        p.token_slots[segment.text_row * p.tokens + t] = -1;
-      }
-    }
-  }
-  const Layout layout = layout_of(p, segment, static_cast<int64_t>(columns.size()));
-  for (size_t rank = static_cast<size_t>(layout.text); rank < columns.size(); ++rank)
-    p.token_slots[segment.text_row * p.tokens + columns[rank]] = -1;
-  fill_prompt_slot(p, segment, layout);
-  for (int64_t s = 0; s < segment.length; ++s) {
-    const int64_t rank = text_rank(segment, layout, s);
-    sources[segment.slot + s] = fill_slot(p, segment, layout, s, rank < 0 ? -1 : columns[static_cast<size_t>(rank)]);
-  }
-  if (layouts != nullptr) layouts[index] = layout;
-}
-
 template <class T>
 void fill_visibility(T* out, int64_t width, Range keys, T hidden, T seen) {
   std::fill(out, out + keys.first, hidden);
@@ -66,64 +40,118 @@ void fill_visibility(T* out, int64_t width, Range keys, T hidden, T seen) {
   std::fill(out + keys.last, out + width, hidden);
 }
 
+// The segment that slot `slot` belongs to, or, past the last slot, the one behind the last.
+int64_t segment_of(const AssembleParams& p, int64_t slot) {
+  if (p.plan == nullptr) return p.width > 0 ? slot / p.width : 0;
+  int64_t low = 0, high = p.segments;
+  while (low < high) {  // the first segment that starts at or behind the slot
+    const int64_t middle = (low + high) / 2;
+    if (p.plan[middle * kPlanColumns + kPlanSlot] < slot) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  const bool starts_here = low < p.segments && p.plan[low * kPlanColumns + kPlanSlot] == slot;
+  return starts_here || low == 0 ? low : low - 1;
+}
+
 template <class E, class P>
-void write_slots(const AssembleParams& p, const int64_t* sources, const Layout* layouts) {
-  E* out = static_cast<E*>(p.inputs_embeds);
-  const E* embedding = static_cast<const E*>(p.embedding.data);
-  const P* prompts = static_cast<const P*>(p.prompts.data);
-  const bool streaming = prefer_streaming(p.slots * p.dim * static_cast<int64_t>(sizeof(E)));
-  const wide_t<E> scale = static_cast<wide_t<E>>(p.scale);
-  const bool four_d = p.mask_format == MaskFormat::four_d_bool || p.mask_format == MaskFormat::four_d_additive;
-  const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(E)) + (four_d ? p.width : 0);
-  at::parallel_for(0, p.slots, grain(bytes), [&](int64_t first, int64_t last) {
-    for (int64_t slot = first; slot < last; ++slot) {
-      E* to = out + slot * p.dim;
-      const int64_t source = sources[slot];
-      if (source >= 0) {
-        const E* from = embedding + source * p.embedding.stride;
-        if (p.scale == 1.0) {
-          copy_row(to, from, p.dim, streaming);
-        } else {
-          convert_row(to, from, p.dim, scale);
-        }
-      } else if (source == kPadding) {
-        std::fill(to, to + p.dim, E{});
-      } else {
-        copy_row(to, prompts + decode_prompt_row(source) * p.prompts.stride, p.dim, streaming);
+class Writer {
+ public:
+  Writer(const AssembleParams& params)
+      : p(params),
+        streaming(prefer_streaming(p.slots * p.dim * static_cast<int64_t>(sizeof(E)))),
+        four_d(p.mask_format == MaskFormat::four_d_bool || p.mask_format == MaskFormat::four_d_additive) {}
+
+  int64_t slot_bytes() const { return p.dim * static_cast<int64_t>(sizeof(E)) + (four_d ? p.width : 0); }
+
+  // Slots [first, last) of the output; segments without a slot go with `closing`, the last call.
+  void write(int64_t first, int64_t last, bool closing) const {
+    std::vector<int64_t> columns;  // of the row's real tokens
+    columns.reserve(static_cast<size_t>(p.tokens));
+    for (int64_t index = segment_of(p, first); index < p.segments; ++index) {
+      Segment segment = segment_at(p, index);
+      if (segment.slot > last || (segment.slot == last && !closing)) break;
+      columns.clear();
+      if (segment.text_row >= 0) {
+        for (int64_t t = 0; t < p.tokens; ++t)
+          if (is_real(p, segment.text_row, t)) columns.push_back(t);
       }
-      if (four_d) {
-        const Range keys = visible_keys(p, layouts[slot / p.width], slot % p.width);
-        if (p.mask_format == MaskFormat::four_d_bool) {
-          fill_visibility(static_cast<uint8_t*>(p.mask_out) + slot * p.width, p.width, keys, uint8_t{0}, uint8_t{1});
-        } else {
-          fill_visibility(static_cast<E*>(p.mask_out) + slot * p.width, p.width, keys, lowest<E>(), E{});
-        }
+      const Layout layout = layout_of(p, segment, static_cast<int64_t>(columns.size()));
+      if (segment.slot >= first) finish_row(segment, layout);
+      const int64_t begin = std::max<int64_t>(first - segment.slot, 0);
+      const int64_t end = std::min(last - segment.slot, segment.length);
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t rank = text_rank(segment, layout, s);
+        const int64_t column = rank < 0 ? -1 : columns[static_cast<size_t>(rank)];
+        write_vector(segment.slot + s, fill_slot(p, segment, layout, s, column));
+        if (four_d) write_visibility(segment.slot + s, visible_keys(p, layout, s));
       }
     }
     if (streaming) finish_streaming();
-  });
+  }
+
+ private:
+  // What belongs to a segment as a whole: its prompt's slot, and -1 at its row's padding.
+  void finish_row(const Segment& segment, const Layout& layout) const {
+    fill_prompt_slot(p, segment, layout);
+    if (segment.text_row < 0 || (layout.text == p.tokens)) return;
+    int64_t rank = 0;
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      const bool real = is_real(p, segment.text_row, t);
+      if (!real || rank >= layout.text) p.token_slots[segment.text_row * p.tokens + t] = -1;
+      rank += real ? 1 : 0;
+    }
+  }
+
+  void write_vector(int64_t slot, int64_t source) const {
+    E* to = static_cast<E*>(p.inputs_embeds) + slot * p.dim;
+    if (source >= 0) {
+      const E* from = static_cast<const E*>(p.embedding.data) + source * p.embedding.stride;
+      if (p.scale == 1.0) {
+        copy_row(to, from, p.dim, streaming);
+      } else {
+        convert_row(to, from, p.dim, static_cast<wide_t<E>>(p.scale));
+      }
+    } else if (source == kPadding) {
+      std::fill(to, to + p.dim, E{});
+    } else {
+      copy_row(to, static_cast<const P*>(p.prompts.data) + decode_prompt_row(source) * p.prompts.stride, p.dim,
+               streaming);
+    }
+  }
+
+  void write_visibility(int64_t slot, Range keys) const {
+    if (p.mask_format == MaskFormat::four_d_bool) {
+      fill_visibility(static_cast<uint8_t*>(p.mask_out) + slot * p.width, p.width, keys, uint8_t{0}, uint8_t{1});
+    } else {
+      fill_visibility(static_cast<E*>(p.mask_out) + slot * p.width, p.width, keys, lowest<E>(), E{});
+    }
+  }
+
+  const AssembleParams& p;
+  const bool streaming, four_d;
+};
+
+template <class E, class P>
+void assemble_as(const AssembleParams& p) {
+  const Writer<E, P> writer(p);
+  prepare_output(p.inputs_embeds, p.slots * p.dim * static_cast<int64_t>(sizeof(E)));
+  if (p.slots == 0) return writer.write(0, 0, true);
+  at::parallel_for(0, p.slots, grain(writer.slot_bytes()),
+                   [&](int64_t first, int64_t last) { writer.write(first, last, last == p.slots); });
 }
 
 }  // namespace
 
 void assemble(const AssembleParams& p) {
-  const std::unique_ptr<int64_t[]> sources(new int64_t[static_cast<size_t>(p.slots)]);
-  std::vector<Layout> layouts;
-  if (p.mask_format == MaskFormat::four_d_bool || p.mask_format == MaskFormat::four_d_additive)
-    layouts.resize(static_cast<size_t>(p.segments));
-  at::parallel_for(0, p.segments, grain(32 * (p.tokens + p.width)), [&](int64_t first, int64_t last) {
-    std::vector<int64_t> columns;
-    columns.reserve(static_cast<size_t>(p.tokens));
-    for (int64_t index = first; index < last; ++index)
-      resolve_segment(p, index, columns, sources.get(), layouts.empty() ? nullptr : layouts.data());
-  });
-  prepare_output(p.inputs_embeds, p.slots * p.dim * size_of(p.embedding.type));
   dispatch(p.embedding.type, [&](auto embedding) {
     using E = typename decltype(embedding)::type;
     if (p.prompts.type == p.embedding.type) {
-      write_slots<E, E>(p, sources.get(), layouts.data());
+      assemble_as<E, E>(p);
     } else {
-      write_slots<E, float>(p, sources.get(), layouts.data());
+      assemble_as<E, float>(p);
     }
   });
 }
