@@ -2,6 +2,17 @@
 
 from .batch import PackedRows, PromptedBatch
 from .functional import assemble
+from .initialize import initial_prompt
+from .model import SoftPromptModel
+from .prompt import FastSoftPrompt
 
 __version__ = "0.1.0"
-__all__ = ["PackedRows", "PromptedBatch", "assemble", "__version__"]
+__all__ = [
+    "FastSoftPrompt",
+    "PackedRows",
+    "PromptedBatch",
+    "SoftPromptModel",
+    "__version__",
+    "assemble",
+    "initial_prompt",
+]

@@ -124,7 +124,8 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
         cflags += [f'-DSOFTPROMPT_FAST_CUDA="{torch.version.cuda}"']
         cuda_cflags = ["-O3"]
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")) + sorted(extra_sources):
+    beside = {path for source in extra_sources for path in source.parent.iterdir()}  # their headers
+    for path in sorted(root.rglob("*")) + sorted(beside):
         if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     shown = [flag for flag in cflags if not flag.startswith("-I")]

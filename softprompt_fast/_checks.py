@@ -39,6 +39,8 @@ def check_tensors(
     input_ids: Tensor, embedding: Tensor, prompts: Tensor, attention_mask: Tensor | None, labels: Tensor | None
 ) -> None:
     """Types, ranks, dtypes, shapes and devices: what can be told without reading a value."""
+    if _usual(input_ids, embedding, prompts, attention_mask, labels):
+        return
     for argument, value in (("input_ids", input_ids), ("embedding", embedding), ("prompts", prompts)):
         if not isinstance(value, Tensor):
             raise fail_type(argument, "be a tensor", value)
@@ -65,6 +67,32 @@ def check_tensors(
         _check_like(input_ids, "labels", labels)
         if labels.dtype not in (torch.int64, torch.int32):
             raise fail_type("labels", "be int64 or int32", labels)
+
+
+def _usual(
+    input_ids: Tensor, embedding: Tensor, prompts: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+) -> bool:
+    """The common case in one expression; whatever it does not cover is looked at rule by rule."""
+    try:
+        shape, device = input_ids.shape, input_ids.device
+        return (
+            len(shape) == 2
+            and input_ids.dtype is torch.int64
+            and embedding.dtype in FLOATS
+            and (prompts.dtype is torch.float32 or prompts.dtype is embedding.dtype)
+            and embedding.dim() == 2
+            and prompts.dim() == 2
+            and prompts.shape[1] == embedding.shape[1]
+            and embedding.device == device
+            and prompts.device == device
+            and (
+                attention_mask is None
+                or (attention_mask.shape == shape and attention_mask.dtype is torch.int64 and attention_mask.device == device)
+            )
+            and (labels is None or (labels.shape == shape and labels.dtype is torch.int64 and labels.device == device))
+        )
+    except AttributeError:
+        return False
 
 
 def _check_like(input_ids: Tensor, argument: str, value: object) -> None:
@@ -120,7 +148,7 @@ def check_status(
     prompts: int,
 ) -> None:
     """Raises for the first rule that the kernel found broken."""
-    if all(index == NO_ERROR for index in status):
+    if min(status) == NO_ERROR:
         return
     token, prompt, mask, length, offset = status
     columns = max(input_ids.shape[1], 1)

@@ -32,7 +32,7 @@ class PackedRows:
     """[K] int64: the row of each token, -1 in a prompt."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: that would triple the cost of making one
 class PromptedBatch(Mapping[str, Tensor]):
     """Inputs for a model, joined from prompts and tokens.
 

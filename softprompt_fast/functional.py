@@ -234,6 +234,8 @@ def _host(values: Tensor | Sequence[int], argument: str) -> list[int]:
 def _device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """Integers as a contiguous int64 tensor on the device, copied without waiting."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
+    if tensor.dtype is torch.int64 and tensor.device == device and tensor.is_contiguous():
+        return tensor
     return tensor.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
 
 

@@ -1,0 +1,262 @@
+"""``SoftPromptModel``: a frozen transformers model with a bank of soft prompts in front of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import architecture, generation
+from .batch import PromptedBatch
+from .peft_format import is_prompt_folder, read_prompt, write_prompt
+from .prompt import FastSoftPrompt, PromptIds
+
+# Of a model's output, what has one entry per input position, and what is a tuple of such.
+ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
+ALIGNED_TUPLES = ("hidden_states", "encoder_hidden_states")
+OWN_ARGUMENTS = {
+    "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
+    "position_ids": "positions follow from the attention mask and the prompts' lengths",
+    "past_key_values": "forward runs whole rows; `generate` handles the cache",
+}
+
+
+class SoftPromptModel(nn.Module):
+    """Freezes a model and holds its soft prompts.
+
+    ``forward`` returns what the model returns, with logits and hidden states aligned with ``input_ids``: position
+    ``t`` of the output belongs to token ``t`` of the input, prompts are dropped, padding is zero. A row's numbers do
+    not depend on the other rows of its batch or on where its padding stands.
+
+    Args:
+        model: a transformers decoder, encoder or encoder-decoder; its parameters are frozen in place.
+        prompts: a bank to use; None: an empty one, on the model's device.
+
+    Raises:
+        TypeError: a model that a prompt in front of its input cannot be right for, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, prompts: FastSoftPrompt | None = None) -> None:
+        super().__init__()
+        architecture.check_supported(model)
+        model.requires_grad_(False)
+        self.base_model = model
+        embedding = model.get_input_embeddings()
+        width = embedding.weight.shape[1]
+        if prompts is not None and prompts.embedding_dim != width:
+            raise ValueError(f"`prompts` must have embedding_dim={width} like the model, got {prompts.embedding_dim}")
+        self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
+        self._parameters_of_forward = architecture.forward_parameters(model)
+        self._any_keyword = architecture.accepts_any_keyword(model)
+        self._padding_side = "left" if architecture.pools_last_token(model) else "right"
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.base_model.get_input_embeddings().weight.device
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.get_input_embeddings()
+
+    # --- prompts ---
+
+    def add_prompt(
+        self,
+        name: str,
+        num_virtual_tokens: int | None = None,
+        *,
+        init: str | Tensor | PathLike[str] = "random",
+        tokenizer: Any = None,
+        init_text: str | None = None,
+        class_labels: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> nn.Parameter:
+        """Adds a prompt and returns its parameter [P, D]; arguments as in :meth:`FastSoftPrompt.add_prompt`."""
+        return self.prompts.add_prompt(
+            name,
+            num_virtual_tokens,
+            init=init,
+            embedding=self.get_input_embeddings(),
+            tokenizer=tokenizer,
+            init_text=init_text,
+            class_labels=class_labels,
+            seed=seed,
+        )
+
+    def remove_prompt(self, name: str) -> None:
+        self.prompts.remove_prompt(name)
+
+    # --- running ---
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        prompt_ids: PromptIds = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Runs the model with each row's prompt in front of its tokens.
+
+        Args:
+            input_ids: [B, T]; of the encoder, if the model has one.
+            attention_mask: [B, T] of 1 and 0; None: no padding.
+            labels: [B, T] for language models and token classification, -100 where there is none; [B] for sequence
+                classification; [B, T'] of the decoder for encoder-decoders.
+            prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). May
+                be left out if there is one prompt.
+            lengths: [B] on the host, real tokens per row; spares a GPU a synchronisation.
+            options: passed on to the model.
+
+        Returns:
+            The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``.
+        """
+        for argument, reason in OWN_ARGUMENTS.items():
+            if options.pop(argument, None) is not None:
+                raise ValueError(f"`{argument}` must not be given: {reason}")
+        options = {k: v for k, v in options.items() if self._any_keyword or k in self._parameters_of_forward}
+        per_token = labels is not None and labels.shape == input_ids.shape and not self._labels_stand_apart()
+        batch = self._assemble(input_ids, attention_mask, prompt_ids, labels if per_token else None, self._padding_side)
+        inputs = dict(batch)
+        if labels is not None and not per_token:
+            inputs["labels"] = labels
+        if "use_cache" in self._parameters_of_forward:
+            options.setdefault("use_cache", False)
+        return self._align(self.base_model(**inputs, **options), batch)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_ids: PromptIds = None,
+        **options: Any,
+    ) -> Any:
+        """``model.generate`` with each row's prompt in front: any padding, any mix of prompts.
+
+        Args:
+            input_ids: [B, T]
+            attention_mask: [B, T] of 1 and 0; None: no padding.
+            prompt_ids: as in :meth:`forward`.
+            options: of transformers' ``generate``. ``max_length`` and ``min_length`` count ``input_ids`` and new
+                tokens, never prompts.
+
+        Returns:
+            What ``generate`` returns. Decoders: ``input_ids`` followed by the new tokens, as without a prompt.
+        """
+        if not getattr(self.base_model, "can_generate", lambda: False)():
+            raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
+        with torch.no_grad():
+            if architecture.is_encoder_decoder(self.base_model):
+                batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "right")
+                return self.base_model.generate(**batch, **options)
+            batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "left")
+            return generation.generate(self.base_model, input_ids, batch, options)
+
+    def _assemble(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        labels: Tensor | None,
+        padding_side: str,
+    ) -> PromptedBatch:
+        batch: PromptedBatch = self.prompts(
+            input_ids,
+            attention_mask,
+            embedding=self.get_input_embeddings(),
+            prompt_ids=prompt_ids,
+            labels=labels,
+            padding_side=padding_side,
+        )
+        return batch
+
+    def _labels_stand_apart(self) -> bool:
+        """Labels that are not one per input token."""
+        return architecture.is_encoder_decoder(self.base_model) or architecture.pools_last_token(self.base_model)
+
+    def _align(self, output: Any, batch: PromptedBatch) -> Any:
+        aligned = set(ALIGNED)
+        if self._labels_stand_apart():
+            aligned.discard("logits")
+        tuples = set(ALIGNED_TUPLES)
+        if architecture.is_encoder_decoder(self.base_model):
+            aligned.discard("last_hidden_state")
+            tuples.discard("hidden_states")
+        for name in aligned:
+            if getattr(output, name, None) is not None:
+                output[name] = batch.unpack(output[name])
+        for name in tuples:
+            if getattr(output, name, None) is not None:
+                output[name] = tuple(batch.unpack(states) for states in output[name])
+        return output
+
+    # --- training helpers that transformers' Trainer looks for ---
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing_disable()
+
+    # --- files ---
+
+    def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
+        """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written."""
+        facts = architecture.peft_config(self.base_model)
+        for name in self.prompts.names if names is None else names:
+            write_prompt(Path(directory) / name, self.prompts[name], facts)
+
+    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
+        """Adds the prompt of an adapter folder, ours or PEFT's, ready to be trained further.
+
+        Args:
+            name: None: the folder's name.
+        """
+        values, config = read_prompt(folder)
+        width = self.prompts.embedding_dim
+        if values.shape[1] != width:
+            raise ValueError(
+                f"{folder}: the prompt must have the model's hidden size {width}, got {values.shape[1]} "
+                f"(made for {config.get('base_model_name_or_path')!r})"
+            )
+        return self.prompts.add_prompt(name or Path(folder).resolve().name, init=values)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
+    ) -> SoftPromptModel:
+        """A model with the prompts of a directory: one adapter folder, or a folder of them.
+
+        Args:
+            names: load only these.
+            options: of the constructor.
+
+        Raises:
+            FileNotFoundError: no prompt there.
+        """
+        directory = Path(directory)
+        if is_prompt_folder(directory):
+            folders = [directory]
+        else:
+            folders = sorted(f for f in directory.iterdir() if is_prompt_folder(f)) if directory.is_dir() else []
+        if names is not None:
+            missing = set(names) - {folder.name for folder in folders}
+            if missing:
+                raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
+            folders = [folder for folder in folders if folder.name in names]
+        if not folders:
+            raise FileNotFoundError(f"{directory} must be a PEFT adapter folder or hold some, but no prompt was found")
+        tuned = cls(model, **options)
+        for folder in folders:
+            tuned.load_prompt(folder)
+        return tuned

@@ -1,0 +1,304 @@
+"""``FastSoftPrompt``: a trainable bank of named soft prompts of any lengths, on top of the fused pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import PromptedBatch
+from .embedding import embedding_table
+from .functional import assemble
+from .initialize import METHODS, initial_prompt
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
+PREFIX = "prompt_"
+"""Of the parameters' names, so that no prompt can hide an attribute of the module."""
+
+PromptIds = str | Sequence["str | int | None"] | Tensor | None
+
+
+class FastSoftPrompt(nn.Module):
+    """A bank of soft prompts, each a parameter ``[P_n, D]`` of its own.
+
+    Works inside anybody's loop: an optimiser sees ordinary parameters, ``state_dict`` holds one entry per prompt, and
+    the result of a call goes straight into a transformers model::
+
+        bank = FastSoftPrompt(model.config.hidden_size, {"movies": 20, "tweets": 50})
+        batch = bank(input_ids, attention_mask, embedding=model.get_input_embeddings(), prompt_ids=["movies", "tweets"])
+        output = model(**batch)
+
+    Args:
+        embedding_dim: D, the model's hidden size at its input.
+        prompts: names and lengths, filled with normal noise of standard deviation 0.02. Other first values:
+            :meth:`add_prompt`.
+        padding_side: of the batches it makes, "right" or "left".
+        dtype, device: of the parameters. float32 is right for a bfloat16 model too: the cast is part of the pass.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        prompts: Mapping[str, int] | None = None,
+        *,
+        padding_side: str = "right",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(embedding_dim, int) or embedding_dim < 1:
+            raise ValueError(f"`embedding_dim` must be a positive integer, got {embedding_dim!r}")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"`padding_side` must be 'left' or 'right', got {padding_side!r}")
+        self.embedding_dim = embedding_dim
+        self.padding_side = padding_side
+        self._factory = {"dtype": dtype, "device": device}
+        self._names: list[str] = []
+        for name, length in (prompts or {}).items():
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(f"`prompts` must give a positive length for {name!r}, got {length!r}")
+            self.add_prompt(name, init=torch.randn(length, embedding_dim) * 0.02)
+
+    # --- the bank ---
+
+    @property
+    def names(self) -> list[str]:
+        """The prompts' names; their order is that of integer prompt ids."""
+        return list(self._names)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Virtual tokens of each prompt."""
+        return {name: self[name].shape[0] for name in self._names}
+
+    def __getitem__(self, name: str) -> nn.Parameter:
+        """The parameter [P, D] of a prompt."""
+        self._check_known(name)
+        return getattr(self, PREFIX + name)  # type: ignore[no-any-return]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add_prompt(
+        self,
+        name: str,
+        num_virtual_tokens: int | None = None,
+        *,
+        init: str | Tensor | PathLike[str] = "random",
+        embedding: nn.Module | Tensor | None = None,
+        tokenizer: Any = None,
+        init_text: str | None = None,
+        class_labels: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> nn.Parameter:
+        """Adds a prompt and returns its parameter.
+
+        Args:
+            name: letters, digits, ``_`` and ``-``; it becomes a folder's name on disk.
+            init: "random", "vocabulary", "text", "class_labels", a tensor [P, D], a path, or the name of a prompt of
+                this bank to start from; see :func:`softprompt_fast.initialize.initial_prompt` for all arguments.
+        """
+        _check_name(name)
+        if name in self._names:
+            raise ValueError(f"`name` must be new, but the bank has a prompt {name!r}; remove_prompt it first")
+        source: str | Tensor | PathLike[str] = init
+        if isinstance(init, str) and init not in METHODS and init in self._names:
+            source = self[init].detach()
+        table = None if embedding is None else embedding_table(embedding)
+        values = initial_prompt(
+            source,
+            num_virtual_tokens,
+            table,
+            tokenizer=tokenizer,
+            init_text=init_text,
+            class_labels=class_labels,
+            seed=seed,
+        )
+        self._check_width(name, values)
+        parameter = nn.Parameter(values.to(**self._placement()))
+        self.register_parameter(PREFIX + name, parameter)
+        self._names.append(name)
+        return parameter
+
+    def remove_prompt(self, name: str) -> None:
+        self._check_known(name)
+        delattr(self, PREFIX + name)
+        self._names.remove(name)
+
+    def rename_prompt(self, old: str, new: str) -> None:
+        """Gives a prompt another name; its parameter, and so an optimiser's state of it, stays the same."""
+        self._check_known(old)
+        _check_name(new)
+        if new in self._names:
+            raise ValueError(f"`new` must be unused, but the bank has a prompt {new!r}")
+        parameter = self[old]
+        delattr(self, PREFIX + old)
+        self.register_parameter(PREFIX + new, parameter)
+        self._names[self._names.index(old)] = new
+
+    def freeze_prompt(self, name: str, frozen: bool = True) -> None:
+        """Keeps a prompt from being trained, or frees it again."""
+        self[name].requires_grad_(not frozen)
+
+    # --- the pass ---
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        embedding: nn.Module | Tensor,
+        prompt_ids: PromptIds = None,
+        labels: Tensor | None = None,
+        padding_side: str | None = None,
+        **options: Any,
+    ) -> PromptedBatch:
+        """Puts each row's prompt in front of its tokens.
+
+        Args:
+            input_ids: [B, T]
+            attention_mask: [B, T] of 1 and 0, or None.
+            embedding: the model's input embedding module, or its weight [V, D].
+            prompt_ids: the prompt of each row: one name for all, a list of names (None: no prompt), a list or tensor
+                of positions in :attr:`names` (-1: no prompt). None: the only prompt of the bank.
+            labels: [B, T]
+            padding_side: if other than the bank's own.
+            options: ``layout``, ``mask_format``, ``lengths`` and whatever else :func:`assemble` takes.
+
+        Returns:
+            A mapping for ``model(**batch)``.
+        """
+        table = embedding_table(embedding)
+        prompts, offsets, ids, longest = self._select(prompt_ids, input_ids)
+        if longest is not None:
+            options.setdefault("max_prompt_length", longest)
+            options.setdefault("check", None)
+        return assemble(
+            input_ids,
+            table.weight,
+            prompts,
+            offsets,
+            ids,
+            attention_mask,
+            labels,
+            padding_side=padding_side or self.padding_side,
+            embedding_scale=table.scale,
+            padding_idx=table.padding_idx,
+            **options,
+        )
+
+    def indices(self, prompt_ids: PromptIds, rows: int) -> list[int] | Tensor:
+        """Positions in :attr:`names` for each of the rows; a tensor is returned as it is.
+
+        Raises:
+            KeyError: an unknown name.
+            ValueError: not one prompt per row.
+        """
+        if prompt_ids is None:
+            if len(self) > 1:
+                raise ValueError(f"`prompt_ids` must be given, for the bank has {len(self)} prompts: {self.names}")
+            return [0 if self._names else -1] * rows
+        if isinstance(prompt_ids, Tensor):
+            return prompt_ids
+        if isinstance(prompt_ids, str):
+            prompt_ids = [prompt_ids] * rows
+        if len(prompt_ids) != rows:
+            raise ValueError(f"`prompt_ids` must name a prompt for each of the {rows} rows, got {len(prompt_ids)}")
+        found = []
+        for value in prompt_ids:
+            if isinstance(value, str):
+                self._check_known(value)
+                found.append(self._names.index(value))
+            else:
+                found.append(-1 if value is None else int(value))
+        return found
+
+    def _select(
+        self, prompt_ids: PromptIds, input_ids: Tensor
+    ) -> tuple[Tensor, list[int], list[int] | Tensor | None, int | None]:
+        """The rows of the used prompts, their offsets, the batch's ids into them, and the width if it must be given.
+
+        One prompt is passed as it is; several are joined, only those that the batch uses.
+        """
+        if input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must have shape [B, T], got {list(input_ids.shape)}")
+        ids = self.indices(prompt_ids, input_ids.shape[0])
+        longest = None
+        if isinstance(ids, Tensor) and (ids.device.type != "cpu" or torch.compiler.is_compiling()):
+            # Unknown on the host without waiting: all prompts, and room for the longest.
+            used, longest = list(range(len(self))), max(self.lengths.values(), default=0)
+        else:
+            if isinstance(ids, Tensor):
+                if ids.dim() != 1 or ids.is_floating_point():
+                    raise ValueError(f"`prompt_ids` must be [B] integers, got {ids.dtype} {list(ids.shape)}")
+                ids = ids.tolist()
+            used = list(dict.fromkeys(n for n in ids if n >= 0))
+            for row, n in enumerate(ids):
+                if not -1 <= n < len(self):
+                    raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
+            place = {n: i for i, n in enumerate(used)} | {-1: -1}
+            ids = [place[n] for n in ids]
+        tensors = [self[self._names[n]] for n in used]
+        offsets = [0]
+        for tensor in tensors:
+            offsets.append(offsets[-1] + tensor.shape[0])
+        if len(tensors) == 1:
+            prompts: Tensor = tensors[0]
+        elif tensors:
+            prompts = torch.cat(tensors)
+        else:
+            prompts = torch.empty(0, self.embedding_dim, device=input_ids.device)
+        if isinstance(ids, list) and ids.count(0) == len(ids) and len(used) == 1:
+            return prompts, offsets, None, longest
+        return prompts, offsets, ids, longest
+
+    # --- saving ---
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Prompts that a saved bank has and this one lacks are added; one of another length is replaced."""
+        for key, value in state_dict.items():
+            name = key.removeprefix(prefix + PREFIX)
+            if name == key or not NAME_PATTERN.fullmatch(name):
+                continue
+            self._check_width(name, value)
+            if name not in self._names:
+                self.add_prompt(name, init=value)
+            elif self[name].shape != value.shape:
+                trained = self[name].requires_grad
+                setattr(self, PREFIX + name, nn.Parameter(torch.empty_like(value, **self._placement()), trained))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        shown = ", ".join(f"{name}: {length}" for name, length in self.lengths.items())
+        return f"embedding_dim={self.embedding_dim}, prompts={{{shown}}}"
+
+    # --- helpers ---
+
+    def _placement(self) -> dict[str, Any]:
+        """dtype and device of the prompts there are, or those asked for at first."""
+        for parameter in self.parameters():
+            return {"dtype": parameter.dtype, "device": parameter.device}
+        return self._factory
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._names:
+            raise KeyError(f"no prompt {name!r} in the bank, which has {self.names}")
+
+    def _check_width(self, name: str, values: Tensor) -> None:
+        if values.dim() != 2 or values.shape[1] != self.embedding_dim:
+            raise ValueError(f"prompt {name!r} must have shape [P, {self.embedding_dim}], got {list(values.shape)}")
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+        raise ValueError(f"`name` must be 1 to 128 letters, digits, '_' or '-', and not start with '-', got {name!r}")
