@@ -79,8 +79,16 @@ def bind(namespace: str) -> Ops:
     return Ops(library.assemble.default, library.prompt_backward.default, library.embedding_backward.default)
 
 
-# A string, so that torch.compile takes the decision as a constant and never traces a build.
-_decide = torch._dynamo.assume_constant_result(lambda: state().name)
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result`` without its import of torch._dynamo, which takes a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
+def _decide() -> str:
+    """Settles the backend; torch.compile takes the answer as a constant and never traces a build."""
+    return state().name
 
 
 def ops_for(device: torch.device) -> Ops | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ._library import constant_when_compiled
+
 
 @dataclass(frozen=True)
 class EmbeddingTable:
@@ -48,7 +50,7 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
     return EmbeddingTable(embedding.weight, _scale_of(embedding), embedding.padding_idx)
 
 
-@torch._dynamo.assume_constant_result
+@constant_when_compiled
 def _scale_of(embedding: nn.Embedding) -> float:
     """The constant a subclass multiplies by, verified on a few rows so that nothing else can hide in its forward."""
     weight = embedding.weight.detach()

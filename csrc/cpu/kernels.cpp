@@ -85,6 +85,8 @@ class Writer {
       for (int64_t s = begin; s < end; ++s) {
         const int64_t rank = text_rank(segment, layout, s);
         const int64_t column = rank < 0 ? -1 : columns[static_cast<size_t>(rank)];
+        if (rank >= 0 && rank + 1 < layout.text)
+          prefetch_token(segment.text_row, columns[static_cast<size_t>(rank + 1)]);
         write_vector(segment.slot + s, fill_slot(p, segment, layout, s, column));
         if (four_d) write_visibility(segment.slot + s, visible_keys(p, layout, s));
       }
@@ -103,6 +105,13 @@ class Writer {
       if (!real || rank >= layout.text) p.token_slots[segment.text_row * p.tokens + t] = -1;
       rank += real ? 1 : 0;
     }
+  }
+
+  void prefetch_token(int64_t row, int64_t column) const {
+    const int64_t id = read_integer(p.input_ids, row, column);
+    if (id < 0 || id >= p.embedding.count) return;
+    prefetch(static_cast<const E*>(p.embedding.data) + id * p.embedding.stride,
+             p.dim * static_cast<int64_t>(sizeof(E)));
   }
 
   void write_vector(int64_t slot, int64_t source) const {

@@ -26,18 +26,43 @@ inline bool prefer_streaming(int64_t bytes) {
 #endif
 }
 
+// Rows are a few kilobytes: a plain vector loop beats memcpy, which starts a string move for each of them.
 inline void copy_bytes(void* out, const void* in, int64_t bytes, bool streaming) {
 #ifdef __AVX512F__
-  if (streaming && reinterpret_cast<uintptr_t>(out) % 64 == 0 && bytes % 64 == 0) {
-    char* to = static_cast<char*>(out);
-    const char* from = static_cast<const char*>(in);
-    for (int64_t at = 0; at < bytes; at += 64)
+  char* to = static_cast<char*>(out);
+  const char* from = static_cast<const char*>(in);
+  const int64_t whole = bytes & ~int64_t{63};
+  if (streaming && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+    for (int64_t at = 0; at < whole; at += 64)
       _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
-    return;
+  } else {
+    int64_t at = 0;
+    for (; at + 256 <= whole; at += 256) {
+      const __m512i a = _mm512_loadu_si512(from + at), b = _mm512_loadu_si512(from + at + 64);
+      const __m512i c = _mm512_loadu_si512(from + at + 128), d = _mm512_loadu_si512(from + at + 192);
+      _mm512_storeu_si512(to + at, a);
+      _mm512_storeu_si512(to + at + 64, b);
+      _mm512_storeu_si512(to + at + 128, c);
+      _mm512_storeu_si512(to + at + 192, d);
+    }
+    for (; at < whole; at += 64) _mm512_storeu_si512(to + at, _mm512_loadu_si512(from + at));
   }
-#endif
+  if (whole < bytes) std::memcpy(to + whole, from + whole, static_cast<size_t>(bytes - whole));
+#else
   (void)streaming;
   std::memcpy(out, in, static_cast<size_t>(bytes));
+#endif
+}
+
+// Rows of the embedding lie anywhere: asking for the next one early hides its way from memory.
+inline void prefetch(const void* row, int64_t bytes) {
+#if defined(__GNUC__)
+  const char* at = static_cast<const char*>(row);
+  for (int64_t i = 0; i < bytes && i < 512; i += 64) __builtin_prefetch(at + i);
+#else
+  (void)row;
+  (void)bytes;
+#endif
 }
 
 inline void finish_streaming() {
