@@ -42,7 +42,8 @@ Words words_of(const std::optional<at::Tensor>& tensor, const char* name, const 
 }
 
 Rows rows_of(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, " must have adjacent elements in a row");
+  TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name,
+              " must have adjacent elements in a row");
   return {tensor.const_data_ptr(), scalar_of(tensor, name), tensor.size(0), tensor.stride(0)};
 }
 
