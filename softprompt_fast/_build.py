@@ -129,7 +129,16 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
         if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     shown = [flag for flag in cflags if not flag.startswith("-I")]
-    facts = [shown, cuda_cflags, ldflags, torch.__version__, torch.version.cuda, sys.version, architectures, _cpu_identity()]
+    facts = [
+        shown,
+        cuda_cflags,
+        ldflags,
+        torch.__version__,
+        torch.version.cuda,
+        sys.version,
+        architectures,
+        _cpu_identity(),
+    ]
     digest.update(json.dumps(facts).encode())
     return Plan(
         sources=tuple(map(str, sources)),
@@ -285,8 +294,8 @@ def ensure(build: Plan | None = None, *, retry: bool = False) -> Path:
                 earlier = json.loads(failed.read_text())
                 if earlier.get("compiler") == compiler():
                     raise BuildUnavailable(
-                        f"an earlier build failed: {earlier.get('error')} (whole output: {failed.with_suffix('.log')}). "
-                        "`softprompt-fast build` tries again"
+                        f"an earlier build failed: {earlier.get('error')} (whole output: "
+                        f"{failed.with_suffix('.log')}). `softprompt-fast build` tries again"
                     )
             return _build_locked(build, root)
     except Timeout as error:
