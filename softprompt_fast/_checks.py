@@ -87,7 +87,11 @@ def _usual(
             and prompts.device == device
             and (
                 attention_mask is None
-                or (attention_mask.shape == shape and attention_mask.dtype is torch.int64 and attention_mask.device == device)
+                or (
+                    attention_mask.shape == shape
+                    and attention_mask.dtype is torch.int64
+                    and attention_mask.device == device
+                )
             )
             and (labels is None or (labels.shape == shape and labels.dtype is torch.int64 and labels.device == device))
         )
@@ -112,12 +116,14 @@ def check_offsets(offsets: Sequence[int], prompt_rows: int) -> None:
     for n, offset in enumerate(offsets):
         if offset < previous:
             raise ValueError(
-                f"assemble: `prompt_offsets` must ascend, got {offset} after {previous} at position {n}: {_short(offsets)}"
+                f"assemble: `prompt_offsets` must ascend, got {offset} after {previous} at position {n}: "
+                f"{_short(offsets)}"
             )
         previous = offset
     if previous != prompt_rows:
         raise ValueError(
-            f"assemble: `prompt_offsets` must end with the rows of prompts ({prompt_rows}), got {previous}: {_short(offsets)}"
+            f"assemble: `prompt_offsets` must end with the rows of prompts ({prompt_rows}), got {previous}: "
+            f"{_short(offsets)}"
         )
 
 
@@ -158,7 +164,9 @@ def check_status(
             f"assemble: `prompt_ids` must be -1 (no prompt) or 0 to {prompts - 1}, got {value} for row {prompt}"
         )
     if offset != NO_ERROR:
-        raise ValueError(f"assemble: `prompt_offsets` must ascend within the rows of prompts, not so at prompt {offset}")
+        raise ValueError(
+            f"assemble: `prompt_offsets` must ascend within the rows of prompts, not so at prompt {offset}"
+        )
     if mask != NO_ERROR:
         row, column = divmod(mask, columns)
         assert attention_mask is not None

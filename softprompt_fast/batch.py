@@ -1,4 +1,4 @@
-"""What ``assemble`` returns: a mapping that a transformers model takes as ``model(**batch)``, and what stands behind it."""
+"""What ``assemble`` returns: a mapping that a model takes as ``model(**batch)``, and what stands behind it."""
 
 from __future__ import annotations
 

