@@ -85,26 +85,25 @@ def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@constant_when_compiled
-def _decide() -> str:
-    """Settles the backend; torch.compile takes the answer as a constant and never traces a build."""
-    return state().name
-
-
 def ops_for(device: torch.device) -> Ops | None:
     """The native ops if they run on this device; None means the twin."""
-    if _state is None:
-        _decide()
-    if _ops is None:
-        return None
-    if device.type == "cpu" or device.type == "meta":
-        return _ops
-    if device.type == "cuda" and _state is not None and _state.info is not None and _state.info["cuda"]:
-        return _ops
-    if device.type not in _warned_devices:
-        _warned_devices.add(device.type)
-        logger.warning("the extension has no %s kernels; plain PyTorch is used for tensors there", device.type)
-    return None
+    return _ops if _native_on(device.type) else None
+
+
+@constant_when_compiled
+def _native_on(device_type: str) -> bool:
+    """Settles the backend on the first call; torch.compile takes the answer as a constant and never traces a build."""
+    if _ops is None and state().name == "reference":
+        return False
+    if device_type in ("cpu", "meta"):
+        return True
+    info = state().info
+    if device_type == "cuda" and info is not None and info["cuda"]:
+        return True
+    if device_type not in _warned_devices:
+        _warned_devices.add(device_type)
+        logger.warning("the extension has no %s kernels; plain PyTorch is used for tensors there", device_type)
+    return False
 
 
 def _fake_assemble(

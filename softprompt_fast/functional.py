@@ -253,11 +253,11 @@ def _longest_prompt(
         return prompt_rows
     if offsets is None:
         raise ValueError(
-            "assemble: `max_prompt_length` must be given under torch.compile if `prompt_offsets` is a tensor of several "
-            "prompts (or give the offsets as a list)"
+            "assemble: `max_prompt_length` must be given under torch.compile if `prompt_offsets` is a tensor of "
+            "several prompts (or give the offsets as a list)"
         )
     used = range(count) if ids is None else {n for n in ids if n >= 0}
-    return max((offsets[n + 1] - offsets[n] for n in used), default=0)
+    return max([0, *[offsets[n + 1] - offsets[n] for n in used]])
 
 
 def _plan(

@@ -236,7 +236,7 @@ class FastSoftPrompt(nn.Module):
         longest = None
         if isinstance(ids, Tensor) and (ids.device.type != "cpu" or torch.compiler.is_compiling()):
             # Unknown on the host without waiting: all prompts, and room for the longest.
-            used, longest = list(range(len(self))), max(self.lengths.values(), default=0)
+            used, longest = list(range(len(self))), max([0, *self.lengths.values()])
         else:
             if isinstance(ids, Tensor):
                 if ids.dim() != 1 or ids.is_floating_point():
