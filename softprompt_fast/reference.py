@@ -110,7 +110,8 @@ def assemble(
     labels_out = nothing if labels is None else torch.where(is_text, of_token(labels), -100).view(lead)
     own_segment = torch.arange(rows, device=device) + prompt_segments
     start = (first_slot + begin + prompt_length)[own_segment]
-    token_slots = torch.where(real & (ranks < text[own_segment][:, None]), start[:, None] + ranks, -1)
+    placed = real & (ranks < text[own_segment][:, None])
+    token_slots = torch.where(placed, start[:, None] + ranks, -1)
     prompt_slots = torch.where(prompt_length > 0, first_slot + begin, -1)
     row_ids = nothing
     if plan is not None:
@@ -118,8 +119,8 @@ def assemble(
         row_ids = text_row.clamp(min=-1)[segment]
 
     place_of = torch.arange(rows * tokens, device=device).view(rows, tokens)
-    bad_id = real & ((input_ids < 0) | (input_ids >= len(embedding)))
-    bad_mask = torch.zeros_like(real) if attention_mask is None else real & (attention_mask != 1)
+    bad_id = placed & ((input_ids < 0) | (input_ids >= len(embedding)))
+    bad_mask = torch.zeros_like(real) if attention_mask is None else placed & (attention_mask != 1)
     status = torch.stack(
         [
             _first(bad_id, place_of),
