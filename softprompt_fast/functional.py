@@ -17,26 +17,29 @@ class _Assemble(torch.autograd.Function):
     """The native op with its gradient. Everything but the vectors is without one."""
 
     @staticmethod
-    def forward(prompts: Tensor, embedding: Tensor, padding_idx: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, prompts: Tensor, embedding: Tensor, padding_idx: int, arguments: tuple[Any, ...]
+    ) -> tuple[Tensor, ...]:
+        # One method, not `setup_context`: with that, PyTorch inspects the signature on every call, for longer than
+        # a small batch takes.
         ops = _library.ops_for(prompts.device)
         assert ops is not None
-        input_ids, prompt_offsets, *rest = arguments
-        return ops.assemble(input_ids, embedding, prompts, prompt_offsets, *rest)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        prompts, embedding, ctx.padding_idx, arguments = inputs
         input_ids, prompt_offsets, prompt_ids, _, _, plan, *_, scale = arguments
+        output = ops.assemble(input_ids, embedding, prompts, *arguments[1:])
         token_slots, prompt_slots = output[4], output[5]
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else backward gets a tensor of zeros for each of the others
         ctx.prompt_rows, ctx.prompt_dtype = prompts.shape[0], prompts.dtype
-        ctx.vocabulary, ctx.scale = embedding.shape[0], scale
+        ctx.vocabulary, ctx.scale, ctx.padding_idx = embedding.shape[0], scale, padding_idx
         use_ids = prompt_ids if plan is None else plan[: prompt_slots.shape[0], 2].contiguous()
         ctx.save_for_backward(prompt_slots, prompt_offsets, use_ids, input_ids, token_slots)
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None, None
         prompt_slots, prompt_offsets, use_ids, input_ids, token_slots = ctx.saved_tensors
         ops = _library.ops_for(grad.device)
         assert ops is not None
