@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .batch import NO_ERROR
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LAYOUTS = ("padded", "packed")
 SIDES = ("left", "right")
 MASK_FORMATS = ("none", "2d", "4d_bool", "4d_additive")
 
 
 def describe(value: object) -> str:
-    """A tensor as ``int64 [2, 3] on cpu``; anything else as its repr."""
+    """A tensor as ``int64 [2, 3] on cpu``; anything else as its repr, shortened."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    return f"{reprlib.repr(value)} ({type(value).__name__})"
 
 
 def fail(argument: str, rule: str, value: object) -> ValueError:
@@ -33,6 +37,49 @@ def fail_type(argument: str, rule: str, value: object) -> TypeError:
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise fail(argument, f"be one of {', '.join(choices)}", value)
+
+
+def check_numbers(
+    causal: bool,
+    sliding_window: int | None,
+    embedding_scale: float,
+    max_prompt_length: int | None,
+    padding_idx: int | None,
+    vocabulary: int,
+) -> None:
+    if causal is not True and causal is not False:
+        raise fail_type("causal", "be a bool", causal)
+    if not isinstance(embedding_scale, (int, float)):
+        raise fail_type("embedding_scale", "be a number", embedding_scale)
+    if not abs(embedding_scale) < math.inf:  # torch.compile cannot trace math.isfinite of a symbolic number
+        raise fail("embedding_scale", "be finite", embedding_scale)
+    _check_int("sliding_window", sliding_window, 1)
+    _check_int("max_prompt_length", max_prompt_length, 0)
+    _check_int("padding_idx", padding_idx, 0, vocabulary - 1)
+
+
+def _check_int(argument: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int):
+        raise fail_type(argument, "be an int or None", value)
+    if value < low or (high is not None and value > high):
+        raise fail(argument, f"be at least {low}, or None" if high is None else f"be {low} to {high}, or None", value)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether its values can be looked at: not on the meta device, not a stand-in while shapes are worked out."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def check_integers(argument: str, values: object) -> None:
+    if isinstance(values, Tensor):
+        if values.dim() != 1:
+            raise fail(argument, "be a one-dimensional tensor or list of integers", values)
+        if values.dtype not in INTEGERS:
+            raise fail_type(argument, "be a one-dimensional tensor or list of integers", values)
+    elif not isinstance(values, (list, tuple, range)) or not all(isinstance(v, int) for v in values):
+        raise fail_type(argument, "be a one-dimensional tensor or list of integers", values)
 
 
 def check_tensors(
@@ -61,7 +108,7 @@ def check_tensors(
         raise fail("prompts", f"be on the device of input_ids ({input_ids.device})", prompts)
     if attention_mask is not None:
         _check_like(input_ids, "attention_mask", attention_mask)
-        if attention_mask.dtype.is_complex:
+        if attention_mask.dtype not in (torch.bool, *INTEGERS, *FLOATS):
             raise fail_type("attention_mask", "be bool, integer or float", attention_mask)
     if labels is not None:
         _check_like(input_ids, "labels", labels)
@@ -152,8 +199,10 @@ def check_status(
     prompt_ids: Tensor | None,
     vocabulary: int,
     prompts: int,
+    lengths: Sequence[int] | None,
+    max_prompt_length: int | None,
 ) -> None:
-    """Raises for the first rule that the kernel found broken."""
+    """Raises for the first rule that the kernel found broken. ``lengths``: of the packed layout, else None."""
     if min(status) == NO_ERROR:
         return
     token, prompt, mask, length, offset = status
@@ -174,10 +223,15 @@ def check_status(
             "assemble: `attention_mask` must hold 1 for tokens and 0 for padding, "
             f"got {attention_mask[row, column].item()} at row {row}, column {column}"
         )
+    if length != NO_ERROR and lengths is not None:
+        real = columns if attention_mask is None else int((attention_mask[length] != 0).sum())
+        raise ValueError(
+            f"assemble: `lengths` must count the real tokens of each row, {real} in row {length}, got {lengths[length]}"
+        )
     if length != NO_ERROR:
         raise ValueError(
-            f"assemble: row {length} does not fit: `lengths` must count its real tokens and "
-            "`max_prompt_length` must be at least its prompt's length"
+            "assemble: `max_prompt_length` must be at least the length of every prompt in use, "
+            f"got {max_prompt_length}, too little for row {length}"
         )
     row, column = divmod(token, columns)
     raise IndexError(

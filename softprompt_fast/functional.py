@@ -120,8 +120,7 @@ def assemble(
     _checks.check_choice("layout", layout, _checks.LAYOUTS)
     _checks.check_choice("padding_side", padding_side, _checks.SIDES)
     _checks.check_choice("mask_format", mask_format, _checks.MASK_FORMATS)
-    if sliding_window is not None and sliding_window < 1:
-        raise _checks.fail("sliding_window", "be at least 1, or None", sliding_window)
+    _checks.check_numbers(causal, sliding_window, embedding_scale, max_prompt_length, padding_idx, embedding.shape[0])
     if embedding.shape[1] > 1 and embedding.stride(1) != 1:
         embedding = embedding.contiguous()
     if prompts.shape[1] > 1 and prompts.stride(1) != 1:
@@ -137,15 +136,18 @@ def assemble(
     if prompt_ids is None and count > 1:
         raise _checks.fail("prompt_ids", f"be given, for there are {count} prompts", prompt_ids)
     ids = None
-    waits = device.type != "cpu" and lengths is None and max_prompt_length is None
-    on_host = not isinstance(prompt_ids, Tensor) or prompt_ids.device.type == "cpu"
+    waits = device.type not in ("cpu", "meta") and lengths is None and max_prompt_length is None
     if prompt_ids is None:
         ids = [0 if count else -1] * rows
-    elif not compiling and (on_host or waits or layout == "packed"):
+    elif not isinstance(prompt_ids, Tensor) or (
+        not compiling and (prompt_ids.device.type == "cpu" or waits or layout == "packed")
+    ):
         ids = _host(prompt_ids, "prompt_ids")
         _checks.check_prompt_ids(ids, rows, count)
-    elif isinstance(prompt_ids, Tensor) and prompt_ids.shape != (rows,):
-        raise _checks.fail("prompt_ids", f"have shape [{rows}]", prompt_ids)
+    else:
+        _checks.check_integers("prompt_ids", prompt_ids)
+        if len(prompt_ids) != rows:
+            raise _checks.fail("prompt_ids", f"have shape [{rows}]", prompt_ids)
     if check_finite:
         _checks.check_finite(prompts)
 
@@ -155,7 +157,7 @@ def assemble(
     distinct: list[int] = []
     if layout == "packed":
         if offsets is None or ids is None:
-            raise ValueError("assemble: the packed layout needs prompt offsets and ids on the host under torch.compile")
+            raise ValueError("assemble: under torch.compile the packed layout needs prompt offsets and ids as lists")
         if lengths is None:
             lengths = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
         else:
@@ -190,9 +192,18 @@ def assemble(
     )
     if check is None:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        check = not compiling and not capturing and (device.type == "cpu" or waits)
+        check = not compiling and not capturing and (device.type == "cpu" or waits) and _checks.readable(status)
     if check:
-        _checks.check_status(status.tolist(), input_ids, attention_mask, device_ids, embedding.shape[0], count)
+        _checks.check_status(
+            status.tolist(),
+            input_ids,
+            attention_mask,
+            device_ids,
+            embedding.shape[0],
+            count,
+            None if plan is None else lengths,
+            max_prompt_length,
+        )
     if plan is not None:
         cu_seqlens = plan[:, 0].to(torch.int32)
         packed = PackedRows(segment_lengths, cu_seqlens, distinct, row_prompts, row_ids)
@@ -225,13 +236,12 @@ def _run(prompts: Tensor, embedding: Tensor, padding_idx: int, arguments: tuple[
 
 def _host(values: Tensor | Sequence[int], argument: str) -> list[int]:
     """Integers as a list; waits for the GPU if they are there."""
-    if isinstance(values, Tensor):
-        if values.dim() != 1 or values.dtype.is_floating_point or values.dtype in (torch.bool, torch.complex64):
-            raise _checks.fail(argument, "be a one-dimensional tensor or list of integers", values)
-        return values.tolist()
-    if not isinstance(values, (list, tuple, range)) or not all(isinstance(v, int) for v in values):
-        raise _checks.fail_type(argument, "be a one-dimensional tensor or list of integers", values)
-    return list(values)
+    _checks.check_integers(argument, values)
+    if not isinstance(values, Tensor):
+        return list(values)
+    if not _checks.readable(values):
+        raise _checks.fail(argument, "hold values that can be read", values)
+    return values.tolist()
 
 
 def _device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
@@ -247,8 +257,6 @@ def _longest_prompt(
 ) -> int:
     """Width kept for prompts: the longest one that the batch uses, or, where that is not known here, of the bank."""
     if given is not None:
-        if given < 0:
-            raise _checks.fail("max_prompt_length", "be at least 0", given)
         return given
     if count <= 0:
         return 0
