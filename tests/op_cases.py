@@ -1,0 +1,267 @@
+"""Inputs for ``assemble`` of every kind it accepts, and how two results are compared: bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import softprompt_fast as spf
+from softprompt_fast import _library, reference
+from softprompt_fast._checks import FLOATS, LAYOUTS, MASK_FORMATS, SIDES
+
+MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
+IDS = (torch.int64, torch.int32)
+SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 6e-8, 65504.0, 65520.0, 3.4e38, 1.00390625)
+
+
+@contextmanager
+def using(ops: _library.Ops | None) -> Iterator[None]:
+    """Runs ``assemble`` and its backward with these ops; None: with the twin."""
+    with mock.patch.object(_library, "_ops", ops):
+        yield
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh tensors hold NaN or the largest integer, so that no unwritten output passes for a result."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Case:
+    """One call of ``assemble``, with what a test needs to know about it."""
+
+    input_ids: Tensor
+    embedding: Tensor
+    prompts: Tensor
+    prompt_offsets: Any
+    prompt_ids: Any
+    attention_mask: Tensor | None
+    labels: Tensor | None
+    options: dict[str, Any]
+
+    def run(self, ops: _library.Ops | None, **options: Any) -> spf.PromptedBatch:
+        with using(ops), poisoned():
+            return spf.assemble(
+                self.input_ids,
+                self.embedding,
+                self.prompts,
+                self.prompt_offsets,
+                self.prompt_ids,
+                self.attention_mask,
+                self.labels,
+                **(self.options | options),
+            )
+
+    def real(self) -> list[list[bool]]:
+        if self.attention_mask is None:
+            return torch.ones(self.input_ids.shape, dtype=torch.bool).tolist()
+        return (self.attention_mask != 0).tolist()
+
+
+def raw_arguments(case: Case) -> tuple[Any, ...]:
+    """What ``assemble`` gives the op for this case."""
+    seen: list[tuple[Any, ...]] = []
+
+    def record(*arguments: Any) -> tuple[Tensor, ...]:
+        seen.append(arguments)
+        return reference.assemble(*arguments)
+
+    case.run(_library.Ops(record, record, record))
+    return seen[0]
+
+
+def _strided(values: Tensor, arrangement: str) -> Tensor:
+    """The same matrix, laid out differently in memory."""
+    rows, columns = values.shape
+    if arrangement == "transposed":
+        return values.t().contiguous().t()
+    if arrangement == "sliced":  # every second row and column of something larger, at an odd address
+        larger = torch.full((2 * rows + 1, 2 * columns + 1), 7, dtype=values.dtype)
+        larger[1::2, 1::2] = values
+        return larger[1::2, 1::2]
+    if arrangement == "columns":  # adjacent elements, but rows further apart and at an odd address
+        larger = torch.full((rows, columns + 3), 7, dtype=values.dtype)
+        larger[:, 1 : columns + 1] = values
+        return larger[:, 1 : columns + 1]
+    if arrangement == "expanded" and rows > 0:
+        return values[:1].expand(rows, columns)
+    return values.contiguous()
+
+
+ARRANGEMENTS = st.sampled_from(["contiguous", "transposed", "sliced", "columns", "expanded"])
+
+
+def _vectors(rows: int, dim: int, dtype: torch.dtype, random: torch.Generator, special: bool) -> Tensor:
+    values = torch.randn(rows, dim, generator=random, dtype=torch.float64) * 30
+    if special and values.numel():
+        at = torch.randint(values.numel(), (max(1, values.numel() // 4),), generator=random)
+        choice = torch.randint(len(SPECIAL), at.shape, generator=random)
+        values.view(-1)[at] = torch.tensor(SPECIAL, dtype=torch.float64)[choice]
+    return values.to(dtype)
+
+
+def _mask(kind: str, rows: int, tokens: int, random: torch.Generator) -> Tensor:
+    place, length = torch.arange(tokens), torch.randint(tokens + 1, (rows, 1), generator=random)
+    if kind == "right":
+        return place < length
+    if kind == "left":
+        return place >= length
+    if kind == "scattered":
+        return torch.randint(2, (rows, tokens), generator=random) > 0
+    return torch.full((rows, tokens), kind == "ones")
+
+
+@st.composite
+def cases(
+    draw: Callable[..., Any],
+    *,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    layouts: tuple[str, ...] = LAYOUTS,
+    max_rows: int = 5,
+    max_tokens: int = 9,
+    prompt_lengths: tuple[int, ...] = (3, 1, 2, 7, 0),
+    dims: tuple[int, ...] = (7, 1, 2, 3, 4, 8, 16, 33, 64),
+    special: bool = True,
+) -> Case:
+    """A valid call; ``special``: with values that are rounded, overflow or are no number."""
+    # hypothesis prefers the first of several choices, so what fills a batch stands there, not what leaves it empty.
+    flip, pick = st.booleans(), lambda *choices: draw(st.sampled_from(choices))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rows, tokens = max_rows - draw(st.integers(0, max_rows)), max_tokens - draw(st.integers(0, max_tokens))
+    vocabulary, dim = draw(st.integers(1, 30)), pick(*dims)
+    lengths = [pick(*prompt_lengths) for _ in range(pick(2, 1, 3, 4, 0))]
+    offsets = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    dtype = pick(*dtypes)
+    embedding = _strided(_vectors(vocabulary, dim, dtype, random, special), draw(ARRANGEMENTS))
+    prompt_dtype = pick(dtype, torch.float32)
+    prompts = _strided(_vectors(offsets[-1], dim, prompt_dtype, random, special), draw(ARRANGEMENTS))
+
+    mask_dtype = pick(None, *MASKS)
+    mask = _mask(pick("scattered", "left", "right", "ones", "zeros"), rows, tokens, random)
+    input_ids = torch.randint(vocabulary, (rows, tokens), generator=random)
+    if mask_dtype is None:
+        mask = torch.ones_like(mask)
+    input_ids = torch.where(mask, input_ids, pick(-1, 2**31 - 1, -(2**31)))  # ids at padding are never looked at
+    attention_mask = None
+    if mask_dtype is not None:
+        attention_mask = torch.where(mask, 1.0, pick(0.0, -0.0)).to(mask_dtype)
+    # One arrangement for both, since expanding repeats the first row.
+    arrangement = draw(ARRANGEMENTS)
+    input_ids = _strided(input_ids.to(pick(*IDS)), arrangement)
+    if attention_mask is not None:
+        attention_mask = _strided(attention_mask, arrangement)
+    labels = None
+    if draw(flip):
+        labels = torch.randint(-(2**31), 2**31, (rows, tokens), generator=random).to(pick(*IDS))
+        labels = _strided(labels, draw(ARRANGEMENTS))
+
+    prompt_ids: Any = None
+    if len(lengths) > 1 or draw(flip):
+        prompt_ids = torch.randint(-1, len(lengths), (rows,), generator=random)
+        form = pick("int64", "int32", "list")
+        prompt_ids = prompt_ids.tolist() if form == "list" else prompt_ids.to(getattr(torch, form))
+    prompt_offsets = pick(list, tuple, torch.tensor, lambda values: torch.tensor(values, dtype=torch.int32))(offsets)
+
+    options = {
+        "layout": pick(*layouts),
+        "padding_side": pick(*SIDES),
+        "mask_format": pick(*MASK_FORMATS),
+        "causal": draw(flip),
+        "sliding_window": pick(None, 1, 2, 5),
+        "embedding_scale": pick(1.0, 1.0, 0.5, 25.298221281347036, -3.0),
+    }
+    case = Case(input_ids, embedding, prompts, prompt_offsets, prompt_ids, attention_mask, labels, options)
+    if draw(flip):
+        options["max_prompt_length"] = max(lengths, default=0) + draw(st.integers(0, 2))
+    if draw(flip):
+        options["lengths"] = [sum(row) for row in case.real()]
+    return case
+
+
+def output_gradient(case: Case) -> Tensor:
+    """A fixed gradient of ``inputs_embeds``."""
+    shape = case.run(None).inputs_embeds.shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(case.embedding.dtype)
+
+
+def gradients(case: Case, ops: _library.Ops | None, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of prompts and embedding."""
+    leaves = case.prompts.detach().requires_grad_(), case.embedding.detach().requires_grad_()
+    with using(ops), poisoned():
+        embeds = replace(case, prompts=leaves[0], embedding=leaves[1]).run(ops).inputs_embeds
+        grad = output_gradient(case) if grad is None else grad
+        found = torch.autograd.grad(embeds, leaves, grad, allow_unused=True)
+    return tuple(torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True))
+
+
+def expected_gradients(case: Case) -> tuple[Tensor, Tensor]:
+    """The same by definition: sums in ascending rows, in float32 (float64 for float64), rounded once."""
+    grad, batch = output_gradient(case).flatten(0, 1), case.run(None)
+    offsets = [int(offset) for offset in case.prompt_offsets]
+    if batch.packed is not None:
+        uses = batch.packed.prompts
+    elif case.prompt_ids is None:
+        uses = [0] * len(case.input_ids)
+    else:
+        uses = [int(n) for n in case.prompt_ids]
+
+    def wide(like: Tensor) -> Tensor:
+        return torch.zeros(like.shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+    prompts, embedding = wide(case.prompts), wide(case.embedding)
+    for n, slot in zip(uses, batch.prompt_slots.tolist(), strict=True):
+        for place in range(offsets[n + 1] - offsets[n] if slot >= 0 else 0):
+            prompts[offsets[n] + place] += grad[slot + place].to(prompts.dtype)
+    for token, slot in zip(case.input_ids.flatten().tolist(), batch.token_slots.flatten().tolist(), strict=True):
+        if slot >= 0:
+            embedding[token] += grad[slot].to(embedding.dtype)
+    scaled = embedding * case.options.get("embedding_scale", 1.0)
+    return prompts.to(case.prompts.dtype), scaled.to(case.embedding.dtype)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and bits; one NaN is as good as another."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    equal = a.contiguous().view(bits) == b.contiguous().view(bits)
+    return bool((equal | (a.isnan() & b.isnan())).all())
+
+
+FIELDS = ("inputs_embeds", "attention_mask", "position_ids", "labels", "token_slots", "prompt_slots", "status")
+
+
+def assert_same(a: spf.PromptedBatch, b: spf.PromptedBatch) -> None:
+    for name in FIELDS:
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None), name
+        assert x is None or same_bits(x, y), f"{name}\n{x}\n{y}"
+    assert (a.packed is None) == (b.packed is None)
+    if a.packed is not None and b.packed is not None:
+        assert torch.equal(a.packed.row_ids, b.packed.row_ids)
+        assert torch.equal(a.packed.cu_seqlens, b.packed.cu_seqlens)
