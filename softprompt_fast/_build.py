@@ -49,7 +49,7 @@ def cache_directory() -> Path:
     return Path(root).expanduser() / "softprompt_fast"
 
 
-def _cuda_toolkit() -> str | None:
+def cuda_toolkit() -> str | None:
     """Home of the CUDA toolkit, found without importing torch's build machinery."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (Path(home) / "bin" / "nvcc").exists():
@@ -109,7 +109,7 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
 
     root = source_directory()
     architectures: list[str] = []
-    if cuda and torch.version.cuda and _cuda_toolkit():
+    if cuda and torch.version.cuda and cuda_toolkit():
         architectures = _architectures()
     sources = [root / "ops.cpp", root / "module.cpp"]
     sources += list(extra_sources) or [root / "cpu" / "register.cpp", root / "cpu" / "kernels.cpp"]

@@ -53,8 +53,8 @@ def check_supported(model: nn.Module) -> None:
         raise TypeError(f"{name} returns or pools positions that a prompt would displace; this head is not supported")
     if pools_last_token(model) and not is_causal(model):
         raise TypeError(
-            f"{name} pools the first position, where the prompt would stand; use the model with a language-modelling or "
-            "token-classification head"
+            f"{name} pools the first position, where the prompt would stand; use the model with a "
+            "language-modelling or token-classification head"
         )
 
 

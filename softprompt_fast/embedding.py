@@ -38,13 +38,17 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
     if isinstance(embedding, Tensor):
         return EmbeddingTable(embedding)
     if not isinstance(embedding, nn.Embedding):
-        raise TypeError(f"`embedding` must be a torch.nn.Embedding or its weight [V, D], got {type(embedding).__name__}")
+        raise TypeError(
+            f"`embedding` must be a torch.nn.Embedding or its weight [V, D], got {type(embedding).__name__}"
+        )
     if embedding.max_norm is not None:
         raise TypeError("`embedding` must not renormalise what it looks up, but has max_norm set")
     if embedding.weight.device.type == "meta":
         raise TypeError("`embedding` must be on a real device, but its weight is on 'meta' (offloaded?)")
     if embedding._forward_hooks or embedding._forward_pre_hooks:
-        raise TypeError("`embedding` must not have forward hooks: the fused pass reads its weight and would not run them")
+        raise TypeError(
+            "`embedding` must not have forward hooks: the fused pass reads its weight and would not run them"
+        )
     if type(embedding) is nn.Embedding:
         return EmbeddingTable(embedding.weight, 1.0, embedding.padding_idx)
     return EmbeddingTable(embedding.weight, _scale_of(embedding), embedding.padding_idx)
@@ -65,7 +69,9 @@ def _scale_of(embedding: nn.Embedding) -> float:
     count = weight.shape[0]
     ids = torch.unique(torch.tensor([0, 1, 2, count // 2, count - 2, count - 1]).clamp(0, count - 1)).to(weight.device)
     special = [value for name, value in vars(embedding).items() if name.endswith("_index") and isinstance(value, int)]
-    ids = torch.cat([ids, torch.tensor([i for i in special if 0 <= i < count], dtype=torch.int64, device=weight.device)])
+    ids = torch.cat(
+        [ids, torch.tensor([i for i in special if 0 <= i < count], dtype=torch.int64, device=weight.device)]
+    )
     with torch.no_grad():
         equal = torch.equal(embedding(ids), EmbeddingTable(weight, scale)(ids))
     if not equal or special:

@@ -63,7 +63,9 @@ def initial_prompt(
     if init == "class_labels":
         if not class_labels:
             raise ValueError(f"`class_labels` must name the labels for init='class_labels', got {class_labels!r}")
-        rows = [_look_up(table, torch.tensor(_tokens(tokenizer, label, "class_labels"))).mean(0) for label in class_labels]
+        rows = [
+            _look_up(table, torch.tensor(_tokens(tokenizer, label, "class_labels"))).mean(0) for label in class_labels
+        ]
         count = num_virtual_tokens or len(rows)
         given = torch.stack(rows[:count])
         return torch.cat([given, _vocabulary(table, count - len(given), generator)])

@@ -52,6 +52,7 @@ class SoftPromptModel(nn.Module):
         self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
         self._parameters_of_forward = architecture.forward_parameters(model)
         self._any_keyword = architecture.accepts_any_keyword(model)
+        self.accepts_loss_kwargs = self._any_keyword  # Trainer asks before it passes num_items_in_batch
         self._padding_side = "left" if architecture.pools_last_token(model) else "right"
 
     @property
@@ -133,6 +134,20 @@ class SoftPromptModel(nn.Module):
         if "use_cache" in self._parameters_of_forward:
             options.setdefault("use_cache", False)
         return self._align(self.base_model(**inputs, **options), batch)
+
+    @torch.no_grad()
+    def next_token_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_ids: PromptIds = None
+    ) -> Tensor:
+        """[B, V], what a decoder expects behind each row's text; computed nowhere else."""
+        if not architecture.is_causal(self.base_model):
+            raise TypeError(f"{type(self.base_model).__name__} is not a decoder and has no next token")
+        batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "left")
+        options = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters_of_forward else {}
+        if "use_cache" in self._parameters_of_forward:
+            options["use_cache"] = False
+        logits: Tensor = self.base_model(**batch, **options).logits
+        return logits[:, -1]
 
     def generate(
         self,

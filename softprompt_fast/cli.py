@@ -1,0 +1,283 @@
+"""The command line: thin, every command is a call of the library. Errors people cause are one line, not a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Tune and use soft prompts for frozen language models.", no_args_is_help=True, add_completion=False
+)
+console = Console(stderr=True)
+
+
+class TaskKind(str, Enum):
+    classification = "classification"
+    generation = "generation"
+
+
+def main() -> None:
+    """Entry point of ``softprompt-fast``."""
+    from ._build import BuildUnavailable
+
+    try:
+        app()
+    except (ValueError, KeyError, IndexError, TypeError, OSError, BuildUnavailable, ImportError) as error:
+        if os.environ.get("SOFTPROMPT_FAST_TRACEBACK"):
+            raise
+        text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+        console.print(f"[bold red]error:[/bold red] {text}", highlight=False)
+        console.print("SOFTPROMPT_FAST_TRACEBACK=1 shows where it was raised.", style="dim")
+        sys.exit(1)
+
+
+# --- the extension ---
+
+
+@app.command()
+def info() -> None:
+    """Versions, compiler, CUDA, cache, and which backend is active and why."""
+    from .diagnostics import report
+
+    for name, value in report().items():
+        print(f"{name:<18} {value}")
+
+
+@app.command()
+def build() -> None:
+    """Compiles the native extension now, even after an earlier failure."""
+    from . import _build
+
+    module = _build.load(retry=True)
+    print(f"ready: {module.__file__}")
+
+
+@app.command()
+def clean() -> None:
+    """Removes cached builds of the extension."""
+    from . import _build
+
+    removed = _build.clean()
+    print(f"removed {len(removed)} entries from {_build.cache_directory() / 'build'}")
+
+
+# --- tuning ---
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub name of the base model.")]
+OptionalModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Base model, if not the one the prompt was tuned on.")
+]
+Data = Annotated[str, typer.Option("--data", "-d", help="jsonl, json, csv, tsv or parquet file, or a hub data set.")]
+PromptFolder = Annotated[Path, typer.Option("--prompt", "-p", help="A run's output folder, or the prompt's own.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one.")]
+
+
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the prompt and its scores go.")] = Path(
+        "prompts"
+    ),
+    task: Annotated[TaskKind, typer.Option(help="Choose a label, or continue with text.")] = TaskKind.classification,
+    name: Annotated[str, typer.Option(help="The prompt's name.")] = "prompt",
+    text_column: Annotated[str, typer.Option(help="Column of the text (classification).")] = "text",
+    label_column: Annotated[str, typer.Option(help="Column of the label (classification).")] = "label",
+    prompt_column: Annotated[str, typer.Option(help="Column of what is asked (generation).")] = "prompt",
+    response_column: Annotated[str, typer.Option(help="Column of the answer (generation).")] = "response",
+    template: Annotated[
+        str | None, typer.Option(help=r"Text the model reads; columns in braces, \n is a line break.")
+    ] = None,
+    label_word: Annotated[
+        list[str] | None, typer.Option(help="LABEL=WORD, once per label; default: the label itself.")
+    ] = None,
+    validation: Annotated[str | None, typer.Option(help="Held-out rows; default: a part of the data.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share (below 1) or number of rows held out.")] = 0.1,
+    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    virtual_tokens: Annotated[int | None, typer.Option("--virtual-tokens", "-P", min=1, help="Default 20.")] = None,
+    init: Annotated[
+        str, typer.Option(help="random, vocabulary, text, class_labels, or a saved prompt.")
+    ] = "vocabulary",
+    init_text: Annotated[str | None, typer.Option(help="Text whose tokens start the prompt (--init text).")] = None,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-2,
+    batch_size: BatchSize = 32,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
+    epochs: Annotated[float, typer.Option(min=0.0)] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="Longest text in tokens.")] = 512,
+    seed: int = 0,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --output.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Log to --output/checkpoints/runs.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Tunes a soft prompt on rows of data and keeps the best one."""
+    from .model import SoftPromptModel
+    from .tuning import load_base_model, load_rows, split_rows, tune
+    from .tuning.task import classification_task, generation_task
+
+    rows = load_rows(data, split)
+    if template is not None:
+        template = template.replace("\\n", "\n")
+    common: dict[str, Any] = {"max_length": max_length, "model": model, "prompt": name}
+    if task is TaskKind.classification:
+        words = _pairs(label_word) if label_word else None
+        chosen = classification_task(
+            rows, text_column=text_column, label_column=label_column, template=template, label_words=words, **common
+        )
+    else:
+        chosen = generation_task(
+            prompt_column=prompt_column, response_column=response_column, template=template, **common
+        )
+    if validation is not None:
+        held_out_rows = load_rows(validation, split)
+    else:
+        rows, held_out_rows = split_rows(rows, held_out, seed)
+    base, tokenizer = load_base_model(model, dtype, device)
+    result = tune(
+        SoftPromptModel(base),
+        tokenizer,
+        chosen,
+        rows,
+        held_out_rows,
+        output,
+        num_virtual_tokens=virtual_tokens,
+        init=init,
+        init_text=init_text,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        epochs=epochs,
+        steps=steps,
+        eval_every=eval_every,
+        seed=seed,
+        resume=resume,
+        report_to=("tensorboard",) if tensorboard else (),
+        console=console,
+    )
+    if result.interrupted:
+        console.print(f"interrupted at step {result.steps}; go on with the same command and --resume")
+
+
+@app.command()
+def evaluate(
+    prompt: PromptFolder,
+    data: Data,
+    model: OptionalModel = None,
+    split: str = "train",
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Scores a tuned prompt on labelled rows; prints JSON."""
+    from .tuning import evaluate as score
+    from .tuning import load_rows
+
+    tuned, tokenizer, task = _load_tuned(prompt, model, dtype, device)
+    rows = load_rows(data, split)
+    with _progress(len(rows)) as advance:
+        print(json.dumps(score(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance), indent=2))
+
+
+@app.command()
+def predict(
+    prompt: PromptFolder,
+    data: Data,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="jsonl file; default: standard output.")] = None,
+    model: OptionalModel = None,
+    split: str = "train",
+    batch_size: BatchSize = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Adds a prediction to each row, in the rows' order."""
+    from .tuning import load_rows
+    from .tuning import predict as answer
+
+    tuned, tokenizer, task = _load_tuned(prompt, model, dtype, device)
+    rows = load_rows(data, split)
+    with _progress(len(rows)) as advance:
+        found = answer(
+            tuned, tokenizer, task, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=advance
+        )
+    lines = "".join(
+        json.dumps(row | result, ensure_ascii=False) + "\n" for row, result in zip(rows, found, strict=True)
+    )
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        output.write_text(lines)
+        console.print(f"wrote {len(rows)} rows to {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o")] = Path("softprompt-demo"),
+    steps: Annotated[int, typer.Option(min=1)] = 60,
+    seed: int = 0,
+    rows: Annotated[int, typer.Option(min=50, help="Held-out reviews to score.")] = 600,
+) -> None:
+    """Tunes a prompt for movie-review sentiment on SmolLM2-135M: real model, real data, no account, no GPU."""
+    from .tuning.demo import run_demo
+
+    run_demo(output, steps=steps, seed=seed, held_out=rows, console=console)
+
+
+# --- helpers ---
+
+
+def _pairs(values: list[str]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        label, equals, word = value.partition("=")
+        if not equals or not word:
+            raise ValueError(f"--label-word must be LABEL=WORD, got {value!r}")
+        pairs[label] = word if word.startswith(" ") else f" {word}"
+    return pairs
+
+
+def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, Any]:
+    from .model import SoftPromptModel
+    from .tuning import Task, load_base_model
+
+    task = Task.load(folder)
+    name = model or task.model
+    if name is None:
+        raise ValueError("--model must be given: the prompt does not say which model it was tuned on")
+    base, tokenizer = load_base_model(name, dtype, device)
+    own = folder if (folder / "task.json").is_file() else folder / task.prompt
+    tuned = SoftPromptModel(base)
+    tuned.load_prompt(own, task.prompt)
+    return tuned, tokenizer, task
+
+
+class _progress:
+    """A bar over rows, on the error stream."""
+
+    def __init__(self, total: int) -> None:
+        from rich.progress import Progress
+
+        self._bar = Progress(console=console)
+        self._task = self._bar.add_task("rows", total=total)
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return lambda done: self._bar.advance(self._task, done)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+if __name__ == "__main__":
+    main()

