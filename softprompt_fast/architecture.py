@@ -5,19 +5,17 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from torch import nn
-
 # Heads whose result would be wrong with a prompt in front: they pool a fixed position or return positions.
 DISPLACED_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
 # Attributes of configurations of models that embed each token once more in every layer.
 PER_LAYER_EMBEDDINGS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 
 
-def is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def is_causal(model: nn.Module) -> bool:
+def is_causal(model: Any) -> bool:
     """Whether text only sees what stands before it: a decoder, with whatever head."""
     if is_encoder_decoder(model):
         return False
@@ -27,12 +25,12 @@ def is_causal(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
-def pools_last_token(model: nn.Module) -> bool:
+def pools_last_token(model: Any) -> bool:
     """Sequence classification on a decoder: without input ids transformers reads the last position."""
     return type(model).__name__.endswith("ForSequenceClassification")
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: Any) -> None:
     """Refuses models that a prompt in front of ``inputs_embeds`` cannot be right for.
 
     Raises:
@@ -58,16 +56,16 @@ def check_supported(model: nn.Module) -> None:
         )
 
 
-def forward_parameters(model: nn.Module) -> set[str]:
+def forward_parameters(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def accepts_any_keyword(model: nn.Module) -> bool:
+def accepts_any_keyword(model: Any) -> bool:
     parameters = inspect.signature(model.forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def peft_config(model: nn.Module) -> dict[str, Any]:
+def peft_config(model: Any) -> dict[str, Any]:
     """The model's facts in PEFT's words, for ``adapter_config.json``."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     name = type(model).__name__

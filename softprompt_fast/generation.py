@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batch import PromptedBatch
 
@@ -25,7 +25,7 @@ class _TextOnly:
         self._streamer.end()
 
 
-def generate(model: nn.Module, input_ids: Tensor, batch: PromptedBatch, options: dict[str, Any]) -> Any:
+def generate(model: Any, input_ids: Tensor, batch: PromptedBatch, options: dict[str, Any]) -> Any:
     """``model.generate`` on a batch with padding on the left; returns ``input_ids`` followed by the new tokens.
 
     ``generate`` reads vectors for its first step and ids for everything else (penalties, stopping, lengths). So each

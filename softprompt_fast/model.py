@@ -40,11 +40,11 @@ class SoftPromptModel(nn.Module):
         TypeError: a model that a prompt in front of its input cannot be right for, with the reason.
     """
 
-    def __init__(self, model: nn.Module, prompts: FastSoftPrompt | None = None) -> None:
+    def __init__(self, model: Any, prompts: FastSoftPrompt | None = None) -> None:
         super().__init__()
         architecture.check_supported(model)
         model.requires_grad_(False)
-        self.base_model = model
+        self.base_model: Any = model
         embedding = model.get_input_embeddings()
         width = embedding.weight.shape[1]
         if prompts is not None and prompts.embedding_dim != width:
@@ -62,10 +62,12 @@ class SoftPromptModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.base_model.get_input_embeddings().weight.device
+        device: torch.device = self.base_model.get_input_embeddings().weight.device
+        return device
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.get_input_embeddings()
+        embedding: nn.Module = self.base_model.get_input_embeddings()
+        return embedding
 
     # --- prompts ---
 
@@ -248,7 +250,7 @@ class SoftPromptModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
+        cls, model: Any, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
     ) -> SoftPromptModel:
         """A model with the prompts of a directory: one adapter folder, or a folder of them.
 

@@ -248,12 +248,12 @@ class FastSoftPrompt(nn.Module):
                     raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
             place = {n: i for i, n in enumerate(used)} | {-1: -1}
             ids = [place[n] for n in ids]
-        tensors = [self[self._names[n]] for n in used]
+        tensors: list[Tensor] = [self[self._names[n]] for n in used]
         offsets = [0]
         for tensor in tensors:
             offsets.append(offsets[-1] + tensor.shape[0])
         if len(tensors) == 1:
-            prompts: Tensor = tensors[0]
+            prompts = tensors[0]
         elif tensors:
             prompts = torch.cat(tensors)
         else:

