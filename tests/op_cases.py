@@ -201,6 +201,39 @@ def cases(
     return case
 
 
+@st.composite
+def broken(draw: Callable[..., Any]) -> tuple[Any, ...]:
+    """Arguments of the raw op that break one or more of its rules."""
+    case: Case = draw(cases(max_tokens=5))
+    random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    args = list(raw_arguments(case))
+
+    def spoil(values: torch.Tensor, *wrong: float) -> torch.Tensor:
+        at = torch.randint(3, values.shape, generator=random) == 0
+        choice = torch.tensor(wrong, dtype=torch.float64)[torch.randint(len(wrong), values.shape, generator=random)]
+        return torch.where(at, choice.to(values.dtype), values)
+
+    input_ids, prompt_offsets, prompt_ids, mask, plan = (args[i] for i in (0, 3, 4, 5, 7))
+    vocabulary, rows, count = len(args[1]), len(args[2]), prompt_offsets.numel() - 1
+    for rule in draw(st.sets(st.sampled_from(["id", "offset", "prompt", "mask", "length"]), min_size=1)):
+        if rule == "id":
+            args[0] = spoil(input_ids, -1, vocabulary, 2**31 - 1)
+        elif rule == "offset":
+            args[3] = spoil(prompt_offsets, -1, rows + 1, 1, 2**40)
+        elif rule == "prompt" and plan is None and prompt_ids is not None:
+            args[4] = spoil(prompt_ids, -2, count, 2**40)
+        elif rule == "prompt" and plan is not None:
+            args[7] = torch.cat([plan[:, :2], spoil(plan[:, 2:3], -2, count), plan[:, 3:]], 1)
+        elif rule == "mask" and mask is not None:
+            args[5] = spoil(mask, *((2, 0.5, float("nan"), -float("inf")) if mask.dtype.is_floating_point else (2, -1)))
+        elif rule == "length" and plan is None and args[9] > 0:  # a width that does not hold every row
+            args[9] -= draw(st.integers(1, args[9]))
+            args[8] = input_ids.shape[0] * args[9]
+        elif rule == "length" and mask is not None:  # a plan that counts other tokens
+            args[5] = spoil(mask, 0, 1)
+    return tuple(args)
+
+
 def output_gradient(case: Case) -> Tensor:
     """A fixed gradient of ``inputs_embeds``."""
     shape = case.run(None).inputs_embeds.shape
@@ -238,8 +271,9 @@ def expected_gradients(case: Case) -> tuple[Tensor, Tensor]:
     for token, slot in zip(case.input_ids.flatten().tolist(), batch.token_slots.flatten().tolist(), strict=True):
         if slot >= 0:
             embedding[token] += grad[slot].to(embedding.dtype)
-    scaled = embedding * case.options.get("embedding_scale", 1.0)
-    return prompts.to(case.prompts.dtype), scaled.to(case.embedding.dtype)
+    used = case.input_ids[batch.token_slots >= 0].unique()
+    embedding[used] *= case.options.get("embedding_scale", 1.0)
+    return prompts.to(case.prompts.dtype), embedding.to(case.embedding.dtype)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -265,3 +299,10 @@ def assert_same(a: spf.PromptedBatch, b: spf.PromptedBatch) -> None:
     if a.packed is not None and b.packed is not None:
         assert torch.equal(a.packed.row_ids, b.packed.row_ids)
         assert torch.equal(a.packed.cu_seqlens, b.packed.cu_seqlens)
+
+
+def assert_same_raw(ops: _library.Ops, arguments: tuple[Any, ...]) -> None:
+    """The op against the twin, given the same raw arguments."""
+    with poisoned():
+        for ours, twin in zip(ops.assemble(*arguments), reference.assemble(*arguments), strict=True):
+            assert same_bits(ours, twin), f"{ours}\n{twin}"
