@@ -129,24 +129,19 @@ def assemble(
     device = input_ids.device
     rows, tokens = input_ids.shape
 
-    offsets = None if compiling and isinstance(prompt_offsets, Tensor) else _host(prompt_offsets, "prompt_offsets")
+    waits = device.type not in ("cpu", "meta") and lengths is None and max_prompt_length is None
+    offsets = _known(prompt_offsets, "prompt_offsets", layout == "packed" or max_prompt_length is None)
     if offsets is not None:
         _checks.check_offsets(offsets, prompts.shape[0])
     count = (prompt_offsets.shape[0] if isinstance(prompt_offsets, Tensor) else len(prompt_offsets)) - 1
     if prompt_ids is None and count > 1:
         raise _checks.fail("prompt_ids", f"be given, for there are {count} prompts", prompt_ids)
-    ids = None
-    waits = device.type not in ("cpu", "meta") and lengths is None and max_prompt_length is None
-    if prompt_ids is None:
-        ids = [0 if count else -1] * rows
-    elif not isinstance(prompt_ids, Tensor) or (
-        not compiling and (prompt_ids.device.type == "cpu" or waits or layout == "packed")
-    ):
-        ids = _host(prompt_ids, "prompt_ids")
-        _checks.check_prompt_ids(ids, rows, count)
-    else:
-        _checks.check_integers("prompt_ids", prompt_ids)
-        if len(prompt_ids) != rows:
+    ids: list[int] | None = [0 if count else -1] * rows
+    if prompt_ids is not None:
+        ids = _known(prompt_ids, "prompt_ids", layout == "packed" or waits)
+        if ids is not None:
+            _checks.check_prompt_ids(ids, rows, count)
+        elif len(prompt_ids) != rows:
             raise _checks.fail("prompt_ids", f"have shape [{rows}]", prompt_ids)
     if check_finite:
         _checks.check_finite(prompts)
@@ -155,15 +150,16 @@ def assemble(
     device_ids = None if prompt_ids is None else _device(prompt_ids, device)
     plan = packed = None
     distinct: list[int] = []
+    real_tokens: list[int] | None = None
     if layout == "packed":
         if offsets is None or ids is None:
             raise ValueError("assemble: under torch.compile the packed layout needs prompt offsets and ids as lists")
-        if lengths is None:
-            lengths = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
+        if lengths is not None:
+            real_tokens = _host(lengths, "lengths")
+            _checks.check_lengths(real_tokens, rows, tokens)
         else:
-            lengths = _host(lengths, "lengths")
-            _checks.check_lengths(lengths, rows, tokens)
-        plan, slots, segment_lengths, distinct, row_prompts = _plan(offsets, ids, lengths, device)
+            real_tokens = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
+        plan, slots, segment_lengths, distinct, row_prompts = _plan(offsets, ids, real_tokens, device)
         width = max(segment_lengths, default=0)
         mask_code = 0
     else:
@@ -201,7 +197,7 @@ def assemble(
             device_ids,
             embedding.shape[0],
             count,
-            None if plan is None else lengths,
+            real_tokens,
             max_prompt_length,
         )
     if plan is not None:
@@ -232,6 +228,15 @@ def _run(prompts: Tensor, embedding: Tensor, padding_idx: int, arguments: tuple[
     if torch.is_grad_enabled() and (prompts.requires_grad or embedding.requires_grad):
         return _Assemble.apply(prompts, embedding, padding_idx, arguments)
     return ops.assemble(input_ids, embedding, prompts, prompt_offsets, *rest)
+
+
+def _known(values: Tensor | Sequence[int], argument: str, needed: bool) -> list[int] | None:
+    """Integers as a list if they are on the host, or needed there; None leaves them on the GPU or in the graph."""
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(values, Tensor) or (not compiling and (needed or values.device.type == "cpu")):
+        return _host(values, argument)
+    _checks.check_integers(argument, values)
+    return None
 
 
 def _host(values: Tensor | Sequence[int], argument: str) -> list[int]:
