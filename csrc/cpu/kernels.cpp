@@ -14,6 +14,7 @@ namespace {
 
 // Work below this many bytes is not worth waking a second thread for.
 constexpr int64_t kBytesPerTask = 64 * 1024;
+constexpr size_t kAhead = 2;  // tokens between asking for a vector and copying it
 
 int64_t grain(int64_t bytes_per_item) {
   return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_item));
@@ -68,8 +69,10 @@ class Writer {
 
   // Slots [first, last) of the output; segments without a slot go with `closing`, the last call.
   void write(int64_t first, int64_t last, bool closing) const {
-    std::vector<int64_t> columns;  // of the row's real tokens
+    std::vector<int64_t> columns, sources;  // of the row's real tokens; of their vectors
     columns.reserve(static_cast<size_t>(p.tokens));
+    sources.reserve(static_cast<size_t>(p.tokens));
+    Finished finished;
     for (int64_t index = segment_of(p, first); index < p.segments; ++index) {
       Segment segment = segment_at(p, index);
       if (segment.slot > last || (segment.slot == last && !closing)) break;
@@ -82,19 +85,29 @@ class Writer {
       if (segment.slot >= first) finish_row(segment, layout);
       const int64_t begin = std::max<int64_t>(first - segment.slot, 0);
       const int64_t end = std::min(last - segment.slot, segment.length);
+      sources.clear();
       for (int64_t s = begin; s < end; ++s) {
         const int64_t rank = text_rank(segment, layout, s);
-        const int64_t column = rank < 0 ? -1 : columns[static_cast<size_t>(rank)];
-        if (rank >= 0 && rank + 1 < layout.text)
-          prefetch_token(segment.text_row, columns[static_cast<size_t>(rank + 1)]);
-        write_vector(segment.slot + s, fill_slot(p, segment, layout, s, column));
+        const int64_t source = fill_slot(p, segment, layout, s, rank < 0 ? -1 : columns[static_cast<size_t>(rank)]);
+        if (rank >= 0) sources.push_back(source);
         if (four_d) write_visibility(segment.slot + s, visible_keys(p, layout, s));
       }
+      // The vectors in runs, which copy faster than one slot after the other: padding, prompt, text, padding.
+      const int64_t text_begin = layout.begin + segment.prompt_length;
+      write_zeros(segment.slot + begin, segment.slot + std::min(end, layout.begin));
+      write_prompt(segment, layout, std::max(begin, layout.begin), std::min(end, text_begin), finished);
+      write_text(segment.slot + std::max(begin, text_begin), sources);
+      write_zeros(segment.slot + std::max(begin, layout.end), segment.slot + end);
     }
     if (streaming) finish_streaming();
   }
 
  private:
+  // A prompt that this call has written whole, in the output's dtype.
+  struct Finished {
+    int64_t prompt_row = -1, prompt_length = 0, slot = 0;
+  };
+
   // What belongs to a segment as a whole: its prompt's slot, and -1 at its row's padding.
   void finish_row(const Segment& segment, const Layout& layout) const {
     fill_prompt_slot(p, segment, layout);
@@ -107,27 +120,44 @@ class Writer {
     }
   }
 
-  void prefetch_token(int64_t row, int64_t column) const {
-    const int64_t id = read_integer(p.input_ids, row, column);
-    if (id < 0 || id >= p.embedding.count) return;
-    prefetch(static_cast<const E*>(p.embedding.data) + id * p.embedding.stride,
-             p.dim * static_cast<int64_t>(sizeof(E)));
+  E* vector_at(int64_t slot) const { return static_cast<E*>(p.inputs_embeds) + slot * p.dim; }
+  const E* token_at(int64_t id) const { return static_cast<const E*>(p.embedding.data) + id * p.embedding.stride; }
+
+  void write_zeros(int64_t first, int64_t last) const {
+    if (first < last) std::fill(vector_at(first), vector_at(last), E{});
   }
 
-  void write_vector(int64_t slot, int64_t source) const {
-    E* to = static_cast<E*>(p.inputs_embeds) + slot * p.dim;
-    if (source >= 0) {
-      const E* from = static_cast<const E*>(p.embedding.data) + source * p.embedding.stride;
-      if (p.scale == 1.0) {
-        copy_row(to, from, p.dim, streaming);
+  // Slots [begin, end) of the segment, all of them in its prompt.
+  void write_prompt(const Segment& segment, const Layout& layout, int64_t begin, int64_t end,
+                    Finished& finished) const {
+    if (begin >= end) return;
+    E* to = vector_at(segment.slot + begin);
+    if (!std::is_same_v<E, P> && finished.prompt_row == segment.prompt_row &&
+        finished.prompt_length == segment.prompt_length) {  // no need to convert it once more
+      return copy_row(to, vector_at(finished.slot + begin - layout.begin), (end - begin) * p.dim, streaming);
+    }
+    const P* from = static_cast<const P*>(p.prompts.data);
+    from += (segment.prompt_row + begin - layout.begin) * p.prompts.stride;
+    const int64_t adjacent = p.prompts.stride == p.dim ? end - begin : 1;
+    for (int64_t s = begin; s < end; s += adjacent, to += adjacent * p.dim, from += adjacent * p.prompts.stride)
+      copy_row(to, from, adjacent * p.dim, streaming);
+    // What is streamed has left the cache, and would have to be read back from memory.
+    if (!streaming && end - begin == segment.prompt_length)
+      finished = {segment.prompt_row, segment.prompt_length, segment.slot + begin};
+  }
+
+  void write_text(int64_t slot, const std::vector<int64_t>& sources) const {
+    const size_t count = sources.size();
+    for (size_t i = 0; i < count; ++i, ++slot) {
+      if (i + kAhead < count && sources[i + kAhead] >= 0)
+        prefetch(token_at(sources[i + kAhead]), p.dim * static_cast<int64_t>(sizeof(E)));
+      if (sources[i] < 0) {
+        write_zeros(slot, slot + 1);
+      } else if (p.scale == 1.0) {
+        copy_row(vector_at(slot), token_at(sources[i]), p.dim, streaming);
       } else {
-        convert_row(to, from, p.dim, static_cast<wide_t<E>>(p.scale));
+        convert_row(vector_at(slot), token_at(sources[i]), p.dim, static_cast<wide_t<E>>(p.scale));
       }
-    } else if (source == kPadding) {
-      std::fill(to, to + p.dim, E{});
-    } else {
-      copy_row(to, static_cast<const P*>(p.prompts.data) + decode_prompt_row(source) * p.prompts.stride, p.dim,
-               streaming);
     }
   }
 

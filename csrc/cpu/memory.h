@@ -58,7 +58,7 @@ inline void copy_bytes(void* out, const void* in, int64_t bytes, bool streaming)
 inline void prefetch(const void* row, int64_t bytes) {
 #if defined(__GNUC__)
   const char* at = static_cast<const char*>(row);
-  for (int64_t i = 0; i < bytes && i < 512; i += 64) __builtin_prefetch(at + i);
+  for (int64_t i = 0; i < bytes && i < 1024; i += 64) __builtin_prefetch(at + i);
 #else
   (void)row;
   (void)bytes;
