@@ -96,7 +96,9 @@ ENCODERS: dict[str, Callable[[], Any]] = {
     "bert": _config("Bert", **BERT),
     "roberta": _config("Roberta", **BERT | {"pad_token_id": 1, "bos_token_id": 0}),
     "electra": _config("Electra", **BERT, embedding_size=32),
-    "modernbert": _config("ModernBert", **BERT, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2),
+    "modernbert": _config(
+        "ModernBert", **BERT, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2
+    ),
 }
 ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
     "t5": _config("T5", **T5, decoder_start_token_id=0),
