@@ -51,13 +51,14 @@ def cache_directory() -> Path:
 
 def cuda_toolkit() -> str | None:
     """Home of the CUDA toolkit, found without importing torch's build machinery."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return home
     nvcc = shutil.which("nvcc")
-    if nvcc:
-        return str(Path(nvcc).resolve().parent.parent)
-    return "/usr/local/cuda" if Path("/usr/local/cuda/bin/nvcc").exists() else None
+    beside = Path(nvcc).resolve().parent.parent if nvcc else None
+    configured = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes = [Path(home) for home in (*configured, beside, "/usr/local/cuda") if home]
+    found = [home for home in homes if (home / "bin" / "nvcc").exists()]
+    # An nvcc on PATH may be a script that starts the real one: its parent has no headers.
+    whole = [home for home in found if any(home.glob("include/cuda_runtime.h")) or any(home.glob("targets/*/include"))]
+    return next((str(home) for home in whole + found), None)
 
 
 def _architectures() -> list[str]:
@@ -215,6 +216,7 @@ def _build_environment(build: Plan) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([ninja.BIN_DIR, environment.get("PATH", "")])
     if build.architectures:
         environment["TORCH_CUDA_ARCH_LIST"] = " ".join(build.architectures)
+        environment["CUDA_HOME"] = str(cuda_toolkit())
     return environment
 
 
