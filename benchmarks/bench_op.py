@@ -1,0 +1,284 @@
+"""The assembly alone: eager PyTorch, the same compiled, ours, and a plain clone as the limit. README.md explains."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+
+import softprompt_fast as spf
+from softprompt_fast import _library, reference
+
+VOCABULARY = 32_000
+SHAPES = [
+    (20, 1, 64, 576),
+    (20, 16, 32, 576),
+    (20, 32, 128, 576),
+    (100, 32, 64, 768),
+    (20, 16, 256, 1024),
+    (100, 16, 128, 1024),
+    (20, 8, 512, 2048),
+    (100, 8, 256, 2048),
+    (50, 16, 256, 4096),
+    (20, 4, 1024, 4096),
+]
+QUICK_SHAPES = [(20, 1, 64, 576), (20, 4, 32, 64)]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DIRECTIONS = ("forward", "backward", "step")
+PROVIDERS = ("eager", "compile_eager", "compile", "ours", "clone")
+Run = Callable[[], object]
+Outputs = tuple[Tensor, ...]
+
+
+def eager(input_ids: Tensor, embedding: Tensor, prompts: Tensor, mask: Tensor, labels: Tensor) -> Outputs:
+    """As other libraries write it."""
+    rows, length = len(input_ids), len(prompts)
+    text = F.embedding(input_ids, embedding)
+    repeated = prompts.unsqueeze(0).repeat(rows, 1, 1).to(text.dtype)
+    embeds = torch.cat([repeated, text], 1)
+    mask = torch.cat([mask.new_ones(rows, length), mask], 1)
+    labels = torch.cat([labels.new_full((rows, length), -100), labels], 1)
+    positions = (mask.cumsum(-1) - 1).masked_fill_(mask == 0, 0)
+    return embeds, mask, positions, labels
+
+
+@dataclass
+class Case:
+    """One batch: ragged, right-padded, ids by Zipf's law as in text, so that rows of frequent tokens stay in caches."""
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        length, rows, tokens, dim = self.shape
+        random = torch.Generator().manual_seed(0)
+        frequency = 1.0 / (torch.arange(VOCABULARY, dtype=torch.float64) + 2.7)
+        ranks = torch.multinomial(frequency, rows * tokens, replacement=True, generator=random)
+        # Which rows are the frequent ones is left to chance: neighbours in memory are no neighbours in frequency.
+        ids = torch.randperm(VOCABULARY, generator=random)[ranks].view(rows, tokens)
+        lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=random)
+        lengths[0] = tokens
+        mask = (torch.arange(tokens) < lengths).long()
+        self.input_ids, self.mask = ids.to(self.device), mask.to(self.device)
+        self.labels = torch.where(mask == 1, ids, -100).to(self.device)
+        self.embedding = torch.randn(VOCABULARY, dim, generator=random).to(self.device, self.dtype)
+        self.prompts = torch.randn(length, dim, generator=random).to(self.device).requires_grad_()
+        self.offsets = torch.tensor([0, length])  # on the host, as documented
+        self.gradient = torch.randn(rows, length + tokens, dim, generator=random).to(self.device, self.dtype)
+        self.device_offsets = self.offsets.to(self.device)
+        torch._dynamo.reset()  # so that shapes are static
+        self.forwards: dict[str, Callable[[], Outputs]] = {
+            "eager": partial(self.eager, eager),
+            "compile_eager": partial(self.eager, torch.compile(eager, fullgraph=True, dynamic=False)),
+            "twin": partial(self.twin, reference.assemble),
+            "compile": partial(self.twin, torch.compile(reference.assemble, fullgraph=True, dynamic=False)),
+            "ours": self.ours,
+        }
+
+    def eager(self, function: Callable[..., Outputs]) -> Outputs:
+        return function(self.input_ids, self.embedding, self.prompts, self.mask, self.labels)
+
+    def twin(self, function: Callable[..., Outputs]) -> Outputs:
+        length, rows, tokens, _ = self.shape
+        slots, width = rows * (length + tokens), length + tokens
+        tensors = (self.input_ids, self.embedding, self.prompts, self.device_offsets, None, self.mask, self.labels)
+        return function(*tensors, None, slots, width, 0, False, 1, True, 0, 1.0)[:4]
+
+    def ours(self) -> Outputs:
+        tensors = (self.input_ids, self.embedding, self.prompts, self.offsets, None, self.mask, self.labels)
+        # On a GPU in the form that never waits for it; on a CPU every check is on.
+        width = self.shape[0] if self.device.type == "cuda" else None
+        batch = spf.assemble(*tensors, max_prompt_length=width)
+        assert batch.attention_mask is not None and batch.labels is not None
+        return batch.inputs_embeds, batch.attention_mask, batch.position_ids, batch.labels
+
+    def verify(self) -> None:
+        """All do the same work: the twin to the bit, eager wherever something real stands."""
+        ours = self.ours()
+        for name, a, b in zip(("embeds", "mask", "positions", "labels"), self.forwards["twin"](), ours, strict=True):
+            assert torch.equal(a, b), name
+        expected = self.forwards["eager"]()
+        real = expected[1] == 1
+        assert all(torch.equal(a[real], b[real]) for a, b in zip(expected, ours, strict=True))
+        gradients = [
+            torch.autograd.grad(f()[0], self.prompts, self.gradient)[0] for f in (self.ours, self.forwards["twin"])
+        ]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[0].abs().max().item())
+
+    def moved(self, direction: str) -> int:
+        """Bytes to be moved in any case: each output vector read and written once; the gradients that are summed."""
+        length, rows, tokens, dim = self.shape
+        forward = 2 * rows * (length + tokens) * dim * self.dtype.itemsize
+        backward = rows * length * dim * self.dtype.itemsize + length * dim * 4
+        return {"forward": forward, "backward": backward, "step": forward + backward}[direction]
+
+    def runs(self, providers: list[str], direction: str) -> dict[str, Run]:
+        """What is timed, ready to be called."""
+        runs: dict[str, Run] = {}
+        for name in providers:
+            if name == "clone":
+                runs[name] = self._limit(direction)
+            elif direction == "forward":
+                runs[name] = torch.no_grad()(self.forwards[name])
+            elif direction == "backward":
+                embeds = self.forwards[name]()[0]
+                runs[name] = partial(torch.autograd.grad, embeds, self.prompts, self.gradient, retain_graph=True)
+            else:
+                runs[name] = partial(self._step, self.forwards[name])
+        return runs
+
+    def _step(self, forward: Callable[[], Outputs]) -> object:
+        return torch.autograd.grad(forward()[0], self.prompts, self.gradient)
+
+    def _limit(self, direction: str) -> Run:
+        """A clone of the vectors; backward, of those gradients that have to be read."""
+        whole, part = self.gradient, self.gradient[:, : self.shape[0]]
+        if direction == "step":
+            return lambda: (whole.clone(), part.clone())
+        return whole.clone if direction == "forward" else part.clone
+
+
+def time_cpu(run: Run, count: int) -> list[float]:
+    times = []
+    for _ in range(count):
+        start = time.perf_counter_ns()
+        result = run()
+        times.append((time.perf_counter_ns() - start) / 1000)
+        del result
+    return times
+
+
+def time_cuda(run: Run, count: int, flush: Tensor) -> list[float]:
+    """Microseconds on the GPU, each call with a cold L2."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1000 for start, end in events]
+
+
+def measure(runs: dict[str, Run], device: torch.device, rounds: int, block_ms: float) -> dict[str, list[float]]:
+    """Blocks of repetitions per provider, interleaved, each round in another order: no provider always finds the
+    allocator or the caches as the same other one left them."""
+    clock: Callable[[Run, int], list[float]] = time_cpu
+    if device.type == "cuda":
+        flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+        clock = partial(time_cuda, flush=flush)
+    counts = {}
+    for name, run in runs.items():
+        clock(run, 3)
+        counts[name] = max(3, min(500, int(block_ms * 1000 / statistics.median(clock(run, 3)))))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        order = (names[shift:] + names[:shift])[:: 1 if turn % 2 else -1]
+        for name in order:
+            clock(runs[name], 2)
+            times[name] += clock(runs[name], counts[name])
+    return times
+
+
+def rows_of(case: Case, dtype: str, direction: str, times: dict[str, list[float]]) -> Iterator[dict[str, object]]:
+    median = {name: statistics.median(values) for name, values in times.items()}
+
+    def ratio(above: str, below: str) -> object:
+        return round(median[above] / median[below], 2) if above in median and below in median else ""
+
+    for name, values in times.items():
+        p20, *_, p80 = statistics.quantiles(values, n=5)
+        yield {
+            "device": device_name(case.device),
+            "torch": torch.__version__,
+            "dtype": dtype,
+            **dict(zip("PBTD", case.shape, strict=True)),
+            "direction": direction,
+            "provider": name,
+            "median_us": round(median[name], 1),
+            "p20_us": round(p20, 1),
+            "p80_us": round(p80, 1),
+            "gb_per_s": round(case.moved(direction) / median[name] / 1000, 2),
+            "of_clone": ratio(name, "clone"),
+            "over_eager": ratio("eager", name),
+            "over_compile_eager": ratio("compile_eager", name),
+            "over_compile": ratio("compile", name),
+        }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--csv", type=Path, help="file to write")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions, nothing compiled")
+    parser.add_argument("--providers", default=None, help=f"of {','.join(PROVIDERS)}")
+    parser.add_argument("--directions", default=",".join(DIRECTIONS))
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--shapes", help="P,B,T,D;P,B,T,D;...")
+    parser.add_argument("--rounds", type=int, help="default 8")
+    arguments = parser.parse_args()
+    default = [name for name in PROVIDERS if not (arguments.quick and "compile" in name)]
+    providers = arguments.providers.split(",") if arguments.providers else default
+    if unknown := set(providers) - set(PROVIDERS):
+        parser.error(f"--providers: unknown {', '.join(sorted(unknown))}")
+    shapes = QUICK_SHAPES if arguments.quick else SHAPES
+    if arguments.shapes:
+        shapes = [tuple(map(int, shape.split(","))) for shape in arguments.shapes.split(";")]
+    rounds, block_ms = (2, 1.0) if arguments.quick else (8, 40.0)
+    rounds = arguments.rounds or rounds
+    device = torch.device(arguments.device)
+    torch._functorch.config.donated_buffer = False  # the backward is repeated on one graph
+    backend = _library.state()
+    print(f"{device_name(device)}; torch {torch.__version__}; backend {backend.name} ({backend.reason})", flush=True)
+    lines: list[dict[str, object]] = []
+    for shape in shapes:
+        for dtype in arguments.dtypes.split(","):
+            case = Case(shape, DTYPES[dtype], device)
+            case.verify()
+            for direction in arguments.directions.split(","):
+                times = measure(case.runs(providers, direction), device, rounds, block_ms)
+                new = list(rows_of(case, dtype, direction, times))
+                show(new, header=not lines)
+                lines += new
+    if arguments.csv:
+        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+
+
+def show(lines: list[dict[str, object]], header: bool) -> None:
+    columns = [name for name in lines[0] if name not in ("device", "torch")]
+    for line in ([dict(zip(columns, columns, strict=True))] if header else []) + lines:
+        print("  ".join(f"{line[name]!s:>{max(len(name), 8)}}" for name in columns), flush=True)
+
+
+if __name__ == "__main__":
+    main()
