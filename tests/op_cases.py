@@ -32,7 +32,7 @@ def using(ops: _library.Ops | None) -> Iterator[None]:
 def poisoned() -> Iterator[None]:
     """Fresh tensors hold NaN or the largest integer, so that no unwritten output passes for a result."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
@@ -75,6 +75,11 @@ class Case:
                 **(self.options | options),
             )
 
+    def to(self, device: str) -> Case:
+        """The same call with its tensors, and those of its offsets and ids, on a device; strides are kept."""
+        moved = {name: _move(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
     def real(self) -> list[list[bool]]:
         if self.attention_mask is None:
             return torch.ones(self.input_ids.shape, dtype=torch.bool).tolist()
@@ -91,6 +96,16 @@ def raw_arguments(case: Case) -> tuple[Any, ...]:
 
     case.run(_library.Ops(record, record, record))
     return seen[0]
+
+
+def _move(values: Tensor, device: str) -> Tensor:
+    """With its whole storage, so that strides and alignment stay as they are."""
+    size = values.untyped_storage().nbytes() // values.element_size()
+    return (
+        values.as_strided((size,), (1,), 0)
+        .to(device)
+        .as_strided(values.shape, values.stride(), values.storage_offset())
+    )
 
 
 def _strided(values: Tensor, arrangement: str) -> Tensor:
@@ -283,7 +298,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     if not a.dtype.is_floating_point:
         return torch.equal(a, b)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    equal = a.contiguous().view(bits) == b.contiguous().view(bits)
+    equal = a.detach().contiguous().view(bits) == b.detach().contiguous().view(bits)
     return bool((equal | (a.isnan() & b.isnan())).all())
 
 

@@ -21,18 +21,22 @@ def available_memory() -> int:
     return free
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(available_memory() < 12e9, reason="needs 12 GB of free memory"),
-]
+def gpu_memory() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
-def test_vectors_and_gradients(native: _library.Ops) -> None:
+ON_CPU = pytest.mark.skipif(available_memory() < 12e9, reason="needs 12 GB of free memory")
+ON_GPU = pytest.mark.skipif(gpu_memory() < 12e9, reason="needs a GPU with 12 GB of free memory")
+DEVICES = [pytest.param("cpu", marks=ON_CPU), pytest.param("cuda", marks=[pytest.mark.cuda, ON_GPU])]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("device", DEVICES)]
+
+
+def test_vectors_and_gradients(native: _library.Ops, device: str) -> None:
     rows, tokens, length, dim, vocabulary = 8, 65_580, 20, 4096, 64
-    input_ids = torch.randint(vocabulary, (rows, tokens))
+    input_ids = torch.randint(vocabulary, (rows, tokens), device=device)
     # Small whole numbers: their sums are exact in float32.
-    embedding = torch.randint(-4, 5, (vocabulary, dim)).bfloat16()
-    prompts = torch.randint(-4, 5, (length, dim)).bfloat16()
+    embedding = torch.randint(-4, 5, (vocabulary, dim), device=device).bfloat16()
+    prompts = torch.randint(-4, 5, (length, dim), device=device).bfloat16()
     batch = spf.assemble(input_ids, embedding, prompts, [0, length])
     vectors = batch.inputs_embeds.flatten(0, 1)
     assert vectors.numel() > 2**31
@@ -43,7 +47,7 @@ def test_vectors_and_gradients(native: _library.Ops) -> None:
         assert torch.equal(vectors[slot], expected), slot
 
     # The output as its own gradient saves memory, and its sums are known.
-    offsets = torch.tensor([0, length])
+    offsets = torch.tensor([0, length], device=device)
     for_prompts = native.prompt_backward(batch.inputs_embeds, batch.prompt_slots, None, offsets, length, torch.bfloat16)
     assert torch.equal(for_prompts, prompts * rows)
     for_embedding = native.embedding_backward(batch.inputs_embeds, input_ids, batch.token_slots, vocabulary, -1, 1.0)
@@ -51,11 +55,10 @@ def test_vectors_and_gradients(native: _library.Ops) -> None:
     assert torch.equal(for_embedding, (embedding.float() * counts).bfloat16())
 
 
-def test_visibility(native: _library.Ops) -> None:
+def test_visibility(native: _library.Ops, device: str) -> None:
     tokens = 46_400
-    batch = spf.assemble(
-        torch.zeros(1, tokens, dtype=torch.int64), torch.ones(1, 1), torch.ones(2, 1), [0, 2], mask_format="4d_bool"
-    )
+    ids, embedding, prompts = (torch.zeros(*shape, device=device) for shape in ((1, tokens), (1, 1), (2, 1)))
+    batch = spf.assemble(ids.long(), embedding, prompts, [0, 2], mask_format="4d_bool")
     mask = batch.attention_mask[0, 0]
     assert mask.numel() > 2**31
     for query in (0, 1, 2**31 // (tokens + 2), tokens + 1):

@@ -35,7 +35,7 @@ def emulated() -> _library.Ops:
 def test_barriers_are_honoured(emulated: _library.Ops) -> None:
     for _ in range(3):  # threads run in another order each time
         out = torch.zeros(32, dtype=torch.int64)
-        torch.ops.softprompt_fast_emulated.exchange(out)
+        torch.ops.softprompt_fast_emulated.reverse(out)
         assert out.tolist() == list(reversed(range(32)))
 
 

@@ -200,16 +200,12 @@ def test_without_checks_a_bad_id_gives_zeros(backend: str, native: bool, layout:
     assert not vectors[slot].any() and vectors[slot - 1].all()
 
 
-@pytest.mark.parametrize(
-    "prompt_ids, error, message",
-    [
-        (torch.zeros(3), TypeError, r"integers, got float32 \[3\]"),
-        (torch.zeros(2, dtype=torch.int64), ValueError, r"shape \[3\], got int64 \[2\]"),
-    ],
-)
-def test_prompt_ids_that_are_not_read_are_checked_too(
-    backend: str, prompt_ids: torch.Tensor, error: type[Exception], message: str
-) -> None:
+@pytest.mark.parametrize("argument", ["prompt_offsets", "prompt_ids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_integers_that_stay_on_the_device_are_checked_too(backend: str, argument: str, dtype: torch.dtype) -> None:
+    values = {"prompt_offsets": NOWHERE, "prompt_ids": NOWHERE} | {argument: NOWHERE.to(dtype)}
     ids, embedding, prompts = (torch.zeros(*shape, device="meta") for shape in ((3, 4), (11, 6), (5, 6)))
-    with pytest.raises(error, match=f"`prompt_ids` must .*{message} on meta"):
-        spf.assemble(ids.long(), embedding, prompts, [0, 3, 5], prompt_ids.to("meta"))
+    with pytest.raises(TypeError, match=rf"`{argument}` must be .* integers, got \w+ \[3\] on meta"):
+        spf.assemble(ids.long(), embedding, prompts, **values, max_prompt_length=3)
+    with pytest.raises(ValueError, match=r"`prompt_ids` must have shape \[3\], got int64 \[2\] on meta"):
+        spf.assemble(ids.long(), embedding, prompts, NOWHERE, NOWHERE[:2], max_prompt_length=3)

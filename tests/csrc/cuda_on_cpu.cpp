@@ -1,6 +1,6 @@
 // The three ops for CPU tensors, computed by the CUDA kernels' thread code.
 #include "cuda_on_cpu.h"
-//
+
 #include <initializer_list>
 #include <type_traits>
 
@@ -11,7 +11,7 @@ namespace softprompt_fast {
 namespace {
 
 struct Player {
-  static constexpr int max_threads() { return 32; }  // fewer than a GPU's: small cases still fill several turns of a block
+  static constexpr int max_threads() { return 32; }  // fewer than a GPU: small cases take several turns
 
   template <class Kernel, class... Arguments>
   void run(Kernel kernel, const cuda::Launch& launch, const Arguments&... arguments) const {
@@ -32,7 +32,7 @@ struct Emulated {
 };
 
 // What the emulation itself promises, for its own tests.
-void sum_in_shared_memory(int64_t* out) {
+void reverse(int64_t* out) {
   __shared__ int64_t values[32];
   values[threadIdx.x] = threadIdx.x;
   __syncthreads();
@@ -47,9 +47,8 @@ void leave_early() {
 TORCH_LIBRARY_IMPL(SOFTPROMPT_FAST_NAMESPACE, CPU, library) { register_ops<Emulated>(library); }
 
 TORCH_LIBRARY_FRAGMENT(SOFTPROMPT_FAST_NAMESPACE, library) {
-  library.def("exchange(Tensor(a!) out) -> ()", [](const at::Tensor& out) {
-    cuda_on_cpu::play(sum_in_shared_memory, 1, 32, out.mutable_data_ptr<int64_t>());
-  });
+  library.def("reverse(Tensor(a!) out) -> ()",
+              [](const at::Tensor& out) { cuda_on_cpu::play(reverse, 1, 32, out.mutable_data_ptr<int64_t>()); });
   library.def("diverge() -> ()", [] { cuda_on_cpu::play(leave_early, 1, 32); });
 }
 
