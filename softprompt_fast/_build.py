@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,7 +182,8 @@ def find(build: Plan) -> Path | None:
 
 def compiler() -> str | None:
     """The C++ compiler that would be used, as torch chooses it."""
-    return shutil.which(os.environ.get("CXX", "c++"))
+    command = shlex.split(os.environ.get("CXX", "c++"))  # may be "ccache g++"
+    return shutil.which(command[0]) if command else None
 
 
 def _why(build: Plan) -> str:
@@ -329,6 +331,7 @@ def _build_locked(build: Plan, root: Path) -> Path:
         }
         (staging / "build.json").write_text(json.dumps(facts))
         final = root / build.key
+        shutil.rmtree(final, ignore_errors=True)  # half removed by hand: it holds no library
         os.replace(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -362,6 +365,7 @@ def clean() -> list[Path]:
 
 
 if __name__ == "__main__":  # the process that compile_into starts
+    sys.path.pop(0)  # the package's own directory, whose modules must not hide others
     from torch.utils import cpp_extension
 
     cpp_extension.load(**json.loads(sys.argv[1]))
