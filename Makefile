@@ -2,6 +2,7 @@
 PYTHON ?= python3
 OUT ?= gpu-results
 TESTS ?= tests
+BENCH ?=
 SHELL := /bin/bash
 
 BIN := .venv/bin
@@ -40,7 +41,7 @@ docs: $(DEV)
 	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(TEST)
-	$(BIN)/python benchmarks/bench_op.py --csv benchmarks/results/op_cpu.csv
+	$(BIN)/python benchmarks/bench_op.py --csv benchmarks/results/op_cpu.csv $(BENCH)
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -58,18 +59,17 @@ $(BIN)/python:
 
 # On a machine with a GPU: with the Python and packages that are there, without the network. All steps run, whatever
 # fails on the way; the last line says what did.
-gpu: export PYTHONPATH := .
-gpu: export SOFTPROMPT_FAST_BACKEND := native
+gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	@mkdir -p $(OUT); set -o pipefail; failed=; \
 	try() { echo "== $$*"; "$$@" || failed="$$failed [$$*]"; }; \
 	{ try nvidia-smi; \
-	try $(PYTHON) -c 'from softprompt_fast import _library as l; print(l.state()); assert l.state().info["cuda"]'; \
+	try $(PYTHON) -c 'from softprompt_fast import _library as l; print(l.state()); assert (l.state().info or {})["cuda"]'; \
 	try $(PYTHON) -m pytest -m cuda -p no:cacheprovider $(TESTS); \
 	if command -v compute-sanitizer; then \
 	  try compute-sanitizer --error-exitcode 9 $(PYTHON) benchmarks/bench_op.py --device cuda --quick --providers ours; \
 	else echo "no compute-sanitizer on PATH: skipped"; fi; \
-	try $(PYTHON) benchmarks/bench_op.py --device cuda --csv $(OUT)/op_cuda.csv; \
+	try $(PYTHON) benchmarks/bench_op.py --device cuda --csv $(OUT)/op_cuda.csv $(BENCH); \
 	echo "failed:$${failed:- nothing}"; [ -z "$$failed" ]; } 2>&1 | tee $(OUT)/gpu.log
 
 clean:

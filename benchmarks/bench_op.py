@@ -8,7 +8,7 @@ import csv
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -251,33 +251,48 @@ def main() -> None:
     if arguments.shapes:
         shapes = [tuple(map(int, shape.split(","))) for shape in arguments.shapes.split(";")]
     rounds, block_ms = (2, 1.0) if arguments.quick else (8, 40.0)
-    rounds = arguments.rounds or rounds
+    timing = (arguments.rounds or rounds, block_ms)
     device = torch.device(arguments.device)
     torch._functorch.config.donated_buffer = False  # the backward is repeated on one graph
     backend = _library.state()
     print(f"{device_name(device)}; torch {torch.__version__}; backend {backend.name} ({backend.reason})", flush=True)
-    lines: list[dict[str, object]] = []
+    with contextlib.ExitStack() as stack:
+        write = None
+        if arguments.csv:
+            arguments.csv.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(arguments.csv.open("w", newline="", buffering=1))  # kept if a run is cut short
+            write = csv.writer(file, lineterminator="\n").writerow
+        lines = results(shapes, arguments.dtypes.split(","), arguments.directions.split(","), device, providers, timing)
+        for number, line in enumerate(lines):
+            for values in (line.keys(), line.values())[number > 0 :]:
+                show(line, values)
+                if write:
+                    write(values)
+
+
+def results(
+    shapes: list[tuple[int, int, int, int]],
+    dtypes: list[str],
+    directions: list[str],
+    device: torch.device,
+    providers: list[str],
+    timing: tuple[int, float],
+) -> Iterator[dict[str, object]]:
     for shape in shapes:
-        for dtype in arguments.dtypes.split(","):
+        for dtype in dtypes:
             case = Case(shape, DTYPES[dtype], device)
             case.verify()
-            for direction in arguments.directions.split(","):
-                times = measure(case.runs(providers, direction), device, rounds, block_ms)
-                new = list(rows_of(case, dtype, direction, times))
-                show(new, header=not lines)
-                lines += new
-    if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+            for direction in directions:
+                yield from rows_of(case, dtype, direction, measure(case.runs(providers, direction), device, *timing))
 
 
-def show(lines: list[dict[str, object]], header: bool) -> None:
-    columns = [name for name in lines[0] if name not in ("device", "torch")]
-    for line in ([dict(zip(columns, columns, strict=True))] if header else []) + lines:
-        print("  ".join(f"{line[name]!s:>{max(len(name), 8)}}" for name in columns), flush=True)
+def show(columns: dict[str, object], values: Iterable[object]) -> None:
+    shown = [
+        f"{value!s:>{max(len(name), 8)}}"
+        for name, value in zip(columns, values, strict=True)
+        if name not in ("device", "torch")
+    ]
+    print("  ".join(shown), flush=True)
 
 
 if __name__ == "__main__":
