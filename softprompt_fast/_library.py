@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,6 +37,7 @@ class Ops:
     embedding_backward: Callable[..., Any]
 
 
+_settling = threading.Lock()
 _state: State | None = None
 _ops: Ops | None = None
 _warned_devices: set[str] = set()
@@ -48,26 +50,29 @@ def state() -> State:
         ValueError: ``SOFTPROMPT_FAST_BACKEND`` holds an unknown word.
         BuildUnavailable: ``SOFTPROMPT_FAST_BACKEND=native`` and the extension cannot be had.
     """
-    global _state, _ops
-    if _state is not None:
-        return _state
+    global _state
+    if _state is None:
+        with _settling:
+            _state = _state or _settle()
+    return _state
+
+
+def _settle() -> State:
+    global _ops
     choice = os.environ.get("SOFTPROMPT_FAST_BACKEND", "auto")
     if choice not in CHOICES:
         raise ValueError(f"SOFTPROMPT_FAST_BACKEND must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "reference":
-        _state = State("reference", "SOFTPROMPT_FAST_BACKEND=reference")
-        return _state
+        return State("reference", "SOFTPROMPT_FAST_BACKEND=reference")
     try:
         module = _build.load()
     except _build.BuildUnavailable as error:
         if choice == "native":
             raise
         logger.warning("the plain-PyTorch implementation is used: %s", error)
-        _state = State("reference", str(error))
-        return _state
+        return State("reference", str(error))
     _ops = bind(_build.NAMESPACE)
-    _state = State("native", "the extension is built and loads", module, module.build_info())
-    return _state
+    return State("native", "the extension is built and loads", module, module.build_info())
 
 
 def bind(namespace: str) -> Ops:
