@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .batch import NO_ERROR
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 LAYOUTS = ("padded", "packed")
 SIDES = ("left", "right")
 MASK_FORMATS = ("none", "2d", "4d_bool", "4d_additive")
