@@ -14,9 +14,9 @@ from torch import Tensor
 
 import softprompt_fast as spf
 from softprompt_fast import _library, reference
-from softprompt_fast._checks import FLOATS, LAYOUTS, MASK_FORMATS, SIDES
+from softprompt_fast._checks import FLOATS, INTEGERS, LAYOUTS, MASK_FORMATS, SIDES
 
-MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
+MASKS = (torch.bool, *INTEGERS, *FLOATS)
 IDS = (torch.int64, torch.int32)
 SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 6e-8, 65504.0, 65520.0, 3.4e38, 1.00390625)
 
@@ -240,7 +240,7 @@ def broken(draw: Callable[..., Any]) -> tuple[Any, ...]:
         elif rule == "prompt" and plan is not None:
             args[7] = torch.cat([plan[:, :2], spoil(plan[:, 2:3], -2, count), plan[:, 3:]], 1)
         elif rule == "mask" and mask is not None:
-            args[5] = spoil(mask, *((2, 0.5, float("nan"), -float("inf")) if mask.dtype.is_floating_point else (2, -1)))
+            args[5] = spoil(mask, *((2, 0.5, float("nan"), -float("inf")) if mask.dtype.is_floating_point else (2, 3)))
         elif rule == "length" and plan is None and args[9] > 0:  # a width that does not hold every row
             args[9] -= draw(st.integers(1, args[9]))
             args[8] = input_ids.shape[0] * args[9]

@@ -98,6 +98,24 @@ def test_loading_from_the_cache_is_fast(native: object) -> None:
     assert float(seconds) < 1
 
 
+def test_threads_that_make_the_first_call_together_hear_one_warning(cache: Path) -> None:
+    code = """
+import threading, torch
+from concurrent.futures import ThreadPoolExecutor
+from softprompt_fast import assemble
+start = threading.Barrier(8)
+def call(_):
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    start.wait()
+    return assemble(ids, torch.ones(4, 5), torch.ones(2, 5), [0, 2]).inputs_embeds.sum()
+with ThreadPoolExecutor(8) as pool:
+    print({float(result) for result in pool.map(call, range(8))})
+"""
+    result, messages = finish(start(code, SOFTPROMPT_FAST_CACHE=cache, CXX="/nonexistent/c++"))
+    assert result == "{50.0}"
+    assert messages.count(WARNING) == 1
+
+
 def test_importing_builds_nothing(cache: Path) -> None:
     heavy = ["torch.utils.cpp_extension", "torch._dynamo", "setuptools", "ninja", "softprompt_fast_native"]
     code = f"import sys, softprompt_fast; print([name for name in {heavy} if name in sys.modules])"
