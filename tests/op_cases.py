@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 from unittest import mock
 
@@ -94,7 +94,7 @@ def raw_arguments(case: Case) -> tuple[Any, ...]:
         seen.append(arguments)
         return reference.assemble(*arguments)
 
-    case.run(_library.Ops(record, record, record))
+    case.run(_library.Ops(**{field.name: record for field in fields(_library.Ops)}))
     return seen[0]
 
 
