@@ -291,6 +291,21 @@ def expected_gradients(case: Case) -> tuple[Tensor, Tensor]:
     return prompts.to(case.prompts.dtype), embedding.to(case.embedding.dtype)
 
 
+def bit_patterns(dtype: torch.dtype) -> Case:
+    """Every pattern of 16 bits as an embedding that is scaled, many of 32 bits as prompts that are converted."""
+    embedding = torch.arange(2**16).to(torch.int16).view(dtype).view(64, 1024)
+    prompts = torch.randint(-(2**31), 2**31, (1000, 1024)).to(torch.int32).view(torch.float32)
+    options = {"embedding_scale": 0.37}
+    return Case(torch.arange(64)[None], embedding, prompts, [0, 1000], None, None, None, options)
+
+
+def prompt_without_room(layout: str) -> Case:
+    """An unchecked call whose first row has no room for its prompt of 7 vectors (padded) or its tokens (packed)."""
+    options = {"layout": layout, "check": False, "max_prompt_length": 1, "lengths": [1, 2]}
+    embedding, prompts = torch.randn(5, 4), torch.randn(8, 4)
+    return Case(torch.tensor([[1, 2], [3, 4]]), embedding, prompts, [0, 7, 8], [0, 1], None, None, options)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors agree in dtype, shape and bits; one NaN is as good as another."""
     if a.dtype != b.dtype or a.shape != b.shape:

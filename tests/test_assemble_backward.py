@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from op_cases import Case, cases, expected_gradients, gradients, same_bits, threads, using
+from op_cases import Case, cases, expected_gradients, gradients, prompt_without_room, same_bits, threads, using
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -54,8 +54,15 @@ def test_equal_their_definition(native: _library.Ops, dtype: torch.dtype, layout
     check()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_found_no_room_gets_no_gradient(native: _library.Ops, layout: str) -> None:
+    case = prompt_without_room(layout)
+    for ours, expected in zip(gradients(case, native), expected_gradients(case), strict=True):
+        assert same_bits(ours, expected)
+
+
 @pytest.fixture
-def shared(request: pytest.FixtureRequest) -> Callable[..., Case]:
+def shared() -> Callable[..., Case]:
     """Many rows that share prompts and tokens, so that every gradient is a long sum."""
 
     def make(layout: str = "padded", dtype: torch.dtype = torch.float32) -> Case:

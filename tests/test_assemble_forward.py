@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import Case, assert_same, assert_same_raw, broken, cases, threads
+from op_cases import Case, assert_same, assert_same_raw, bit_patterns, broken, cases, raw_arguments, same_bits, threads
 
 from softprompt_fast import _library
 from softprompt_fast._checks import FLOATS, LAYOUTS
@@ -29,6 +30,12 @@ def test_equals_the_twin(native: _library.Ops, dtype: torch.dtype, layout: str) 
 @given(broken())
 def test_equals_the_twin_for_input_that_breaks_the_rules(native: _library.Ops, arguments: tuple[Any, ...]) -> None:
     assert_same_raw(native, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_converts_every_bit_pattern_as_the_twin(native: _library.Ops, dtype: torch.dtype) -> None:
+    case = bit_patterns(dtype)
+    assert_same(case.run(native), case.run(None))
 
 
 @settings(max_examples=40)
@@ -56,3 +63,14 @@ def test_equals_the_twin_beyond_the_caches(native: _library.Ops, layout: str, di
         options,
     )
     assert_same(case.run(native), case.run(None))
+
+
+def test_calls_from_several_threads(native: _library.Ops) -> None:
+    rows, dim = 5, 3000
+    ids, embedding, prompts = torch.randint(9, (rows, 40)), torch.randn(9, dim), torch.randn(7, dim)
+    case = Case(ids, embedding, prompts, [0, 7], None, None, ids, {"padding_side": "left"})
+    expected = case.run(native)
+    arguments = raw_arguments(case)
+    with ThreadPoolExecutor(4) as pool:
+        for results in pool.map(lambda _: native.assemble(*arguments), range(40)):
+            assert same_bits(results[0], expected.inputs_embeds) and same_bits(results[3], expected.labels)

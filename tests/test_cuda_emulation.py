@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from op_cases import Case, assert_same, assert_same_raw, broken, cases, expected_gradients, gradients, same_bits
+from op_cases import (
+    Case,
+    assert_same,
+    assert_same_raw,
+    bit_patterns,
+    broken,
+    cases,
+    expected_gradients,
+    gradients,
+    prompt_without_room,
+    same_bits,
+)
 
 from softprompt_fast import _build, _library
 from softprompt_fast._checks import FLOATS, LAYOUTS
@@ -61,6 +72,12 @@ def test_equals_the_twin_for_input_that_breaks_the_rules(emulated: _library.Ops,
     assert_same_raw(emulated, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_converts_every_bit_pattern_as_the_twin(emulated: _library.Ops, dtype: torch.dtype) -> None:
+    case = bit_patterns(dtype)
+    assert_same(case.run(emulated), case.run(None))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", [torch.bool, torch.float64], ids=str)
 def test_rows_longer_than_a_tile(emulated: _library.Ops, mask: torch.dtype, layout: str) -> None:
@@ -83,6 +100,13 @@ def test_gradients_equal_their_definition(emulated: _library.Ops, dtype: torch.d
             assert same_bits(ours, expected), f"{ours}\n{expected}"
 
     check()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_found_no_room_gets_no_gradient(emulated: _library.Ops, layout: str) -> None:
+    case = prompt_without_room(layout)
+    for ours, expected in zip(gradients(case, emulated), expected_gradients(case), strict=True):
+        assert same_bits(ours, expected)
 
 
 @settings(max_examples=60)
