@@ -182,6 +182,12 @@ void assemble_as(const AssembleParams& p) {
                    [&](int64_t first, int64_t last) { writer.write(first, last, last == p.slots); });
 }
 
+// Adds rows one after the other, but in one trip through the sum and with all of them on their way from memory.
+template <class W, class... G>
+void add_rows(W* sum, int64_t dim, const G*... rows) {
+  for (int64_t d = 0; d < dim; ++d) sum[d] = (sum[d] + ... + static_cast<W>(widen(rows[d])));
+}
+
 }  // namespace
 
 void assemble(const AssembleParams& p) {
@@ -215,10 +221,14 @@ void prompt_backward(const PromptBackwardParams& p) {
           const int64_t id = std::upper_bound(p.prompt_offsets, end, row) - p.prompt_offsets - 1;
           std::fill(sum.begin(), sum.end(), W(0));
           if (id >= 0 && id < p.prompt_count) {
-            for (const int64_t slot : slots[static_cast<size_t>(id)]) {
-              const G* grad = static_cast<const G*>(p.grad.data) + (slot + row - p.prompt_offsets[id]) * p.grad.stride;
-              for (int64_t d = 0; d < p.dim; ++d) sum[static_cast<size_t>(d)] += static_cast<W>(widen(grad[d]));
-            }
+            const std::vector<int64_t>& uses = slots[static_cast<size_t>(id)];
+            const auto grad = [&](size_t use) {
+              return static_cast<const G*>(p.grad.data) + (uses[use] + row - p.prompt_offsets[id]) * p.grad.stride;
+            };
+            size_t use = 0;
+            for (; use + 4 <= uses.size(); use += 4)
+              add_rows(sum.data(), p.dim, grad(use), grad(use + 1), grad(use + 2), grad(use + 3));
+            for (; use < uses.size(); ++use) add_rows(sum.data(), p.dim, grad(use));
           }
           P* out = const_cast<P*>(static_cast<const P*>(p.grad_prompts.data)) + row * p.grad_prompts.stride;
           for (int64_t d = 0; d < p.dim; ++d) out[d] = Narrow<P>::from(sum[static_cast<size_t>(d)]);
