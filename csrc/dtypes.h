@@ -123,6 +123,21 @@ void dispatch(Scalar type, F&& f) {
   }
 }
 
+// Calls f with Identity<in>, Identity<out>: alike, or float32 on one side.
+template <class F>
+void dispatch_pair(Scalar in, Scalar out, F&& f) {
+  dispatch(in, [&](auto a) {
+    using In = typename decltype(a)::type;
+    if (out == in) {
+      f(Identity<In>{}, Identity<In>{});
+    } else if (out == Scalar::f32) {
+      f(Identity<In>{}, Identity<float>{});
+    } else if (in == Scalar::f32) {
+      dispatch(out, [&](auto b) { f(Identity<float>{}, Identity<typename decltype(b)::type>{}); });
+    }
+  });
+}
+
 SPF_HOST_DEVICE int64_t size_of(Scalar type) { return type == Scalar::f64 ? 8 : type == Scalar::f32 ? 4 : 2; }
 
 // The most negative finite value of a type, which additive masks use.

@@ -199,6 +199,80 @@ at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, co
   return result;
 }
 
+namespace {
+
+// `tensors` are [rows, width, heads, size], or [slots, heads, size] with one dimension less.
+PackingParams packing_params(at::TensorList tensors, const at::Tensor& table, int64_t dimensions) {
+  TORCH_CHECK(!tensors.empty() && tensors.size() <= kMaxTensors, "1 to ", kMaxTensors, " tensors can be packed, got ",
+              tensors.size());
+  PackingParams p{};
+  TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableColumns, "table must be [rows, 4], got ", table.sizes());
+  p.rows = table.size(0);
+  p.tensors = static_cast<int32_t>(tensors.size());
+  p.table = integers_of(table, "table", table.numel(), table);
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK(tensor.dim() == dimensions && tensor.device() == table.device() &&
+                    tensor.scalar_type() == tensors[0].scalar_type() && tensor.size(0) == tensors[0].size(0) &&
+                    tensor.size(1) == tensors[0].size(1),
+                "tensors must share rows, dtype and device, got ", tensor.sizes(), " ", tensor.scalar_type(), " on ",
+                tensor.device());
+  }
+  return p;
+}
+
+void check_types(const at::Tensor& from, at::ScalarType to) {
+  TORCH_CHECK(from.scalar_type() == to || from.scalar_type() == at::kFloat || to == at::kFloat,
+              "dtype must be that of the tensors, or one of them float32, got ", from.scalar_type(), " and ", to);
+}
+
+Heads heads_of(const at::Tensor& tensor, const char* name) {
+  const bool rows = tensor.dim() == 4;
+  const int64_t slot = rows ? 1 : 0;
+  return {tensor.const_data_ptr(), scalar_of(tensor, name), rows ? tensor.stride(0) : 0, tensor.stride(slot),
+          tensor.stride(slot + 1), tensor.size(slot + 1),   tensor.size(slot + 2)};
+}
+
+at::Tensor adjacent(const at::Tensor& tensor) {
+  return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+}  // namespace
+
+std::vector<at::Tensor> unpack(const Kernels& kernels, at::TensorList packed, const at::Tensor& table, int64_t width,
+                               at::ScalarType dtype) {
+  PackingParams p = packing_params(packed, table, 3);
+  check_types(packed[0], dtype);
+  p.width = width;
+  p.slots = packed[0].size(0);
+  std::vector<at::Tensor> inputs, results;
+  for (int32_t i = 0; i < p.tensors; ++i) {
+    const at::Tensor& input = inputs.emplace_back(adjacent(packed[i]));
+    results.push_back(at::empty({p.rows, width, input.size(1), input.size(2)}, input.options().dtype(dtype)));
+    p.packed[i] = heads_of(input, "packed");
+    p.unpacked[i] = heads_of(results[i], "rows");
+  }
+  if (p.rows * width > 0) kernels.unpack(p);
+  return results;
+}
+
+std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const at::Tensor& table, int64_t slots,
+                             at::ScalarType dtype) {
+  PackingParams p = packing_params(rows, table, 4);
+  check_types(rows[0], dtype);
+  TORCH_CHECK(rows[0].size(0) == p.rows, "rows must be as many as the table's lines, got ", rows[0].sizes());
+  p.width = rows[0].size(1);
+  p.slots = slots;
+  std::vector<at::Tensor> inputs, results;
+  for (int32_t i = 0; i < p.tensors; ++i) {
+    const at::Tensor& input = inputs.emplace_back(adjacent(rows[i]));
+    results.push_back(at::empty({slots, input.size(2), input.size(3)}, input.options().dtype(dtype)));
+    p.unpacked[i] = heads_of(input, "rows");
+    p.packed[i] = heads_of(results[i], "packed");
+  }
+  if (slots > 0) kernels.pack(p);
+  return results;
+}
+
 // Schemas. Private: the public functions stand in softprompt_fast/functional.py.
 TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def(
@@ -213,6 +287,8 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def(
       "embedding_backward(Tensor grad, Tensor input_ids, Tensor token_slots, SymInt vocabulary, int padding_idx, "
       "float scale) -> Tensor");
+  library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
+  library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
 }
 
 }  // namespace softprompt_fast

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "params.h"
 
@@ -14,6 +15,8 @@ struct Kernels {
   void (*assemble)(const AssembleParams&);
   void (*prompt_backward)(const PromptBackwardParams&);
   void (*embedding_backward)(const EmbeddingBackwardParams&);
+  void (*unpack)(const PackingParams&);
+  void (*pack)(const PackingParams&);
 };
 
 using Assembled =
@@ -32,6 +35,12 @@ at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const
 
 at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& input_ids,
                               const at::Tensor& token_slots, int64_t vocabulary, int64_t padding_idx, double scale);
+
+std::vector<at::Tensor> unpack(const Kernels& kernels, at::TensorList packed, const at::Tensor& table, int64_t width,
+                               at::ScalarType dtype);
+
+std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const at::Tensor& table, int64_t slots,
+                             at::ScalarType dtype);
 
 // Defines the ops' implementations for one dispatch key: `Device::kernels()` runs on the tensors' device.
 template <class Device>
@@ -58,6 +67,14 @@ void register_ops(torch::Library& library) {
         const typename Device::Guard guard(grad);
         return embedding_backward(Device::kernels(), grad, input_ids, token_slots, vocabulary, padding_idx, scale);
       });
+  library.impl("unpack", [](at::TensorList packed, const at::Tensor& table, int64_t width, at::ScalarType dtype) {
+    const typename Device::Guard guard(table);
+    return unpack(Device::kernels(), packed, table, width, dtype);
+  });
+  library.impl("pack", [](at::TensorList rows, const at::Tensor& table, int64_t slots, at::ScalarType dtype) {
+    const typename Device::Guard guard(table);
+    return pack(Device::kernels(), rows, table, slots, dtype);
+  });
 }
 
 }  // namespace softprompt_fast

@@ -87,4 +87,27 @@ struct EmbeddingBackwardParams {
   const int64_t* sorted_slots;  // [tokens]
 };
 
+// One line of a rows table, [rows, kTableColumns] int64: a row's own slots and the slots of its prefix.
+enum TableColumn : int32_t { kOwnSlot = 0, kOwnLength = 1, kPrefixSlot = 2, kPrefixLength = 3, kTableColumns = 4 };
+
+// A tensor of vectors per slot or per place of a row, and head. Strides in elements; elements are adjacent.
+struct Heads {
+  const void* data;
+  Scalar type;
+  int64_t row_stride;   // of rows; unused by packed tensors
+  int64_t slot_stride;  // of slots or places
+  int64_t head_stride;
+  int64_t heads, size;
+};
+
+constexpr int32_t kMaxTensors = 4;
+
+// Packed [slots, heads, size] <-> rows [rows, width, heads, size], for several tensors with one table.
+struct PackingParams {
+  int64_t rows, width, slots;
+  int32_t tensors;
+  const int64_t* table;
+  Heads packed[kMaxTensors], unpacked[kMaxTensors];  // one of them is written, contiguous
+};
+
 }  // namespace softprompt_fast

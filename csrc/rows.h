@@ -204,4 +204,18 @@ SPF_HOST_DEVICE Range visible_keys(const AssembleParams& p, const Layout& layout
   return range;
 }
 
+// The slot at place `place` of a row that a line of a rows table describes, -1 behind its end.
+SPF_HOST_DEVICE int64_t slot_at(const int64_t* line, int64_t place) {
+  const int64_t own = place - line[kPrefixLength];
+  if (own < 0) return line[kPrefixSlot] + place;
+  return own < line[kOwnLength] ? line[kOwnSlot] + own : -1;
+}
+
+// The other way: the place of a slot in a row, -1 if the row does not hold it.
+SPF_HOST_DEVICE int64_t place_of(const int64_t* line, int64_t slot) {
+  const int64_t in_prefix = slot - line[kPrefixSlot], own = slot - line[kOwnSlot];
+  if (in_prefix >= 0 && in_prefix < line[kPrefixLength]) return in_prefix;
+  return own >= 0 && own < line[kOwnLength] ? line[kPrefixLength] + own : -1;
+}
+
 }  // namespace softprompt_fast

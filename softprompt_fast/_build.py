@@ -114,7 +114,7 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
     if cuda and torch.version.cuda and cuda_toolkit():
         architectures = _architectures()
     sources = [root / "ops.cpp", root / "module.cpp"]
-    sources += list(extra_sources) or [root / "cpu" / "register.cpp", root / "cpu" / "kernels.cpp"]
+    sources += list(extra_sources) or sorted((root / "cpu").glob("*.cpp"))
     cflags = ["-O3", f"-DSOFTPROMPT_FAST_NAMESPACE={namespace}", f"-I{root}"]
     ldflags = []
     if sys.platform == "linux":

@@ -35,6 +35,8 @@ class Ops:
     assemble: Callable[..., Any]
     prompt_backward: Callable[..., Any]
     embedding_backward: Callable[..., Any]
+    unpack: Callable[..., Any]
+    pack: Callable[..., Any]
 
 
 _settling = threading.Lock()
@@ -81,7 +83,9 @@ def bind(namespace: str) -> Ops:
     torch.library.register_fake(f"{namespace}::assemble", _fake_assemble)
     torch.library.register_fake(f"{namespace}::prompt_backward", _fake_prompt_backward)
     torch.library.register_fake(f"{namespace}::embedding_backward", _fake_embedding_backward)
-    return Ops(library.assemble.default, library.prompt_backward.default, library.embedding_backward.default)
+    torch.library.register_fake(f"{namespace}::unpack", _fake_unpack)
+    torch.library.register_fake(f"{namespace}::pack", _fake_pack)
+    return Ops(**{name: getattr(library, name).default for name in Ops.__dataclass_fields__})
 
 
 def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,3 +178,11 @@ def _fake_embedding_backward(
     scale: float,
 ) -> torch.Tensor:
     return grad.new_empty((vocabulary, grad.shape[-1]))
+
+
+def _fake_unpack(packed: list[torch.Tensor], table: torch.Tensor, width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [x.new_empty((table.shape[0], width, *x.shape[1:]), dtype=dtype) for x in packed]
+
+
+def _fake_pack(rows: list[torch.Tensor], table: torch.Tensor, slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [x.new_empty((slots, *x.shape[2:]), dtype=dtype) for x in rows]

@@ -14,10 +14,12 @@ from . import architecture, generation
 from .batch import PromptedBatch
 from .peft_format import is_prompt_folder, read_prompt, write_prompt
 from .prompt import FastSoftPrompt, PromptIds
+from .shared_prompt import Report, SharedPrompt
 
 # Of a model's output, what has one entry per input position, and what is a tuple of such.
 ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
 ALIGNED_TUPLES = ("hidden_states", "encoder_hidden_states")
+EXECUTIONS = ("auto", "shared", "padded")
 OWN_ARGUMENTS = {
     "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
     "position_ids": "positions follow from the attention mask and the prompts' lengths",
@@ -35,13 +37,31 @@ class SoftPromptModel(nn.Module):
     Args:
         model: a transformers decoder, encoder or encoder-decoder; its parameters are frozen in place.
         prompts: a bank to use; None: an empty one, on the model's device.
+        execution: "shared": each distinct prompt runs once per batch, padding never runs, logits only where they are
+            read (``shared_prompt.py``). "padded": every row carries its prompt, for any architecture. "auto": shared
+            where that is exact, else padded, with one log line that says why; :meth:`execution_report` tells too.
+        check: compare the first training and the first inference batch of "shared" with "padded".
+        shared_text: "auto": tokens that all rows of a prompt share at their start (an instruction, examples) run once
+            too; None: they do not.
 
     Raises:
         TypeError: a model that a prompt in front of its input cannot be right for, with the reason.
     """
 
-    def __init__(self, model: Any, prompts: FastSoftPrompt | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompts: FastSoftPrompt | None = None,
+        *,
+        execution: str = "auto",
+        check: bool = True,
+        shared_text: str | None = "auto",
+    ) -> None:
         super().__init__()
+        if execution not in EXECUTIONS:
+            raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
+        if shared_text not in ("auto", None):
+            raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
         architecture.check_supported(model)
         model.requires_grad_(False)
         self.base_model: Any = model
@@ -53,6 +73,11 @@ class SoftPromptModel(nn.Module):
         self._parameters_of_forward = architecture.forward_parameters(model)
         self._any_keyword = architecture.accepts_any_keyword(model)
         self.accepts_loss_kwargs = self._any_keyword  # Trainer asks before it passes num_items_in_batch
+        self.execution = execution
+        self._shared = SharedPrompt(model, check=check, shared_text=shared_text) if execution != "padded" else None
+        if execution == "shared" and self._shared is not None and self._shared.unsupported:
+            raise ValueError(f"execution='shared' is not exact for this model: {self._shared.unsupported}")
+        self._next_token_model = architecture.is_causal(model) and not architecture.pools_last_token(model)
         self._padding_side = "left" if architecture.pools_last_token(model) else "right"
 
     @property
@@ -107,6 +132,8 @@ class SoftPromptModel(nn.Module):
         prompt_ids: PromptIds = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        num_targets: int | None = None,
+        return_logits: bool | None = None,
         **options: Any,
     ) -> Any:
         """Runs the model with each row's prompt in front of its tokens.
@@ -118,7 +145,10 @@ class SoftPromptModel(nn.Module):
                 classification; [B, T'] of the decoder for encoder-decoders.
             prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). May
                 be left out if there is one prompt.
-            lengths: [B] on the host, real tokens per row; spares a GPU a synchronisation.
+            lengths: [B] on the host, real tokens per row; with ``num_targets`` a step never waits for a GPU.
+            num_targets: labels of real tokens that are not -100.
+            return_logits: of decoders' language-modelling heads; None: only without labels. With labels, shared
+                execution computes logits only where the loss reads them, unless all are asked for.
             options: passed on to the model.
 
         Returns:
@@ -128,14 +158,62 @@ class SoftPromptModel(nn.Module):
             if options.pop(argument, None) is not None:
                 raise ValueError(f"`{argument}` must not be given: {reason}")
         options = {k: v for k, v in options.items() if self._any_keyword or k in self._parameters_of_forward}
+        if return_logits is None:
+            return_logits = labels is None
+        if self._shares(options):
+            assert self._shared is not None
+            output = self._shared.forward(
+                self.prompts,
+                input_ids,
+                attention_mask,
+                labels,
+                prompt_ids,
+                lengths=lengths.tolist() if isinstance(lengths, Tensor) else lengths,
+                num_targets=num_targets,
+                return_logits=return_logits,
+                options=options,
+            )
+            if output is not None:
+                return output
+        return self._forward_padded(input_ids, attention_mask, labels, prompt_ids, return_logits, options)
+
+    def _forward_padded(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        prompt_ids: PromptIds,
+        return_logits: bool,
+        options: dict[str, Any],
+    ) -> Any:
         per_token = labels is not None and labels.shape == input_ids.shape and not self._labels_stand_apart()
         batch = self._assemble(input_ids, attention_mask, prompt_ids, labels if per_token else None, self._padding_side)
         inputs = dict(batch)
         if labels is not None and not per_token:
             inputs["labels"] = labels
         if "use_cache" in self._parameters_of_forward:
-            options.setdefault("use_cache", False)
-        return self._align(self.base_model(**inputs, **options), batch)
+            options = {"use_cache": False} | options
+        output = self.base_model(**inputs, **options)
+        if not return_logits and self._next_token_model and getattr(output, "logits", None) is not None:
+            output["logits"] = None
+        return self._align(output, batch)
+
+    def execution_report(self) -> Report:
+        """Which execution is used, and why; what the comparison with the padded layout gave, once it was made."""
+        if self._shared is None:
+            return Report("padded", "asked for", {})
+        if self._shared.unsupported is not None:
+            return Report("padded", self._shared.unsupported, self._shared.checked)
+        return Report("shared", "exact for this architecture", self._shared.checked)
+
+    def _shares(self, options: dict[str, Any]) -> bool:
+        """Whether a call can take the shared path; what only the padded one gives is not a reason to give it up."""
+        return (
+            self._shared is not None
+            and self._shared.unsupported is None
+            and not options.get("output_attentions")
+            and not options.get("use_cache")
+        )
 
     @torch.no_grad()
     def next_token_logits(
@@ -144,8 +222,18 @@ class SoftPromptModel(nn.Module):
         """[B, V], what a decoder expects behind each row's text; computed nowhere else."""
         if not architecture.is_causal(self.base_model):
             raise TypeError(f"{type(self.base_model).__name__} is not a decoder and has no next token")
+        if self._shares({}):
+            assert self._shared is not None
+            logits = self._shared.next_token_logits(self.prompts, input_ids, attention_mask, prompt_ids)
+            if logits is not None:
+                return logits
+        return self._padded_next_token_logits(input_ids, attention_mask, prompt_ids)
+
+    def _padded_next_token_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
+    ) -> Tensor:
         batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "left")
-        options = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters_of_forward else {}
+        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters_of_forward else {}
         if "use_cache" in self._parameters_of_forward:
             options["use_cache"] = False
         logits: Tensor = self.base_model(**batch, **options).logits

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from os import PathLike
 from typing import Any
 
@@ -20,6 +22,26 @@ PREFIX = "prompt_"
 """Of the parameters' names, so that no prompt can hide an attribute of the module."""
 
 PromptIds = str | Sequence["str | int | None"] | Tensor | None
+
+
+@dataclass
+class Chosen:
+    """The prompts that a batch uses."""
+
+    tensors: list[Tensor]
+    """[P_n, D] each, in the order in which rows first use them."""
+    ids: list[int]
+    """[B]: each row's place in ``tensors``, -1 for none."""
+
+    @property
+    def offsets(self) -> list[int]:
+        return list(accumulate((tensor.shape[0] for tensor in self.tensors), initial=0))
+
+    def joined(self, bank: FastSoftPrompt, device: torch.device) -> Tensor:
+        """[R, D]; one prompt is passed on as it is."""
+        if len(self.tensors) == 1:
+            return self.tensors[0]
+        return torch.cat(self.tensors) if self.tensors else torch.empty(0, bank.embedding_dim, device=device)
 
 
 class FastSoftPrompt(nn.Module):
@@ -223,44 +245,36 @@ class FastSoftPrompt(nn.Module):
                 found.append(-1 if value is None else int(value))
         return found
 
+    def choose(self, prompt_ids: PromptIds, rows: int) -> Chosen:
+        """The prompts that rows use, each once, and each row's place among them; waits for a GPU if ids are there."""
+        ids = self.indices(prompt_ids, rows)
+        if isinstance(ids, Tensor):
+            if ids.dim() != 1 or ids.is_floating_point():
+                raise ValueError(f"`prompt_ids` must be [B] integers, got {ids.dtype} {list(ids.shape)}")
+            ids = ids.tolist()
+        for row, n in enumerate(ids):
+            if not -1 <= n < len(self):
+                raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
+        used = list(dict.fromkeys(n for n in ids if n >= 0))
+        place = {n: i for i, n in enumerate(used)} | {-1: -1}
+        return Chosen([self[self._names[n]] for n in used], [place[n] for n in ids])
+
     def _select(
         self, prompt_ids: PromptIds, input_ids: Tensor
     ) -> tuple[Tensor, list[int], list[int] | Tensor | None, int | None]:
-        """The rows of the used prompts, their offsets, the batch's ids into them, and the width if it must be given.
-
-        One prompt is passed as it is; several are joined, only those that the batch uses.
-        """
+        """The rows of the used prompts, their offsets, the batch's ids into them, and the width if it must be given."""
         if input_ids.dim() != 2:
             raise ValueError(f"`input_ids` must have shape [B, T], got {list(input_ids.shape)}")
         ids = self.indices(prompt_ids, input_ids.shape[0])
-        longest = None
         if isinstance(ids, Tensor) and (ids.device.type != "cpu" or torch.compiler.is_compiling()):
             # Unknown on the host without waiting: all prompts, and room for the longest.
-            used, longest = list(range(len(self))), max([0, *self.lengths.values()])
-        else:
-            if isinstance(ids, Tensor):
-                if ids.dim() != 1 or ids.is_floating_point():
-                    raise ValueError(f"`prompt_ids` must be [B] integers, got {ids.dtype} {list(ids.shape)}")
-                ids = ids.tolist()
-            used = list(dict.fromkeys(n for n in ids if n >= 0))
-            for row, n in enumerate(ids):
-                if not -1 <= n < len(self):
-                    raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
-            place = {n: i for i, n in enumerate(used)} | {-1: -1}
-            ids = [place[n] for n in ids]
-        tensors: list[Tensor] = [self[self._names[n]] for n in used]
-        offsets = [0]
-        for tensor in tensors:
-            offsets.append(offsets[-1] + tensor.shape[0])
-        if len(tensors) == 1:
-            prompts = tensors[0]
-        elif tensors:
-            prompts = torch.cat(tensors)
-        else:
-            prompts = torch.empty(0, self.embedding_dim, device=input_ids.device)
-        if isinstance(ids, list) and ids.count(0) == len(ids) and len(used) == 1:
-            return prompts, offsets, None, longest
-        return prompts, offsets, ids, longest
+            everything = Chosen([self[name] for name in self._names], [])
+            return everything.joined(self, input_ids.device), everything.offsets, ids, max([0, *self.lengths.values()])
+        chosen = self.choose(ids, input_ids.shape[0])
+        prompts, offsets = chosen.joined(self, input_ids.device), chosen.offsets
+        if len(chosen.tensors) == 1 and chosen.ids.count(0) == len(chosen.ids):
+            return prompts, offsets, None, None
+        return prompts, offsets, chosen.ids, None
 
     # --- saving ---
 

@@ -8,5 +8,7 @@ namespace softprompt_fast::cpu {
 void assemble(const AssembleParams& params);
 void prompt_backward(const PromptBackwardParams& params);
 void embedding_backward(const EmbeddingBackwardParams& params);
+void unpack(const PackingParams& params);
+void pack(const PackingParams& params);
 
 }  // namespace softprompt_fast::cpu

@@ -8,7 +8,9 @@ struct Cpu {
   struct Guard {
     explicit Guard(const at::Tensor&) {}
   };
-  static Kernels kernels() { return {cpu::assemble, cpu::prompt_backward, cpu::embedding_backward}; }
+  static Kernels kernels() {
+    return {cpu::assemble, cpu::prompt_backward, cpu::embedding_backward, cpu::unpack, cpu::pack};
+  }
 };
 
 TORCH_LIBRARY_IMPL(SOFTPROMPT_FAST_NAMESPACE, CPU, library) { register_ops<Cpu>(library); }

@@ -245,6 +245,73 @@ __global__ void __launch_bounds__(kMaxThreads) embedding_backward_kernel(Embeddi
   }
 }
 
+// Elements that every vector of these tensors lets a thread move in one aligned access.
+inline int aligned_elements(const PackingParams& p) {
+  int elements = 8;
+  const auto fits = [&](const Heads& x) {
+    const int64_t access = elements * size_of(x.type) < kAccessBytes ? elements * size_of(x.type) : kAccessBytes;
+    const int64_t strides = x.row_stride | x.slot_stride | x.head_stride;  // powers of two divide all or none
+    return x.size % elements == 0 && reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(access) == 0 &&
+           strides * size_of(x.type) % access == 0;
+  };
+  for (int i = 0; i < p.tensors; ++i)
+    while (elements > 1 && !(fits(p.packed[i]) && fits(p.unpacked[i]))) elements /= 2;
+  return elements;
+}
+
+inline Launch plan_packing(const PackingParams& p, int64_t vectors, int max_threads = kMaxThreads) {
+  return {vectors * p.tensors, max_threads < 128 ? max_threads : 128, 1, aligned_elements(p)};
+}
+
+template <class T>
+SPF_HOST_DEVICE T* vector_at(const Heads& x, int64_t row, int64_t slot, int64_t head) {
+  return const_cast<T*>(static_cast<const T*>(x.data)) + row * x.row_stride + slot * x.slot_stride +
+         head * x.head_stride;
+}
+
+// One block writes all heads of one place of one row of one tensor.
+template <class In, class Out, int N>
+__global__ void __launch_bounds__(kMaxThreads) unpack_kernel(PackingParams p) {
+  const int64_t block = blockIdx.x, places = p.rows * p.width;
+  const int64_t row = block % places / p.width, place = block % places % p.width;
+  const Heads from = p.packed[block / places], to = p.unpacked[block / places];
+  const int64_t slot = slot_at(p.table + row * kTableColumns, place);
+  const bool held = slot >= 0 && slot < p.slots;
+  const int64_t packs = from.size / N;
+  for (int64_t i = threadIdx.x; i < from.heads * packs; i += blockDim.x) {
+    const int64_t head = i / packs, e = i % packs * N;
+    Out* out = vector_at<Out>(to, row, place, head) + e;
+    if (held) {
+      move<Out, In, N>(out, vector_at<In>(from, 0, slot, head) + e, wide_t<Out>(1));
+    } else {
+      *reinterpret_cast<Pack<Out, N>*>(out) = Pack<Out, N>{};
+    }
+  }
+}
+
+// One block writes all heads of one slot of one tensor: the sum over the rows that hold it, in ascending order.
+template <class In, class Out, int N>
+__global__ void __launch_bounds__(kMaxThreads) pack_kernel(PackingParams p) {
+  const int64_t block = blockIdx.x, slot = block % p.slots;
+  const Heads from = p.unpacked[block / p.slots], to = p.packed[block / p.slots];
+  const int64_t packs = from.size / N;
+  for (int64_t i = threadIdx.x; i < from.heads * packs; i += blockDim.x) {
+    const int64_t head = i / packs, e = i % packs * N;
+    wide_t<Out> sum[N] = {};
+    for (int64_t row = 0; row < p.rows; ++row) {
+      const int64_t place = place_of(p.table + row * kTableColumns, slot);
+      if (place < 0 || place >= p.width) continue;
+      const Pack<In, N> term = *reinterpret_cast<const Pack<In, N>*>(vector_at<In>(from, row, place, head) + e);
+#pragma unroll
+      for (int j = 0; j < N; ++j) sum[j] += static_cast<wide_t<Out>>(widen(term.at[j]));
+    }
+    Pack<Out, N> result;
+#pragma unroll
+    for (int j = 0; j < N; ++j) result.at[j] = Narrow<Out>::from(sum[j]);
+    *reinterpret_cast<Pack<Out, N>*>(vector_at<Out>(to, 0, slot, head) + e) = result;
+  }
+}
+
 // --- Choosing an instantiation. `Go::run(kernel, launch, arguments...)` launches it or, in the tests, plays it. ---
 
 template <class F>
@@ -300,6 +367,30 @@ void run_prompt_backward(const PromptBackwardParams& p, const Go& go) {
           go.run(prompt_backward_kernel<G, float, N>, launch, p);
         }
       }
+    });
+  });
+}
+
+template <class Go>
+void run_unpack(const PackingParams& p, const Go& go) {
+  const Launch launch = plan_packing(p, p.rows * p.width, go.max_threads());
+  if (launch.blocks == 0) return;
+  dispatch_pair(p.packed[0].type, p.unpacked[0].type, [&](auto in, auto out) {
+    with_elements(launch.elements, [&](auto elements) {
+      go.run(unpack_kernel<typename decltype(in)::type, typename decltype(out)::type, decltype(elements)::value>,
+             launch, p);
+    });
+  });
+}
+
+template <class Go>
+void run_pack(const PackingParams& p, const Go& go) {
+  const Launch launch = plan_packing(p, p.slots, go.max_threads());
+  if (launch.blocks == 0) return;
+  dispatch_pair(p.unpacked[0].type, p.packed[0].type, [&](auto in, auto out) {
+    with_elements(launch.elements, [&](auto elements) {
+      go.run(pack_kernel<typename decltype(in)::type, typename decltype(out)::type, decltype(elements)::value>, launch,
+             p);
     });
   });
 }

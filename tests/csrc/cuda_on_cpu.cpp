@@ -27,7 +27,9 @@ struct Emulated {
   static Kernels kernels() {
     return {[](const AssembleParams& p) { cuda::run_assemble(p, Player{}); },
             [](const PromptBackwardParams& p) { cuda::run_prompt_backward(p, Player{}); },
-            [](const EmbeddingBackwardParams& p) { cuda::run_embedding_backward(p, Player{}); }};
+            [](const EmbeddingBackwardParams& p) { cuda::run_embedding_backward(p, Player{}); },
+            [](const PackingParams& p) { cuda::run_unpack(p, Player{}); },
+            [](const PackingParams& p) { cuda::run_pack(p, Player{}); }};
   }
 };
 

@@ -1,0 +1,438 @@
+"""Shared-prompt execution: each distinct prompt runs once per step, padding never runs, logits only where they are read.
+
+In a causal decoder a prompt's hidden states do not depend on the text behind it. So one copy per step is enough, and its
+gradient is exact: it flows back through the keys and values that all its rows read. Linear layers see one sequence of
+useful tokens; only attention knows the layout (``shared_attention.py``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import architecture
+from .embedding import EmbeddingTable, embedding_table
+from .functional import assemble
+from .prompt import Chosen, FastSoftPrompt, PromptIds
+from .shared_attention import PackedLayout, RowGroup, Unsupported, install, uninstall
+
+logger = logging.getLogger("softprompt_fast")
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Largest difference between the two ways, relative to the largest logit, that rounding explains.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+CHECKED_ROWS = 8
+"""Rows of the first batches that are compared at most, spread over the batch."""
+
+
+@dataclass(eq=False)
+class SharedBatch:
+    """A packed batch, and where each token of ``input_ids`` stands in it."""
+
+    inputs_embeds: Tensor
+    """[1, K, D]"""
+    position_ids: Tensor
+    """[1, K]"""
+    layout: PackedLayout
+    token_slots: Tensor
+    """[B, T]: slot of each real token, -1 at padding. Tokens of shared text have the slot of the shared copy."""
+    previous_slots: Tensor
+    """[B, T]: slot of what stands before each real token, -1 where nothing does."""
+    last_slots: Tensor
+    """[B]: slot of the last vector of each row, -1 for an empty one."""
+
+
+@dataclass
+class Report:
+    """How a model is executed, and why."""
+
+    execution: str
+    """"shared" or "padded"."""
+    reason: str
+    checked: dict[str, float]
+    """Largest relative difference from each row alone, in the first training and the first inference batch."""
+
+
+class SharedPrompt:
+    """Runs one model on packed batches; knows whether that is exact for it.
+
+    Args:
+        model: a causal language model of transformers.
+        check: compare the first training and the first inference batch with the padded layout.
+        shared_text: "auto": text that all rows of a prompt share at their start runs once too.
+    """
+
+    def __init__(self, model: Any, *, check: bool = True, shared_text: str | None = "auto") -> None:
+        self.model = model
+        self.check = check
+        self.shared_text = shared_text
+        self.unsupported: str | None = None
+        self.checked: dict[str, float] = {}
+        self._counted = False
+        self._parameters = architecture.forward_parameters(model)
+        try:
+            check_architecture(model)
+            install(model)
+        except Unsupported as error:
+            self.unsupported = str(error)
+
+    def forward(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        prompt_ids: PromptIds,
+        *,
+        lengths: Sequence[int] | None,
+        num_targets: int | None,
+        return_logits: bool,
+        options: dict[str, Any],
+    ) -> Any:
+        """The model's output as :meth:`SoftPromptModel.forward` gives it; None: run the padded layout instead."""
+        if labels is not None and labels.shape != input_ids.shape:
+            shapes = f"{list(input_ids.shape)}, got {list(labels.shape)}"
+            raise ValueError(f"`labels` must have the shape of input_ids {shapes}")
+        if not self._checked(bank, input_ids, attention_mask, prompt_ids):
+            return None
+        batch = self.pack(bank, input_ids, attention_mask, prompt_ids, lengths)
+        token_slots, previous = batch.token_slots.flatten(), batch.previous_slots.flatten()
+        tokens = targets = token_slots[:0]  # places in the flattened input
+        if return_logits:
+            tokens = (token_slots >= 0).nonzero()[:, 0]
+        if labels is not None:
+            target = torch.where(previous >= 0, labels.flatten(), -100)
+            targets = _places(target != -100, num_targets)
+        read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
+        result = self._attempt(batch, read, options)
+        if result is None:
+            return None
+        output, logits = result
+        if labels is not None:
+            expected = torch.where(targets >= 0, target[targets], -100)
+            output["loss"] = self._loss(logits[len(tokens) :], expected, options)
+        output["logits"] = None
+        if return_logits:
+            every = logits.new_zeros(input_ids.numel(), logits.shape[-1])
+            output["logits"] = every.index_copy(0, tokens, logits[: len(tokens)]).view(*input_ids.shape, -1)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(_of_tokens(x[0], batch.token_slots) for x in output["hidden_states"])
+        return output
+
+    def next_token_logits(
+        self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
+    ) -> Tensor | None:
+        """[B, V] behind each row's last vector; None: run the padded layout instead."""
+        if not self._checked(bank, input_ids, attention_mask, prompt_ids):
+            return None
+        batch = self.pack(bank, input_ids, attention_mask, prompt_ids, None)
+        result = self._attempt(batch, batch.last_slots.clamp(min=0), {})
+        return None if result is None else result[1]
+
+    def _attempt(self, batch: SharedBatch, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
+        """Runs the packed batch; None if the model did something that the packed layout does not stand for."""
+        try:
+            return self.run(batch, read, options)
+        except Unsupported as error:
+            self.give_up(str(error))
+            return None
+
+    def _loss(self, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+        """The model's own loss; targets are shifted already."""
+        items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
+        vocabulary = self.model.config.get_text_config().vocab_size
+        loss: Tensor = self.model.loss_function(
+            logits=logits, labels=targets, vocab_size=vocabulary, shift_labels=targets, **items
+        )
+        return loss
+
+    def _checked(
+        self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
+    ) -> bool:
+        """Compares rows of the first training and the first inference batch with each row run alone, unpadded.
+
+        Returns:
+            False if the two differ, or the packed layout fails; it is given up then.
+        """
+        kind = "training" if torch.is_grad_enabled() else "inference"
+        if not self.check or kind in self.checked or not input_ids.numel():
+            return True
+        training = self.model.training
+        self.model.eval()  # without dropout there is one right answer
+        try:
+            difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
+        except Unsupported as error:
+            self.give_up(str(error))
+            return False
+        except Exception as error:
+            self.give_up(f"the packed layout failed: {type(error).__name__}: {error}")
+            return False
+        finally:
+            self.model.train(training)
+        self.checked[kind] = difference
+        tolerance = TOLERANCE[self.model.get_input_embeddings().weight.dtype]
+        if not difference <= tolerance:
+            self.give_up(f"it differs from each row run alone by {difference:.1e} (rounding explains {tolerance:.0e})")
+            return False
+        return True
+
+    def give_up(self, reason: str) -> None:
+        """The padded layout from now on."""
+        self.unsupported = reason
+        uninstall(self.model)
+        logger.warning("%s runs in the padded layout: %s", type(self.model).__name__, reason)
+
+    def pack(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        lengths: Sequence[int] | None,
+    ) -> SharedBatch:
+        """The packed batch of rows [B, T] with their prompts."""
+        return pack_rows(
+            bank,
+            self.model.get_input_embeddings(),
+            input_ids,
+            attention_mask,
+            prompt_ids,
+            lengths,
+            fold=self.shared_text == "auto",
+        )
+
+    def run(self, batch: SharedBatch, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+        """The model's output on a packed batch, and its logits [M, V] at the slots `read` [M].
+
+        Raises:
+            Unsupported: the model did something that the packed layout does not stand for.
+        """
+        layout = batch.layout
+        keep = {"logits_to_keep": read} if "logits_to_keep" in self._parameters else {}
+        output = self.model(
+            inputs_embeds=batch.inputs_embeds,
+            position_ids=batch.position_ids,
+            attention_mask=layout.marker(batch.inputs_embeds.device),
+            use_cache=False,
+            **keep,
+            **options,
+        )
+        self._count_calls(layout)
+        logits = output.logits[0]
+        return output, logits if keep else logits[read]
+
+    def _count_calls(self, layout: PackedLayout) -> None:
+        """Every layer must have attended, with its window: what bypasses attention would see across rows."""
+        if self._counted or not layout.slots:
+            return
+        config = self.model.config.get_text_config()
+        layers = config.num_hidden_layers
+        if layout.calls != layers:
+            raise Unsupported(f"{layout.calls} attention calls in {layers} layers")
+        types = getattr(config, "layer_types", None)
+        windowed = "sliding_attention" in types if types else bool(getattr(config, "sliding_window", None))
+        if windowed and not layout.windows:
+            raise Unsupported("its sliding window does not reach the attention function")
+        self._counted = True
+
+
+def check_architecture(model: Any) -> None:
+    """What can be told from a model's class and configuration.
+
+    Raises:
+        Unsupported: with the reason.
+    """
+    if architecture.is_encoder_decoder(model) or not architecture.is_causal(model):
+        raise Unsupported("only causal decoders can share a prompt's hidden states")
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise Unsupported("its head is not a language model's")
+    if not model._can_set_attn_implementation():
+        raise Unsupported("its class ignores transformers' attention interface")
+    if "position_ids" not in architecture.forward_parameters(model):
+        raise Unsupported("its forward takes no position_ids")
+    config = model.config.get_text_config()
+    if getattr(config, "alibi", False):
+        raise Unsupported("it adds ALiBi to attention scores")
+    if getattr(config, "output_router_logits", False):
+        raise Unsupported("its loss includes a router loss over all positions")
+    other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if other:
+        raise Unsupported(f"it has layers of type {', '.join(sorted(other))}")
+    if getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
+        raise Unsupported(f"its loss is {model.loss_type}")
+
+
+def pack_rows(
+    bank: FastSoftPrompt,
+    embedding: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_ids: PromptIds,
+    lengths: Sequence[int] | None,
+    *,
+    fold: bool,
+) -> SharedBatch:
+    """Packs rows behind their prompts, each distinct prompt once.
+
+    Args:
+        bank: the prompts.
+        embedding: the model's input embedding module.
+        input_ids: [B, T]
+        attention_mask: [B, T] or None.
+        prompt_ids: of each row.
+        lengths: [B] real tokens on the host; None: counted, which waits for a GPU.
+        fold: count text that all rows of a prompt share at their start to the prompt.
+    """
+    rows, tokens = input_ids.shape
+    device = input_ids.device
+    chosen = bank.choose(prompt_ids, rows)
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if lengths is None:
+        lengths = [tokens] * rows if attention_mask is None else real.sum(1).tolist()
+    folded = [0] * rows
+    table = embedding_table(embedding)
+    prompt_lengths = [tensor.shape[0] for tensor in chosen.tensors]
+    ranks = real.cumsum(1) - 1
+    if fold and device.type == "cpu" and rows > 1:
+        folded, chosen = _fold_shared_text(chosen, table, input_ids, real, lengths)
+    mask = attention_mask
+    if any(folded):
+        mask = real & (ranks >= torch.tensor(folded)[:, None])
+    packed = assemble(
+        input_ids,
+        table.weight,
+        chosen.joined(bank, device),
+        chosen.offsets,
+        chosen.ids,
+        mask,
+        layout="packed",
+        embedding_scale=table.scale,
+        padding_idx=table.padding_idx,
+        lengths=[n - f for n, f in zip(lengths, folded, strict=True)],
+    )
+    info = packed.packed
+    assert info is not None
+    count = len(info.prompts)
+    prompt_starts = list(accumulate(info.lengths[:count], initial=0))
+    prefixes = [(prompt_starts[g], info.lengths[g]) if g >= 0 else (0, 0) for g in info.row_prompts]
+    layout = PackedLayout(
+        prompts=RowGroup.of(0, info.lengths[:count], [(0, 0)] * count, device),
+        rows=RowGroup.of(prompt_starts[-1], info.lengths[count:], prefixes, device),
+    )
+
+    # Slots of a row's vectors by their place in [prompt][text]: prompt and folded text are shared, the rest its own.
+    shared = torch.tensor(
+        [
+            (start, prompt_lengths[n] if n >= 0 else 0, f)
+            for (start, _), n, f in zip(prefixes, chosen.ids, folded, strict=True)
+        ],
+        dtype=torch.int64,
+    ).view(-1, 3)
+    start, virtual, common = shared.to(device, non_blocking=True).unbind(1)
+    own = layout.rows.query_table[:, 0]
+
+    def slot_of(rank: Tensor) -> Tensor:
+        """[B, X] ranks among a row's real tokens, -1 the last virtual token -> slots; -1 where nothing stands."""
+        at = torch.where(
+            rank < common[:, None], start[:, None] + virtual[:, None] + rank, own[:, None] + rank - common[:, None]
+        )
+        return torch.where(rank + virtual[:, None] >= 0, at, -1)
+
+    last = torch.tensor([n - 1 for n in lengths], dtype=torch.int64).to(device, non_blocking=True)
+    return SharedBatch(
+        inputs_embeds=packed.inputs_embeds,
+        position_ids=packed.position_ids,
+        layout=layout,
+        token_slots=torch.where(real, slot_of(ranks), -1),
+        previous_slots=torch.where(real, slot_of(ranks - 1), -1),
+        last_slots=slot_of(last[:, None])[:, 0],
+    )
+
+
+def _fold_shared_text(
+    chosen: Chosen, table: EmbeddingTable, input_ids: Tensor, real: Tensor, lengths: Sequence[int]
+) -> tuple[list[int], Chosen]:
+    """Per row, how many of its first tokens all rows of its prompt share; and the prompts with those tokens behind.
+
+    Each row keeps a token of its own. Vectors of tokens carry no gradient of the prompt, so the prompt's is as before.
+    """
+    folded = [0] * len(chosen.ids)
+    longer = list(chosen.tensors)
+    for n, prompt in enumerate(chosen.tensors):
+        members = [row for row, used in enumerate(chosen.ids) if used == n]
+        common = min(lengths[row] for row in members) - 1
+        if len(members) < 2 or common < 1:
+            continue
+        first = input_ids[members[0]][real[members[0]]][:common]
+        for row in members[1:]:
+            differs = (input_ids[row][real[row]][: len(first)] != first).nonzero()
+            first = first[: int(differs[0])] if len(differs) else first
+        if len(first):
+            longer[n] = torch.cat([prompt, table(first).detach().to(prompt.dtype)])
+            for row in members:
+                folded[row] = len(first)
+    return folded, Chosen(longer, chosen.ids)
+
+
+def compare_with_rows_alone(
+    shared: SharedPrompt,
+    bank: FastSoftPrompt,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    prompt_ids: PromptIds,
+) -> float:
+    """The largest difference between rows run packed and each run alone: of their logits in the middle and at the end,
+    relative to the largest logit, and, where a gradient is recorded, of the prompts' gradients, relative to theirs."""
+    rows = input_ids.shape[0]
+    some = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long().tolist()
+    table = embedding_table(shared.model.get_input_embeddings())
+    chosen = bank.choose(prompt_ids, rows)
+    names = bank.indices(prompt_ids, rows)
+    ids = names[some] if isinstance(names, Tensor) else [names[row] for row in some]
+    mask = None if attention_mask is None else attention_mask[some]
+    batch = shared.pack(bank, input_ids[some], mask, ids, None)
+
+    alone, read = [], []
+    for at, row in enumerate(some):
+        real = batch.token_slots[at] >= 0
+        slots = batch.token_slots[at][real]
+        if not len(slots):
+            continue
+        prompt = chosen.tensors[chosen.ids[row]] if chosen.ids[row] >= 0 else None
+        vectors = table(input_ids[row][real])
+        joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
+        before = len(joined) - len(vectors)
+        places = [len(slots) // 2, len(slots) - 1]
+        logits = shared.model(inputs_embeds=joined[None], use_cache=False).logits[0]
+        alone.append(logits[[before + place for place in places]])
+        read.append(slots[places])
+    if not alone:
+        return 0.0
+    expected = torch.cat(alone).double()
+    got = shared.run(batch, torch.cat(read), {})[1].double()
+    difference = ((got - expected).abs().max() / expected.abs().max()).item()
+    trained = [tensor for tensor in chosen.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if trained:
+        mine, theirs = (torch.autograd.grad(x.square().mean(), trained, allow_unused=True) for x in (got, expected))
+        for a, b in zip(mine, theirs, strict=True):
+            if a is not None and b is not None:
+                difference = max(difference, ((a - b).norm() / b.norm().clamp(min=1e-30)).item())
+    return difference
+
+
+def _places(wanted: Tensor, count: int | None) -> Tensor:
+    """Places where `wanted` holds; with their number known nothing waits for a GPU, and -1 fills what is missing."""
+    if count is None:
+        return wanted.nonzero()[:, 0]
+    return torch.nonzero_static(wanted, size=count, fill_value=-1)[:, 0]
+
+
+def _of_tokens(states: Tensor, token_slots: Tensor) -> Tensor:
+    """[K, D] -> [B, T, D], zeros at padding."""
+    return torch.where(token_slots[..., None] >= 0, states[token_slots.clamp(min=0)], 0)
