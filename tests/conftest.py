@@ -1,7 +1,9 @@
 """What every test starts from: the same seeds, and a native backend that is known to be built."""
 
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -19,6 +21,8 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
 
 
