@@ -30,7 +30,8 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, *_pack(grads, *ctx.saved_tensors, ctx.slots, ctx.dtype))
+        (table,) = ctx.saved_tensors
+        return (None, None, None, *_pack(grads, table, ctx.slots, ctx.dtype))
 
 
 class _Pack(torch.autograd.Function):
@@ -47,7 +48,8 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return (None, None, None, *_unpack(grads, *ctx.saved_tensors, ctx.width, ctx.dtype))
+        (table,) = ctx.saved_tensors
+        return (None, None, None, *_unpack(grads, table, ctx.width, ctx.dtype))
 
 
 def unpack(packed: Sequence[Tensor], table: Tensor, width: int, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -73,7 +75,7 @@ def pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype |
 def prefix_kv(
     key: Tensor, value: Tensor, table: Tensor, width: int, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each row's prompt keys and values in front of its own: :func:`unpack` of a key [K, H, E] and a value [K, H, E']."""
+    """Each row's prompt keys and values in front of its own: :func:`unpack` of a key [K, H, E], a value [K, H, E']."""
     keys, values = unpack((key, value), table, width, dtype)
     return keys, values
 

@@ -72,8 +72,11 @@ class RowGroup:
         if device.type == "cuda":
             tables = tables.pin_memory()
         keys = max((n + prefix[1] for n, prefix in zip(lengths, prefixes, strict=True)), default=0)
+        table, query_table, result_table = tables.to(device, non_blocking=True).unbind()
         return cls(
-            *tables.to(device, non_blocking=True).unbind(),
+            table=table,
+            query_table=query_table,
+            result_table=result_table,
             first_slot=first_slot,
             slots=slots,
             queries=max(lengths, default=0),
@@ -151,9 +154,12 @@ def packed_attention(
     layout.calls += 1
     if sliding_window:
         layout.windows.add(sliding_window)
-    options = {"scaling": scaling, "dropout": dropout, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
-    parts = [_attend(group, packed, **options) for group in (layout.prompts, layout.rows) if group.slots]
+    parts = [
+        _attend(group, packed, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux)
+        for group in (layout.prompts, layout.rows)
+        if group.slots
+    ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 

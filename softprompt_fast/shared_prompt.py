@@ -1,8 +1,8 @@
-"""Shared-prompt execution: each distinct prompt runs once per step, padding never runs, logits only where they are read.
+"""Shared-prompt execution: each distinct prompt runs once per step, padding never, logits only where they are read.
 
-In a causal decoder a prompt's hidden states do not depend on the text behind it. So one copy per step is enough, and its
-gradient is exact: it flows back through the keys and values that all its rows read. Linear layers see one sequence of
-useful tokens; only attention knows the layout (``shared_attention.py``).
+In a causal decoder a prompt's hidden states do not depend on the text behind it. So one copy per step is enough, and
+its gradient is exact: it flows back through the keys and values that all its rows read. Linear layers see one sequence
+of useful tokens; only attention knows the layout (``shared_attention.py``).
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def test_features_mark_only_the_answer_and_long_texts_keep_their_end() -> None:
     assert feature == {"input_ids": ids, "labels": [-100] * 4 + ids[-1:]}
     batch = Collator(0)([feature, {"input_ids": [5], "labels": [-100]}])
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 0, 0, 0, 0]]
-    assert batch["labels"][1].tolist() == [-100] * 5 and batch["lengths"].tolist() == [5, 1]
+    assert batch["labels"][1].tolist() == [-100] * 5 and batch["lengths"] == [5, 1] and batch["num_targets"] == 1
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def encode(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, enc
 
 @dataclass
 class Collator:
-    """Pads features on the right and counts their tokens on the host."""
+    """Pads features on the right; counts their tokens and targets on the host, so that no step waits for a GPU."""
 
     pad_token_id: int
 
@@ -108,10 +108,11 @@ class Collator:
         batch: dict[str, Any] = {
             "input_ids": self._pad([f["input_ids"] for f in features], self.pad_token_id),
             "attention_mask": self._pad([[1] * length for length in lengths], 0),
-            "lengths": torch.tensor(lengths),
+            "lengths": lengths,
         }
         if "labels" in features[0]:
             batch["labels"] = self._pad([f["labels"] for f in features], -100)
+            batch["num_targets"] = sum(label != -100 for f in features for label in f["labels"])
         return batch
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

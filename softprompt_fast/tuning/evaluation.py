@@ -211,4 +211,4 @@ def _response_loss(
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -44,16 +44,8 @@ class PromptTrainer(Trainer):
         return scores
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        lengths = inputs.get("lengths")
-        self.tokens_seen += int(lengths.sum()) if lengths is not None else inputs["input_ids"].numel()
+        self.tokens_seen += sum(inputs["lengths"]) if "lengths" in inputs else inputs["input_ids"].numel()
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        lengths = inputs.pop("lengths", None)  # stays on the host: that is what it is for
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        if lengths is not None:
-            prepared["lengths"] = lengths
-        return prepared
 
     # Checkpoints hold the prompts in their own format; the base model is never written.
 

