@@ -154,12 +154,18 @@ def packed_attention(
     layout.calls += 1
     if sliding_window:
         layout.windows.add(sliding_window)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # what autocast would do to SDPA's arguments
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
-    parts = [
-        _attend(group, packed, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux)
-        for group in (layout.prompts, layout.rows)
-        if group.slots
-    ]
+    with torch.autocast(device, enabled=False):
+        parts = [
+            _attend(
+                group, packed, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
+            )
+            for group in (layout.prompts, layout.rows)
+            if group.slots
+        ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 

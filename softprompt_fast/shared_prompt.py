@@ -176,7 +176,10 @@ class SharedPrompt:
         finally:
             self.model.train(training)
         self.checked[kind] = difference
-        tolerance = TOLERANCE[self.model.get_input_embeddings().weight.dtype]
+        weight = self.model.get_input_embeddings().weight
+        device = weight.device.type
+        rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        tolerance = TOLERANCE[rounded]
         if not difference <= tolerance:
             self.give_up(f"it differs from each row run alone by {difference:.1e} (rounding explains {tolerance:.0e})")
             return False
