@@ -50,9 +50,11 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
     hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if hooks:
         raise TypeError(f"`embedding` must not have forward hooks, which the fused pass would not run, got {hooks[0]}")
-    if type(embedding) is nn.Embedding:
-        return EmbeddingTable(embedding.weight, 1.0, embedding.padding_idx)
-    return EmbeddingTable(embedding.weight, _scale_of(embedding), embedding.padding_idx)
+    weight = embedding.weight
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP
+        weight = weight.full_tensor()
+    scale = 1.0 if type(embedding) is nn.Embedding else _scale_of(embedding)
+    return EmbeddingTable(weight, scale, embedding.padding_idx)
 
 
 @constant_when_compiled

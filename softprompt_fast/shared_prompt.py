@@ -26,7 +26,9 @@ logger = logging.getLogger("softprompt_fast")
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference between the two ways, relative to the largest logit, that rounding explains.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+GRADIENT_SHARE = 0.2
+"""Weight of the prompts' gradients in that difference: a backward pass rounds several times as much."""
 CHECKED_ROWS = 8
 """Rows of the first batches that are compared at most, spread over the batch."""
 
@@ -421,11 +423,14 @@ def compare_with_rows_alone(
     got = shared.run(batch, torch.cat(read), {})[1].double()
     difference = ((got - expected).abs().max() / expected.abs().max()).item()
     trained = [tensor for tensor in chosen.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        trained = []  # a sharded model's backward needs every rank, whose rows may use fewer prompts
     if trained:
         mine, theirs = (torch.autograd.grad(x.square().mean(), trained, allow_unused=True) for x in (got, expected))
         for a, b in zip(mine, theirs, strict=True):
             if a is not None and b is not None:
-                difference = max(difference, ((a - b).norm() / b.norm().clamp(min=1e-30)).item())
+                apart = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+                difference = max(difference, GRADIENT_SHARE * apart)
     return difference
 
 

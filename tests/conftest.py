@@ -2,6 +2,8 @@
 
 import os
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,11 @@ import torch
 from hypothesis import settings
 
 from softprompt_fast import _build, _library
+
+NAMESPACE = "softprompt_fast_emulated"
+SOURCE = Path(__file__).parent / "csrc" / "cuda_on_cpu.cpp"
+# A GPU faults at a misaligned access; so do these, and at an index outside an array.
+SANITIZE = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error")
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -42,3 +49,14 @@ def native(backend: str) -> _library.Ops:
         pytest.skip(f"native ops: {_library.state().reason}")
     assert _library._ops is not None
     return _library._ops
+
+
+@pytest.fixture(scope="session")
+def emulated() -> _library.Ops:
+    """The CUDA kernels' thread code, played on a CPU."""
+    if _build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    build = _build.plan(cuda=False, extra_sources=(SOURCE,), namespace=NAMESPACE)
+    build = replace(build, cflags=(*build.cflags, *SANITIZE), key=f"{build.key}-sanitized")
+    torch.ops.load_library(_build.ensure(build, retry=True))
+    return _library.bind(NAMESPACE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,25 +20,11 @@ from op_cases import (
     same_bits,
 )
 
-from softprompt_fast import _build, _library
+from softprompt_fast import _library
 from softprompt_fast._checks import FLOATS, LAYOUTS
 
-NAMESPACE = "softprompt_fast_emulated"
-SOURCE = Path(__file__).parent / "csrc" / "cuda_on_cpu.cpp"
-# A GPU faults at a misaligned access; so do these, and at an index outside an array.
-SANITIZE = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error")
 # Of every vector width, and beyond what one turn of a block's threads covers.
 DIMS = (7, 1, 2, 4, 8, 16, 33, 64, 264, 520)
-
-
-@pytest.fixture(scope="session")
-def emulated() -> _library.Ops:
-    if _build.compiler() is None:
-        pytest.skip("no C++ compiler")
-    build = _build.plan(cuda=False, extra_sources=(SOURCE,), namespace=NAMESPACE)
-    build = replace(build, cflags=(*build.cflags, *SANITIZE), key=f"{build.key}-sanitized")
-    torch.ops.load_library(_build.ensure(build, retry=True))
-    return _library.bind(NAMESPACE)
 
 
 def test_barriers_are_honoured(emulated: _library.Ops) -> None:
