@@ -1,7 +1,7 @@
 """One training step (forward and backward) of prompt tuning: PEFT, the padded path and shared-prompt execution.
 
-All three run the same ragged batches (rows of T/2 to T tokens, padded on the left) in one process, interleaved; medians.
-Peak memory above the model is measured in a process of its own for each. Usage::
+All three run the same ragged batches (rows of T/2 to T tokens, padded on the left) in one process, interleaved, and
+their medians are compared. Peak memory above the model is measured in a process of its own for each. Usage::
 
     python benchmarks/bench_train.py --model DIR [--dtype bfloat16] [--output benchmarks/results/train_cpu.csv]
 """

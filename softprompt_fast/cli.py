@@ -224,7 +224,7 @@ def predict(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("softprompt-demo"),
-    steps: Annotated[int, typer.Option(min=1)] = 60,
+    steps: Annotated[int, typer.Option(min=1)] = 120,
     seed: int = 0,
     rows: Annotated[int, typer.Option(min=50, help="Held-out reviews to score.")] = 600,
 ) -> None:

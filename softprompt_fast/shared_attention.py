@@ -128,7 +128,6 @@ class PackedLayout:
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-@torch.compiler.disable
 def packed_attention(
     layout: PackedLayout,
     module: Any,
@@ -260,6 +259,7 @@ def install(model: Any) -> None:
         raise Unsupported(f"its attention implementation {before!r} is not one that can be put behind another")
     name = PREFIX + before
     ignored = IGNORED_BY.get(before, set())
+    attend = torch.compiler.disable(packed_attention)  # its layout is another object in every batch
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **keywords: Any
@@ -270,7 +270,8 @@ def install(model: Any) -> None:
         if args:
             raise Unsupported("its attention passes arguments by position")
         used = {k: v for k, v in keywords.items() if k not in ignored}
-        return packed_attention(layout, module, query, key, value, **used)
+        result: tuple[Tensor, Tensor | None] = attend(layout, module, query, key, value, **used)
+        return result
 
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, attention)

