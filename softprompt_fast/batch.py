@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-# How `status` words each broken rule; see `Status` in csrc/params.h.
+# `status` holds, per rule (`Status` in csrc/params.h), the smallest index that breaks it, or this.
 NO_ERROR = torch.iinfo(torch.int64).max
 
 
@@ -95,7 +94,3 @@ class PromptedBatch(Mapping[str, Tensor]):
         padding = self.token_slots < 0
         aligned = flat[self.token_slots.clamp(min=0)]
         return aligned.masked_fill(padding.view(*padding.shape, *[1] * (flat.dim() - 1)), fill)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The model inputs as a plain dict."""
-        return self._model_inputs()

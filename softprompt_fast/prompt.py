@@ -204,7 +204,6 @@ class FastSoftPrompt(nn.Module):
         prompts, offsets, ids, longest = self._select(prompt_ids, input_ids)
         if longest is not None:
             options.setdefault("max_prompt_length", longest)
-            options.setdefault("check", None)
         return assemble(
             input_ids,
             table.weight,
