@@ -219,18 +219,23 @@ class SharedPrompt:
             Unsupported: the model did something that the packed layout does not stand for.
         """
         layout = batch.layout
-        keep = {"logits_to_keep": read} if "logits_to_keep" in self._parameters else {}
-        output = self.model(
+        output, logits = self.logits_at(
+            read,
             inputs_embeds=batch.inputs_embeds,
             position_ids=batch.position_ids,
             attention_mask=layout.marker(batch.inputs_embeds.device),
-            use_cache=False,
-            **keep,
             **options,
         )
         self._count_calls(layout)
-        logits = output.logits[0]
-        return output, logits if keep else logits[read]
+        return output, logits
+
+    def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
+        """The model's output on a batch of one row, and its logits [M, V] at `places` [M], computed only there."""
+        if "logits_to_keep" in self._parameters:
+            output = self.model(**inputs, use_cache=False, logits_to_keep=places)
+            return output, output.logits[0]
+        output = self.model(**inputs, use_cache=False)
+        return output, output.logits[0][places]
 
     def _count_calls(self, layout: PackedLayout) -> None:
         """Every layer must have attended, with its window: what bypasses attention would see across rows."""
@@ -403,35 +408,44 @@ def compare_with_rows_alone(
     mask = None if attention_mask is None else attention_mask[some]
     batch = shared.pack(bank, input_ids[some], mask, ids, None)
 
+    trained = [tensor for tensor in chosen.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        trained = []  # a sharded model's backward needs every rank, whose rows may use fewer prompts
+    theirs = [torch.zeros_like(tensor) for tensor in trained]
     alone, read = [], []
-    for at, row in enumerate(some):
-        real = batch.token_slots[at] >= 0
-        slots = batch.token_slots[at][real]
+    for i, row in enumerate(some):
+        real = batch.token_slots[i] >= 0
+        slots = batch.token_slots[i][real]
         if not len(slots):
             continue
         prompt = chosen.tensors[chosen.ids[row]] if chosen.ids[row] >= 0 else None
         vectors = table(input_ids[row][real])
         joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
-        before = len(joined) - len(vectors)
-        places = [len(slots) // 2, len(slots) - 1]
-        logits = shared.model(inputs_embeds=joined[None], use_cache=False).logits[0]
-        alone.append(logits[[before + place for place in places]])
+        places = torch.tensor([len(slots) // 2, len(slots) - 1], device=joined.device)
+        logits = shared.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1].double()
+        if logits.requires_grad:  # at once, so that one row's graph is held at a time
+            for total, grad in zip(theirs, _gradients(logits, trained), strict=True):
+                total += grad
+        alone.append(logits.detach())
         read.append(slots[places])
     if not alone:
         return 0.0
-    expected = torch.cat(alone).double()
+    expected = torch.cat(alone)
     got = shared.run(batch, torch.cat(read), {})[1].double()
     difference = ((got - expected).abs().max() / expected.abs().max()).item()
-    trained = [tensor for tensor in chosen.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        trained = []  # a sharded model's backward needs every rank, whose rows may use fewer prompts
-    if trained:
-        mine, theirs = (torch.autograd.grad(x.square().mean(), trained, allow_unused=True) for x in (got, expected))
-        for a, b in zip(mine, theirs, strict=True):
-            if a is not None and b is not None:
-                apart = ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
-                difference = max(difference, GRADIENT_SHARE * apart)
+    if trained and got.requires_grad:
+        for mine, other in zip(_gradients(got, trained), theirs, strict=True):
+            apart = ((mine - other).norm() / other.norm().clamp(min=1e-30)).item()
+            difference = max(difference, GRADIENT_SHARE * apart)
     return difference
+
+
+def _gradients(logits: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:
+    """Of the sum of squares of the logits; zeros for a prompt that does not reach them."""
+    if not prompts:
+        return []
+    found = torch.autograd.grad(logits.square().sum(), list(prompts), allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(prompts, found, strict=True)]
 
 
 def _places(wanted: Tensor, count: int | None) -> Tensor:
