@@ -40,7 +40,7 @@ class SoftPromptModel(nn.Module):
         execution: "shared": each distinct prompt runs once per batch, padding never runs, logits only where they are
             read (``shared_prompt.py``). "padded": every row carries its prompt, for any architecture. "auto": shared
             where that is exact, else padded, with one log line that says why; :meth:`execution_report` tells too.
-        check: compare the first training and the first inference batch of "shared" with "padded".
+        check: compare the first training and the first inference batch of "shared" with each row run alone.
         shared_text: "auto": tokens that all rows of a prompt share at their start (an instruction, examples) run once
             too; None: they do not.
 

@@ -66,7 +66,7 @@ class SharedPrompt:
 
     Args:
         model: a causal language model of transformers.
-        check: compare the first training and the first inference batch with the padded layout.
+        check: compare the first training and the first inference batch with each row run alone.
         shared_text: "auto": text that all rows of a prompt share at their start runs once too.
     """
 
@@ -101,9 +101,11 @@ class SharedPrompt:
         if labels is not None and labels.shape != input_ids.shape:
             shapes = f"{list(input_ids.shape)}, got {list(labels.shape)}"
             raise ValueError(f"`labels` must have the shape of input_ids {shapes}")
+        batch = self.pack(
+            bank, input_ids, attention_mask, prompt_ids, lengths
+        )  # raises for bad input, before the check
         if not self._checked(bank, input_ids, attention_mask, prompt_ids):
             return None
-        batch = self.pack(bank, input_ids, attention_mask, prompt_ids, lengths)
         token_slots, previous = batch.token_slots.flatten(), batch.previous_slots.flatten()
         tokens = targets = token_slots[:0]  # places in the flattened input
         if return_logits:
@@ -131,9 +133,9 @@ class SharedPrompt:
         self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
     ) -> Tensor | None:
         """[B, V] behind each row's last vector; None: run the padded layout instead."""
+        batch = self.pack(bank, input_ids, attention_mask, prompt_ids, None)
         if not self._checked(bank, input_ids, attention_mask, prompt_ids):
             return None
-        batch = self.pack(bank, input_ids, attention_mask, prompt_ids, None)
         result = self._attempt(batch, batch.last_slots.clamp(min=0), {})
         return None if result is None else result[1]
 
@@ -165,7 +167,7 @@ class SharedPrompt:
         kind = "training" if torch.is_grad_enabled() else "inference"
         if not self.check or kind in self.checked or not input_ids.numel():
             return True
-        training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()  # without dropout there is one right answer
         try:
             difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
@@ -176,7 +178,8 @@ class SharedPrompt:
             self.give_up(f"the packed layout failed: {type(error).__name__}: {error}")
             return False
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
         self.checked[kind] = difference
         weight = self.model.get_input_embeddings().weight
         device = weight.device.type
@@ -313,7 +316,9 @@ def pack_rows(
         folded, chosen = _fold_shared_text(chosen, table, input_ids, real, lengths)
     mask = attention_mask
     if any(folded):
-        mask = real & (ranks >= torch.tensor(folded)[:, None])
+        shared_tokens = ranks < torch.tensor(folded)[:, None]
+        kept = real if attention_mask is None else attention_mask  # its values are checked by assemble
+        mask = kept.masked_fill(shared_tokens, 0)
     packed = assemble(
         input_ids,
         table.weight,
@@ -383,7 +388,8 @@ def _fold_shared_text(
         for row in members[1:]:
             differs = (input_ids[row][real[row]][: len(first)] != first).nonzero()
             first = first[: int(differs[0])] if len(differs) else first
-        if len(first):
+        known = (first >= 0) & (first < len(table.weight))
+        if len(first) and known.all():  # an unknown id is left to assemble, which names its place
             longer[n] = torch.cat([prompt, table(first).detach().to(prompt.dtype)])
             for row in members:
                 folded[row] = len(first)

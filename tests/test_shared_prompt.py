@@ -286,3 +286,29 @@ def test_bad_arguments() -> None:
     tuned = tuned_model("llama")
     with pytest.raises(ValueError, match=r"`labels` must have the shape of input_ids \[4, 11\], got \[4, 3\]"):
         tuned(*batch(), labels=torch.ones(4, 3, dtype=torch.long), prompt_ids=ROWS)
+
+
+@pytest.mark.parametrize("what", ["id", "additive mask", "id in shared text"])
+def test_bad_input_is_the_callers_error_and_not_a_reason_to_give_up(what: str) -> None:
+    tuned = tuned_model("llama")
+    ids, mask = torch.randint(3, 90, (3, 6)), torch.ones(3, 6)
+    ids[:, :3] = torch.tensor([5, 6, 7])
+    if what == "additive mask":
+        mask = torch.full((3, 6), -1.0)  # as additive masks mark padding: all of it
+        expected: Any = pytest.raises(ValueError, match="`attention_mask` must hold 1 for tokens and 0 for padding")
+    else:
+        ids[:, 1 if what == "id in shared text" else 5] = 1000
+        expected = pytest.raises(IndexError, match="`input_ids` must be 0 to 95, got 1000")
+    with expected:
+        tuned(ids, mask, prompt_ids="long")
+    assert tuned.execution_report().execution == "shared"
+    assert tuned(torch.randint(3, 90, (3, 6)), prompt_ids="long").logits.isfinite().all()
+
+
+def test_the_comparison_leaves_every_modules_mode_alone() -> None:
+    tuned = tuned_model("llama")
+    tuned.train()
+    tuned.base_model.model.layers[1].eval()
+    before = [module.training for module in tuned.modules()]
+    tuned(*batch(), prompt_ids=ROWS)
+    assert [module.training for module in tuned.modules()] == before

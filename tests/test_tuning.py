@@ -107,14 +107,14 @@ def test_generation_learns_its_response(model_folder: Path, tmp_path: Path) -> N
         writer.writerows([["prompt", "response"], *[[row["text"], "very fine film"] for row in reviews(32)]])
     output = tmp_path / "run"
     command = train_command(
-        model_folder, data, output, "--task", "generation", "--steps", "60", "--lr", "0.3", "-P", "4"
+        model_folder, data, output, "--task", "generation", "--steps", "120", "--lr", "0.3", "-P", "4"
     )
     run(*command)
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["after"]["loss"] < 0.5 * metrics["before"]["loss"]
     found = run("predict", "-p", str(output), "-d", str(data), "--max-new-tokens", "4", "--dtype", "float32").stdout
     answers = [json.loads(line)["prediction"] for line in found.splitlines()]
-    assert answers.count("very fine film") > len(answers) / 4  # of the 16 words there are
+    assert answers.count("very fine film") > len(answers) / 2
 
 
 def test_encoder_decoders_are_tuned_too(tmp_path: Path) -> None:
