@@ -157,7 +157,7 @@ def main() -> None:
             "cpu": cpu_name(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "model": arguments.model,
+            "model": Path(arguments.model).name,
             "dtype": arguments.dtype,
             "P,B,T": " ".join(map(str, shape)),
             **{f"{p}_s": round(medians[p], 3) for p in PROVIDERS},
