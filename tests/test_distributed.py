@@ -24,7 +24,7 @@ def test_two_processes_equal_one(kind: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.returncode == 0, finished.stdout + finished.stderr[-3000:]
     assert finished.stdout.count("equal") == 2
 
 
