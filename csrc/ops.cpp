@@ -273,6 +273,91 @@ std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const 
   return results;
 }
 
+namespace {
+
+// `prefix` are keys and values that prefixes lie in; null: the packed ones themselves.
+AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                 const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
+                                 const std::optional<at::Tensor>& prefix_value, double scale, int64_t window) {
+  AttentionParams p{};
+  TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableColumns, "table must be [segments, 4], got ", table.sizes());
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3 && query.size(0) == key.size(0) &&
+                  key.size(0) == value.size(0) && key.size(1) == value.size(1) && query.size(2) == key.size(2) &&
+                  key.size(1) > 0 && query.size(1) % key.size(1) == 0,
+              "query must be [K, H, E], key [K, H', E], value [K, H', E'], got ", query.sizes(), ", ", key.sizes(),
+              " and ", value.sizes());
+  TORCH_CHECK(prefix_key.has_value() == prefix_value.has_value(), "prefix_key and prefix_value must come together");
+  p.segments = table.size(0);
+  p.slots = query.size(0);
+  p.table = integers_of(table, "table", table.numel(), table);
+  p.scale = scale;
+  p.window = window;
+  p.query = heads_of(query, "query");
+  p.key = heads_of(key, "key");
+  p.value = heads_of(value, "value");
+  p.prefix_key = prefix_key.has_value() ? heads_of(*prefix_key, "prefix_key") : p.key;
+  p.prefix_value = prefix_value.has_value() ? heads_of(*prefix_value, "prefix_value") : p.value;
+  p.prefix_slots = prefix_key.has_value() ? prefix_key->size(0) : p.slots;
+  TORCH_CHECK(p.prefix_key.heads == p.key.heads && p.prefix_key.size == p.key.size &&
+                  p.prefix_value.heads == p.value.heads && p.prefix_value.size == p.value.size &&
+                  (!prefix_key.has_value() || prefix_value->size(0) == p.prefix_slots),
+              "prefix_key and prefix_value must have the heads and sizes of key and value");
+  for (const Scalar type : {p.key.type, p.value.type, p.prefix_key.type, p.prefix_value.type})
+    TORCH_CHECK(type == p.query.type && type != Scalar::f64, "attention takes one of float32, bfloat16, float16");
+  for (int64_t i = 0; i < p.segments; ++i) {
+    const int64_t* line = p.table + i * kTableColumns;
+    TORCH_CHECK(line[kOwnSlot] >= 0 && line[kOwnLength] >= 0 && line[kOwnSlot] <= p.slots - line[kOwnLength] &&
+                    line[kPrefixSlot] >= 0 && line[kPrefixLength] >= 0 &&
+                    line[kPrefixSlot] <= p.prefix_slots - line[kPrefixLength],
+                "line ", i, " of the table leaves the tensors");
+  }
+  return p;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionParams&), const at::Tensor& query,
+                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
+                                             const std::optional<at::Tensor>& prefix_key,
+                                             const std::optional<at::Tensor>& prefix_value, double scale,
+                                             int64_t window) {
+  const at::Tensor q = adjacent(query), k = adjacent(key), v = adjacent(value);
+  AttentionParams p = attention_params(q, k, v, table, prefix_key, prefix_value, scale, window);
+  at::Tensor out = at::zeros({p.slots, p.query.heads, p.value.size}, query.options());
+  at::Tensor log_sums = at::zeros({p.slots, p.query.heads}, query.options().dtype(at::kFloat));
+  p.out = heads_of(out, "out");
+  p.log_sums = log_sums.mutable_data_ptr<float>();
+  kernel(p);
+  return {out, log_sums};
+}
+
+std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionParams&), const at::Tensor& grad,
+                                           const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                           const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
+                                           const std::optional<at::Tensor>& prefix_value, const at::Tensor& out,
+                                           const at::Tensor& log_sums, double scale, int64_t window) {
+  const at::Tensor q = adjacent(query), k = adjacent(key), v = adjacent(value), g = adjacent(grad);
+  AttentionParams p = attention_params(q, k, v, table, prefix_key, prefix_value, scale, window);
+  TORCH_CHECK(g.sizes() == out.sizes() && g.scalar_type() == query.scalar_type(), "grad must be as out");
+  p.out = heads_of(out, "out");
+  p.log_sums = log_sums.mutable_data_ptr<float>();
+  p.grad_out = heads_of(g, "grad");
+  const auto wide = query.options().dtype(at::kFloat);
+  std::vector<at::Tensor> grads = {at::zeros(q.sizes(), wide), at::zeros(k.sizes(), wide), at::zeros(v.sizes(), wide)};
+  if (prefix_key.has_value()) {
+    grads.push_back(at::zeros(prefix_key->sizes(), wide));
+    grads.push_back(at::zeros(prefix_value->sizes(), wide));
+  }
+  p.grad_query = grads[0].mutable_data_ptr<float>();
+  p.grad_key = grads[1].mutable_data_ptr<float>();
+  p.grad_value = grads[2].mutable_data_ptr<float>();
+  p.grad_prefix_key = grads[prefix_key.has_value() ? 3 : 1].mutable_data_ptr<float>();
+  p.grad_prefix_value = grads[prefix_key.has_value() ? 4 : 2].mutable_data_ptr<float>();
+  kernel(p);
+  for (at::Tensor& result : grads) result = result.to(query.scalar_type());
+  return grads;
+}
+
 // Schemas. Private: the public functions stand in softprompt_fast/functional.py.
 TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def(
@@ -289,6 +374,12 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
       "float scale) -> Tensor");
   library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
   library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
+  library.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor table, Tensor? prefix_key, Tensor? prefix_value, "
+      "float scale, int window) -> (Tensor out, Tensor log_sums)");
+  library.def(
+      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor table, Tensor? prefix_key, "
+      "Tensor? prefix_value, Tensor out, Tensor log_sums, float scale, int window) -> Tensor[]");
 }
 
 }  // namespace softprompt_fast

@@ -42,6 +42,19 @@ std::vector<at::Tensor> unpack(const Kernels& kernels, at::TensorList packed, co
 std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const at::Tensor& table, int64_t slots,
                              at::ScalarType dtype);
 
+// The kernel alone differs between devices; one that has none does not register the op.
+std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionParams&), const at::Tensor& query,
+                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
+                                             const std::optional<at::Tensor>& prefix_key,
+                                             const std::optional<at::Tensor>& prefix_value, double scale,
+                                             int64_t window);
+
+std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionParams&), const at::Tensor& grad,
+                                           const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                           const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
+                                           const std::optional<at::Tensor>& prefix_value, const at::Tensor& out,
+                                           const at::Tensor& log_sums, double scale, int64_t window);
+
 // Defines the ops' implementations for one dispatch key: `Device::kernels()` runs on the tensors' device.
 template <class Device>
 void register_ops(torch::Library& library) {

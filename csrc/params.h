@@ -110,4 +110,20 @@ struct PackingParams {
   Heads packed[kMaxTensors], unpacked[kMaxTensors];  // one of them is written, contiguous
 };
 
+// Causal attention of segments over packed vectors: row r of the table holds a segment's own slots, which are its
+// queries and the last of its keys, and the slots of the prefix in front of them. E key size, E' value size.
+struct AttentionParams {
+  int64_t segments, slots, prefix_slots;
+  const int64_t* table;
+  double scale;
+  int64_t window;  // 0: none
+  Heads query, key, value;
+  Heads prefix_key, prefix_value;  // where prefix slots are: of the packed vectors themselves, or of other ones
+  Heads out;                       // [slots, H, E'], contiguous; written forward, read backward
+  float* log_sums;                 // [slots, H]: logarithm of each query's sum of exponentials
+  Heads grad_out;
+  // [slots, H, E], [slots, H', E], [slots, H', E'] and the same of prefix slots; zero on entry.
+  float *grad_query, *grad_key, *grad_value, *grad_prefix_key, *grad_prefix_value;
+};
+
 }  // namespace softprompt_fast

@@ -37,6 +37,8 @@ class Ops:
     embedding_backward: Callable[..., Any]
     unpack: Callable[..., Any]
     pack: Callable[..., Any]
+    attention: Callable[..., Any]
+    attention_backward: Callable[..., Any]
 
 
 _settling = threading.Lock()
@@ -85,6 +87,8 @@ def bind(namespace: str) -> Ops:
     torch.library.register_fake(f"{namespace}::embedding_backward", _fake_embedding_backward)
     torch.library.register_fake(f"{namespace}::unpack", _fake_unpack)
     torch.library.register_fake(f"{namespace}::pack", _fake_pack)
+    torch.library.register_fake(f"{namespace}::attention", _fake_attention)
+    torch.library.register_fake(f"{namespace}::attention_backward", _fake_attention_backward)
     return Ops(**{name: getattr(library, name).default for name in Ops.__dataclass_fields__})
 
 
@@ -186,3 +190,25 @@ def _fake_unpack(packed: list[torch.Tensor], table: torch.Tensor, width: int, dt
 
 def _fake_pack(rows: list[torch.Tensor], table: torch.Tensor, slots: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [x.new_empty((slots, *x.shape[2:]), dtype=dtype) for x in rows]
+
+
+def _fake_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    slots, heads, _size = query.shape
+    out = query.new_empty((slots, heads, value.shape[-1]))
+    return out, query.new_empty((slots, heads), dtype=torch.float32)
+
+
+def _fake_attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    table: torch.Tensor,
+    prefix_key: torch.Tensor | None,
+    prefix_value: torch.Tensor | None,
+    *_: Any,
+) -> list[torch.Tensor]:
+    inputs = [x for x in (query, key, value, prefix_key, prefix_value) if x is not None]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]

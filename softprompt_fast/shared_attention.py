@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import segment_attention
 from .packing import pack, unpack
 
 PREFIX = "softprompt_fast_"
@@ -118,6 +120,11 @@ class PackedLayout:
         """K"""
         return self.prompts.slots + self.rows.slots
 
+    @cached_property
+    def table(self) -> Tensor:
+        """[prompts + rows, 4]: of all segments, for :func:`segment_attention`."""
+        return torch.cat([self.prompts.table, self.rows.table])
+
     def marker(self, device: torch.device) -> Tensor:
         """The mask that carries this layout."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -158,6 +165,10 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
     with torch.autocast(device, enabled=False):
+        if segment_attention.available(query) and not dropout and softcap is None and s_aux is None:
+            return segment_attention.segment_attention(
+                *packed, layout.table, scale=scaling, window=sliding_window
+            )[None], None
         parts = [
             _attend(
                 group, packed, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
