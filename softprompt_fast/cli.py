@@ -124,7 +124,7 @@ def train(
     """Tunes a soft prompt on rows of data and keeps the best one."""
     from .model import SoftPromptModel
     from .tuning import load_base_model, load_rows, split_rows, tune
-    from .tuning.task import classification_task, generation_task
+    from .task import classification_task, generation_task
 
     rows = load_rows(data, split)
     if template is not None:

@@ -74,9 +74,9 @@ class SoftPromptModel(nn.Module):
         self._any_keyword = architecture.accepts_any_keyword(model)
         self.accepts_loss_kwargs = self._any_keyword  # Trainer asks before it passes num_items_in_batch
         self.execution = execution
-        self._shared = SharedPrompt(model, check=check, shared_text=shared_text) if execution != "padded" else None
-        if execution == "shared" and self._shared is not None and self._shared.unsupported:
-            raise ValueError(f"execution='shared' is not exact for this model: {self._shared.unsupported}")
+        self.shared = SharedPrompt(model, check=check, shared_text=shared_text) if execution != "padded" else None
+        if execution == "shared" and self.shared is not None and self.shared.unsupported:
+            raise ValueError(f"execution='shared' is not exact for this model: {self.shared.unsupported}")
         self._next_token_model = architecture.is_causal(model) and not architecture.pools_last_token(model)
         self._padding_side = "left" if architecture.pools_last_token(model) else "right"
 
@@ -134,6 +134,7 @@ class SoftPromptModel(nn.Module):
         lengths: Tensor | Sequence[int] | None = None,
         num_targets: int | None = None,
         return_logits: bool | None = None,
+        prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
         """Runs the model with each row's prompt in front of its tokens.
@@ -149,6 +150,7 @@ class SoftPromptModel(nn.Module):
             num_targets: labels of real tokens that are not -100.
             return_logits: of decoders' language-modelling heads; None: only without labels. With labels, shared
                 execution computes logits only where the loss reads them, unless all are asked for.
+            prompts: a bank for this call; None: the model's own.
             options: passed on to the model.
 
         Returns:
@@ -160,10 +162,11 @@ class SoftPromptModel(nn.Module):
         options = {k: v for k, v in options.items() if self._any_keyword or k in self._parameters_of_forward}
         if return_logits is None:
             return_logits = labels is None
+        bank = self.prompts if prompts is None else prompts
         if self._shares(options):
-            assert self._shared is not None
-            output = self._shared.forward(
-                self.prompts,
+            assert self.shared is not None
+            output = self.shared.forward(
+                bank,
                 input_ids,
                 attention_mask,
                 labels,
@@ -175,10 +178,11 @@ class SoftPromptModel(nn.Module):
             )
             if output is not None:
                 return output
-        return self._forward_padded(input_ids, attention_mask, labels, prompt_ids, return_logits, options)
+        return self._forward_padded(bank, input_ids, attention_mask, labels, prompt_ids, return_logits, options)
 
     def _forward_padded(
         self,
+        bank: FastSoftPrompt,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None,
@@ -187,7 +191,8 @@ class SoftPromptModel(nn.Module):
         options: dict[str, Any],
     ) -> Any:
         per_token = labels is not None and labels.shape == input_ids.shape and not self._labels_stand_apart()
-        batch = self._assemble(input_ids, attention_mask, prompt_ids, labels if per_token else None, self._padding_side)
+        per_slot = labels if per_token else None
+        batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, per_slot, self._padding_side)
         inputs = dict(batch)
         if labels is not None and not per_token:
             inputs["labels"] = labels
@@ -200,39 +205,73 @@ class SoftPromptModel(nn.Module):
 
     def execution_report(self) -> Report:
         """Which execution is used, and why; what the comparison with the padded layout gave, once it was made."""
-        if self._shared is None:
+        if self.shared is None:
             return Report("padded", "asked for", {})
-        if self._shared.unsupported is not None:
-            return Report("padded", self._shared.unsupported, self._shared.checked)
-        return Report("shared", "exact for this architecture", self._shared.checked)
+        if self.shared.unsupported is not None:
+            return Report("padded", self.shared.unsupported, self.shared.checked)
+        return Report("shared", "exact for this architecture", self.shared.checked)
 
     def _shares(self, options: dict[str, Any]) -> bool:
         """Whether a call can take the shared path; what only the padded one gives is not a reason to give it up."""
         return (
-            self._shared is not None
-            and self._shared.unsupported is None
+            self.shared is not None
+            and self.shared.unsupported is None
             and not options.get("output_attentions")
             and not options.get("use_cache")
         )
 
     @torch.no_grad()
     def next_token_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_ids: PromptIds = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_ids: PromptIds = None,
+        *,
+        prompts: FastSoftPrompt | None = None,
     ) -> Tensor:
         """[B, V], what a decoder expects behind each row's text; computed nowhere else."""
+        return self._logits_behind(input_ids, attention_mask, prompt_ids, None, prompts)
+
+    @torch.no_grad()
+    def logits_at(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        places: Tensor,
+        *,
+        prompts: FastSoftPrompt | None = None,
+    ) -> Tensor:
+        """[M, V], what a decoder expects behind the tokens at ``places`` [M, 2] (row, column of ``input_ids``)."""
+        if places.dim() != 2 or places.shape[1] != 2:
+            raise ValueError(f"`places` must be [M, 2], row and column of tokens, got {list(places.shape)}")
+        return self._logits_behind(input_ids, attention_mask, prompt_ids, places, prompts)
+
+    def _logits_behind(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        places: Tensor | None,
+        prompts: FastSoftPrompt | None,
+    ) -> Tensor:
         if not architecture.is_causal(self.base_model):
             raise TypeError(f"{type(self.base_model).__name__} is not a decoder and has no next token")
+        bank = self.prompts if prompts is None else prompts
         if self._shares({}):
-            assert self._shared is not None
-            logits = self._shared.next_token_logits(self.prompts, input_ids, attention_mask, prompt_ids)
+            assert self.shared is not None
+            logits = self.shared.logits_behind(bank, input_ids, attention_mask, prompt_ids, places)
             if logits is not None:
                 return logits
-        return self._padded_next_token_logits(input_ids, attention_mask, prompt_ids)
+        if places is None:
+            return self._padded_next_token_logits(bank, input_ids, attention_mask, prompt_ids)
+        every: Tensor = self._forward_padded(bank, input_ids, attention_mask, None, prompt_ids, True, {}).logits
+        return every[places[:, 0], places[:, 1]]
 
     def _padded_next_token_logits(
-        self, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
+        self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
     ) -> Tensor:
-        batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "left")
+        batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters_of_forward else {}
         if "use_cache" in self._parameters_of_forward:
             options["use_cache"] = False
@@ -244,6 +283,8 @@ class SoftPromptModel(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         prompt_ids: PromptIds = None,
+        *,
+        prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
         """``model.generate`` with each row's prompt in front: any padding, any mix of prompts.
@@ -251,7 +292,7 @@ class SoftPromptModel(nn.Module):
         Args:
             input_ids: [B, T]
             attention_mask: [B, T] of 1 and 0; None: no padding.
-            prompt_ids: as in :meth:`forward`.
+            prompt_ids, prompts: as in :meth:`forward`.
             options: of transformers' ``generate``. ``max_length`` and ``min_length`` count ``input_ids`` and new
                 tokens, never prompts.
 
@@ -260,22 +301,24 @@ class SoftPromptModel(nn.Module):
         """
         if not getattr(self.base_model, "can_generate", lambda: False)():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
+        bank = self.prompts if prompts is None else prompts
         with torch.no_grad():
             if architecture.is_encoder_decoder(self.base_model):
-                batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "right")
+                batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")
                 return self.base_model.generate(**batch, **options)
-            batch = self._assemble(input_ids, attention_mask, prompt_ids, None, "left")
+            batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
             return generation.generate(self.base_model, input_ids, batch, options)
 
     def _assemble(
         self,
+        bank: FastSoftPrompt,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         prompt_ids: PromptIds,
         labels: Tensor | None,
         padding_side: str,
     ) -> PromptedBatch:
-        batch: PromptedBatch = self.prompts(
+        batch: PromptedBatch = bank(
             input_ids,
             attention_mask,
             embedding=self.get_input_embeddings(),

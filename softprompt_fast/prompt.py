@@ -85,6 +85,15 @@ class FastSoftPrompt(nn.Module):
                 raise ValueError(f"`prompts` must give a positive length for {name!r}, got {length!r}")
             self.add_prompt(name, init=torch.randn(length, embedding_dim) * 0.02)
 
+    @classmethod
+    def frozen(cls, prompts: Mapping[str, Tensor], like: FastSoftPrompt) -> FastSoftPrompt:
+        """A bank of tensors [P, D] that are neither copied nor trained, otherwise like another."""
+        bank = cls(like.embedding_dim, padding_side=like.padding_side)
+        for name, tensor in prompts.items():
+            bank.register_parameter(PREFIX + name, nn.Parameter(tensor, requires_grad=False))
+            bank._names.append(name)
+        return bank
+
     # --- the bank ---
 
     @property
@@ -130,7 +139,7 @@ class FastSoftPrompt(nn.Module):
             init: "random", "vocabulary", "text", "class_labels", a tensor [P, D], a path, or the name of a prompt of
                 this bank to start from; see :func:`softprompt_fast.initialize.initial_prompt` for all arguments.
         """
-        _check_name(name)
+        check_name(name)
         if name in self._names:
             raise ValueError(f"`name` must be new, but the bank has a prompt {name!r}; remove_prompt it first")
         source: str | Tensor | PathLike[str] = init
@@ -160,7 +169,7 @@ class FastSoftPrompt(nn.Module):
     def rename_prompt(self, old: str, new: str) -> None:
         """Gives a prompt another name; its parameter, and so an optimiser's state of it, stays the same."""
         self._check_known(old)
-        _check_name(new)
+        check_name(new)
         if new in self._names:
             raise ValueError(f"`new` must be unused, but the bank has a prompt {new!r}")
         parameter = self[old]
@@ -312,6 +321,6 @@ class FastSoftPrompt(nn.Module):
             raise ValueError(f"prompt {name!r} must have shape [P, {self.embedding_dim}], got {list(values.shape)}")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
         raise ValueError(f"`name` must be 1 to 128 letters, digits, '_' or '-', and not start with '-', got {name!r}")

@@ -57,6 +57,7 @@ class RowGroup:
     prefixes: list[int]
     """Prefix lengths, on the host."""
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _behind: tuple[int, Tensor] | None = None
 
     @classmethod
     def of(
@@ -86,6 +87,14 @@ class RowGroup:
             prefixes=[length for _, length in prefixes],
         )
 
+    def behind(self, slots: int) -> Tensor:
+        """The table if `slots` others, which prefixes lie in, stand in front of the batch's own."""
+        if not slots:
+            return self.table
+        if self._behind is None or self._behind[0] != slots:
+            self._behind = (slots, self.table + torch.tensor([slots, 0, 0, 0], device=self.table.device))
+        return self._behind[1]
+
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive ``[rows or 1, 1, queries, keys]``: query i stands at key prefix + i and sees what is not behind it.
 
@@ -112,6 +121,10 @@ class PackedLayout:
 
     prompts: RowGroup
     rows: RowGroup
+    compiled: Tensor | None = None
+    """[R, L, 2, H', E]: keys and values of prompts per layer, computed before; prefixes of rows are slots of it."""
+    capture: Tensor | None = None
+    """[K, L, 2, H', E]: takes the keys and values that this batch computes."""
     calls: int = 0
     windows: set[int] = field(default_factory=set)
 
@@ -125,11 +138,35 @@ class PackedLayout:
         """[prompts + rows, 4]: of all segments, for :func:`segment_attention`."""
         return torch.cat([self.prompts.table, self.rows.table])
 
+    def compiled_for(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys [R, H', E] and values of compiled prompts in a module's layer."""
+        if self.compiled is None:
+            return None
+        _check_cache_shape(module, self.compiled, key, value)
+        keys, values = self.compiled[:, module.layer_idx].unbind(1)
+        return keys.to(key.dtype), values.to(value.dtype)
+
+    def keep(self, module: Any, key: Tensor, value: Tensor) -> None:
+        assert self.capture is not None
+        _check_cache_shape(module, self.capture, key, value)
+        self.capture[:, module.layer_idx, 0] = key
+        self.capture[:, module.layer_idx, 1] = value
+
     def marker(self, device: torch.device) -> Tensor:
         """The mask that carries this layout."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         setattr(mask, ATTRIBUTE, self)
         return mask
+
+
+def _check_cache_shape(module: Any, cache: Tensor, key: Tensor, value: Tensor) -> None:
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or not 0 <= layer < cache.shape[1]:
+        raise Unsupported(f"its attention layers are not numbered 0 to {cache.shape[1] - 1}, got {layer}")
+    for tensor in (key, value):
+        if tensor.shape[1:] != cache.shape[3:]:
+            shapes = f"{list(cache.shape[3:])}, got {list(tensor.shape[1:])} in layer {layer}"
+            raise Unsupported(f"its layers have different heads: {shapes}")
 
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -164,14 +201,34 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # what autocast would do to SDPA's arguments
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
+    if layout.capture is not None:
+        layout.keep(module, packed[1], packed[2])
+    prefix = layout.compiled_for(module, packed[1], packed[2])
     with torch.autocast(device, enabled=False):
         if segment_attention.available(query) and not dropout and softcap is None and s_aux is None:
-            return segment_attention.segment_attention(
-                *packed, layout.table, scale=scaling, window=sliding_window
-            )[None], None
+            out = segment_attention.segment_attention(
+                *packed,
+                layout.table,
+                scale=scaling,
+                window=sliding_window,
+                prefix_key=prefix and prefix[0],
+                prefix_value=prefix and prefix[1],
+            )
+            return out[None], None
+        before = 0
+        if prefix is not None:  # one sequence of compiled and own slots
+            before = prefix[0].shape[0]
+            packed[1:] = [torch.cat([a, b]) for a, b in zip(prefix, packed[1:], strict=True)]
         parts = [
             _attend(
-                group, packed, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
+                group,
+                packed,
+                before,
+                scaling=scaling,
+                dropout=dropout,
+                window=sliding_window,
+                softcap=softcap,
+                sinks=s_aux,
             )
             for group in (layout.prompts, layout.rows)
             if group.slots
@@ -182,6 +239,7 @@ def packed_attention(
 def _attend(
     group: RowGroup,
     packed: list[Tensor],
+    before: int,
     *,
     scaling: float | None,
     dropout: float,
@@ -189,15 +247,15 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[slots, H, E'], the results of a group's own parts."""
+    """[slots, H, E'], the results of a group's own parts; `before`: slots in front of its own in keys and values."""
     query, key, value = packed
     dtype = compute_dtype(query)
-    alone = len(group.prefixes) == 1 and not group.prefixes[0]  # one row, no prefix: it lies there as it is
+    alone = len(group.prefixes) == 1 and not group.prefixes[0] and not before  # one row: it lies there as it is
     if alone:
         q, k, v = (x[None, group.first_slot : group.first_slot + group.slots].to(dtype) for x in packed)
     else:
         (q,) = unpack((query,), group.query_table, group.queries, dtype)
-        k, v = unpack((key, value), group.table, group.keys, dtype)
+        k, v = unpack((key, value), group.behind(before), group.keys, dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     plain = not any(group.prefixes) and (not window or window >= group.keys)
     mask = None if plain and softcap is None and sinks is None else group.mask(window, dtype)

@@ -34,14 +34,20 @@ CHECKED_ROWS = 8
 
 
 @dataclass(eq=False)
-class SharedBatch:
-    """A packed batch, and where each token of ``input_ids`` stands in it."""
+class PackedInputs:
+    """What a model runs on."""
 
     inputs_embeds: Tensor
     """[1, K, D]"""
     position_ids: Tensor
     """[1, K]"""
     layout: PackedLayout
+
+
+@dataclass(eq=False)
+class SharedBatch(PackedInputs):
+    """A packed batch, and where each token of ``input_ids`` stands in it."""
+
     token_slots: Tensor
     """[B, T]: slot of each real token, -1 at padding. Tokens of shared text have the slot of the shared copy."""
     previous_slots: Tensor
@@ -129,17 +135,27 @@ class SharedPrompt:
             output["hidden_states"] = tuple(_of_tokens(x[0], batch.token_slots) for x in output["hidden_states"])
         return output
 
-    def next_token_logits(
-        self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
+    def logits_behind(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        places: Tensor | None = None,
     ) -> Tensor | None:
-        """[B, V] behind each row's last vector; None: run the padded layout instead."""
+        """[M, V] behind the tokens at `places` [M, 2] (row, column); None: [B, V] behind each row's last vector.
+
+        Returns:
+            None: run the padded layout instead.
+        """
         batch = self.pack(bank, input_ids, attention_mask, prompt_ids, None)
         if not self._checked(bank, input_ids, attention_mask, prompt_ids):
             return None
-        result = self._attempt(batch, batch.last_slots.clamp(min=0), {})
+        slots = batch.last_slots if places is None else batch.token_slots[places[:, 0], places[:, 1]]
+        result = self._attempt(batch, slots.clamp(min=0), {})
         return None if result is None else result[1]
 
-    def _attempt(self, batch: SharedBatch, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
+    def _attempt(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
         """Runs the packed batch; None if the model did something that the packed layout does not stand for."""
         try:
             return self.run(batch, read, options)
@@ -215,7 +231,7 @@ class SharedPrompt:
             fold=self.shared_text == "auto",
         )
 
-    def run(self, batch: SharedBatch, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+    def run(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
         """The model's output on a packed batch, and its logits [M, V] at the slots `read` [M].
 
         Raises:

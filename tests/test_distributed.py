@@ -14,7 +14,7 @@ from tiny_models import build
 
 import softprompt_fast as spf
 from softprompt_fast.tuning import tune
-from softprompt_fast.tuning.task import classification_task
+from softprompt_fast.task import classification_task
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 

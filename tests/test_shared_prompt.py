@@ -67,7 +67,7 @@ def test_the_packed_batch_holds_useful_tokens_only(monkeypatch: pytest.MonkeyPat
     tuned = tuned_model("llama")
     ids, mask = batch()
     seen: list[torch.Size] = []
-    monkeypatch.setattr(tuned._shared, "check", False)
+    monkeypatch.setattr(tuned.shared, "check", False)
     monkeypatch.setattr(tuned.base_model.model, "forward", _spy(tuned.base_model.model.forward, seen))
     tuned(ids, mask, labels=ids, prompt_ids=ROWS)
     assert seen == [torch.Size([1, 7 + 2 + int(mask.sum()), 32])]
@@ -93,7 +93,7 @@ def test_text_that_rows_share_runs_once_and_changes_nothing(labelled: bool) -> N
     labels = ids if labelled else None
     outputs = [model(ids, mask, labels=labels, prompt_ids=rows, return_logits=True) for model in (tuned, plain)]
     assert relative(outputs[0].logits, outputs[1].logits) < 1e-5
-    packs = [m._shared.pack(m.prompts, ids, mask, rows, None).layout.slots for m in (tuned, plain)]
+    packs = [m.shared.pack(m.prompts, ids, mask, rows, None).layout.slots for m in (tuned, plain)]
     assert packs[1] - packs[0] == 4 * 2  # one copy of four tokens instead of two, for each of two prompts
     if labelled:
         grads = [torch.autograd.grad(o.loss, [tuned.prompts["long"], tuned.prompts["short"]]) for o in outputs]
@@ -244,7 +244,7 @@ def test_a_model_that_mixes_neighbours_is_found_by_the_first_batch(caplog: pytes
 
 def test_a_layer_without_attention_is_found_by_counting() -> None:
     tuned = tuned_model("llama")
-    tuned._shared.check = False
+    tuned.shared.check = False
     attention = tuned.base_model.model.layers[1].self_attn
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
     ids, mask = batch()
@@ -254,7 +254,7 @@ def test_a_layer_without_attention_is_found_by_counting() -> None:
 
 def test_an_unknown_keyword_is_never_guessed() -> None:
     tuned = tuned_model("llama")
-    tuned._shared.check = False
+    tuned.shared.check = False
     attention = tuned.base_model.model.layers[0].self_attn
     original = attention.forward
     attention.forward = lambda *args, **kwargs: original(*args, novelty=1.0, **kwargs)

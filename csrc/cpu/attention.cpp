@@ -71,8 +71,8 @@ template <class T>
 void read_keys(const Heads& prefix, const Heads& own, const Segment& s, int64_t first, int64_t last, int64_t head,
                Block& out) {
   for (int64_t j = first; j < last; ++j) {
-    const T* from = j < s.prefix_length ? at<T>(prefix, s.prefix + j, head)
-                                        : at<T>(own, s.own + j - s.prefix_length, head);
+    const T* from =
+        j < s.prefix_length ? at<T>(prefix, s.prefix + j, head) : at<T>(own, s.own + j - s.prefix_length, head);
     read_vector(from, out.row(j - first), own.size);
   }
 }

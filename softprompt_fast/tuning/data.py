@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .task import Task
+from ..task import Task
 
 logger = logging.getLogger("softprompt_fast")
 

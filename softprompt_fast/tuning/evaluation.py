@@ -12,7 +12,7 @@ from torch import Tensor
 from ..architecture import is_encoder_decoder
 from ..model import SoftPromptModel
 from .data import Collator, Rows, encode, encode_text, length_order, pad_token_id
-from .task import Task
+from ..task import Task
 
 Progress = Callable[[int], None]
 

@@ -17,7 +17,7 @@ from ..architecture import is_encoder_decoder
 from ..model import SoftPromptModel
 from .data import Collator, Rows, encode, pad_token_id
 from .evaluation import evaluate
-from .task import Task
+from ..task import Task
 
 logger = logging.getLogger("softprompt_fast")
 

@@ -1,0 +1,69 @@
+"""Runs of rows in one growing tensor: where compiled prompts lie side by side, so that a batch can point at any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class SlotTable:
+    """Hands out runs of slots of one tensor ``[R, *shape]``; first fit. Not safe from several threads by itself.
+
+    Args:
+        shape: of one slot.
+        limit: slots there may be at most.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        limit: int,
+        *,
+        pin_memory: bool = False,
+    ) -> None:
+        self.limit = limit
+        self._options = {"dtype": dtype, "device": device, "pin_memory": pin_memory}
+        self.tensor: Tensor = torch.empty(0, *shape, **self._options)
+        """Replaced when the table grows; who holds the old one goes on reading what was in it."""
+        self._free: list[tuple[int, int]] = []
+
+    @property
+    def free(self) -> int:
+        """Slots that could still be handed out, though not always in one run."""
+        return sum(count for _, count in self._free) + self.limit - len(self.tensor)
+
+    def allocate(self, count: int) -> int | None:
+        """First slot of a run, or None if no run of this length is free."""
+        for place, (first, length) in enumerate(self._free):
+            if length >= count:
+                self._free[place : place + 1] = [(first + count, length - count)] if length > count else []
+                return first
+        tail = self._free[-1] if self._free and sum(self._free[-1]) == len(self.tensor) else (len(self.tensor), 0)
+        needed = tail[0] + count
+        if needed > self.limit:
+            return None
+        if tail[1]:
+            self._free.pop()
+        self._grow(min(self.limit, max(needed, 2 * len(self.tensor))), needed)
+        return tail[0]
+
+    def release(self, first: int, count: int) -> None:
+        """Gives a run back."""
+        runs: list[tuple[int, int]] = []
+        for start, length in sorted([*self._free, (first, count)]):
+            if runs and sum(runs[-1]) == start:
+                runs[-1] = (runs[-1][0], runs[-1][1] + length)
+            else:
+                runs.append((start, length))
+        self._free = runs
+
+    def _grow(self, size: int, used: int) -> None:
+        larger = torch.empty(size, *self.tensor.shape[1:], **self._options)
+        larger[: len(self.tensor)] = self.tensor
+        self.tensor = larger
+        if size > used:
+            self._free.append((used, size - used))
