@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -113,10 +112,17 @@ def measure_memory(arguments: argparse.Namespace) -> None:
     for parameter in model.parameters():  # every page of the model counts as loaded
         parameter.abs().max()
     run = step(arguments.memory, model, *map(int, arguments.shape.split(",")))
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, loading the model, does not count
     run()
     run()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """A size of this process in MB, as Linux gives it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
 
 
 def main() -> None:

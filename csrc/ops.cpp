@@ -277,19 +277,22 @@ namespace {
 
 // `prefix` are keys and values that prefixes lie in; null: the packed ones themselves.
 AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                 const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
+                                 const at::Tensor& table, const std::optional<at::Tensor>& queries,
+                                 const std::optional<at::Tensor>& prefix_key,
                                  const std::optional<at::Tensor>& prefix_value, double scale, int64_t window) {
   AttentionParams p{};
   TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableColumns, "table must be [segments, 4], got ", table.sizes());
-  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3 && query.size(0) == key.size(0) &&
+  TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3 &&
+                  (queries.has_value() || query.size(0) == key.size(0)) &&
                   key.size(0) == value.size(0) && key.size(1) == value.size(1) && query.size(2) == key.size(2) &&
                   key.size(1) > 0 && query.size(1) % key.size(1) == 0,
               "query must be [K, H, E], key [K, H', E], value [K, H', E'], got ", query.sizes(), ", ", key.sizes(),
               " and ", value.sizes());
   TORCH_CHECK(prefix_key.has_value() == prefix_value.has_value(), "prefix_key and prefix_value must come together");
   p.segments = table.size(0);
-  p.slots = query.size(0);
+  p.slots = key.size(0);
   p.table = integers_of(table, "table", table.numel(), table);
+  if (queries.has_value()) p.queries = integers_of(*queries, "queries", 2 * p.segments, table);
   p.scale = scale;
   p.window = window;
   p.query = heads_of(query, "query");
@@ -310,6 +313,10 @@ AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key,
                     line[kPrefixSlot] >= 0 && line[kPrefixLength] >= 0 &&
                     line[kPrefixSlot] <= p.prefix_slots - line[kPrefixLength],
                 "line ", i, " of the table leaves the tensors");
+    if (p.queries == nullptr) continue;
+    const int64_t first = p.queries[2 * i], count = p.queries[2 * i + 1];
+    TORCH_CHECK(first >= 0 && count >= 0 && first <= query.size(0) - count && count <= line[kOwnLength], "queries ", i,
+                " leave the query tensor, or are more than the segment's own keys");
   }
   return p;
 }
@@ -317,14 +324,14 @@ AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key,
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionParams&), const at::Tensor& query,
-                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
+                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table, const std::optional<at::Tensor>& queries,
                                              const std::optional<at::Tensor>& prefix_key,
                                              const std::optional<at::Tensor>& prefix_value, double scale,
                                              int64_t window) {
   const at::Tensor q = adjacent(query), k = adjacent(key), v = adjacent(value);
-  AttentionParams p = attention_params(q, k, v, table, prefix_key, prefix_value, scale, window);
-  at::Tensor out = at::zeros({p.slots, p.query.heads, p.value.size}, query.options());
-  at::Tensor log_sums = at::zeros({p.slots, p.query.heads}, query.options().dtype(at::kFloat));
+  AttentionParams p = attention_params(q, k, v, table, queries, prefix_key, prefix_value, scale, window);
+  at::Tensor out = at::zeros({q.size(0), p.query.heads, p.value.size}, query.options());
+  at::Tensor log_sums = at::zeros({q.size(0), p.query.heads}, query.options().dtype(at::kFloat));
   p.out = heads_of(out, "out");
   p.log_sums = log_sums.mutable_data_ptr<float>();
   kernel(p);
@@ -337,7 +344,7 @@ std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionParams&
                                            const std::optional<at::Tensor>& prefix_value, const at::Tensor& out,
                                            const at::Tensor& log_sums, double scale, int64_t window) {
   const at::Tensor q = adjacent(query), k = adjacent(key), v = adjacent(value), g = adjacent(grad);
-  AttentionParams p = attention_params(q, k, v, table, prefix_key, prefix_value, scale, window);
+  AttentionParams p = attention_params(q, k, v, table, {}, prefix_key, prefix_value, scale, window);
   TORCH_CHECK(g.sizes() == out.sizes() && g.scalar_type() == query.scalar_type(), "grad must be as out");
   p.out = heads_of(out, "out");
   p.log_sums = log_sums.mutable_data_ptr<float>();
@@ -375,7 +382,7 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
   library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
   library.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor table, Tensor? prefix_key, Tensor? prefix_value, "
+      "attention(Tensor query, Tensor key, Tensor value, Tensor table, Tensor? queries, Tensor? prefix_key, Tensor? prefix_value, "
       "float scale, int window) -> (Tensor out, Tensor log_sums)");
   library.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor table, Tensor? prefix_key, "

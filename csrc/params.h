@@ -115,6 +115,8 @@ struct PackingParams {
 struct AttentionParams {
   int64_t segments, slots, prefix_slots;
   const int64_t* table;
+  const int64_t* queries;  // [segments, 2]: first slot and number of a segment's queries, which end where its keys end;
+                           // null: a query for each of its own slots
   double scale;
   int64_t window;  // 0: none
   Heads query, key, value;

@@ -185,40 +185,8 @@ def evaluate(
 
     tuned, tokenizer, task = _load_tuned(prompt, model, dtype, device)
     rows = load_rows(data, split)
-    with _progress(len(rows)) as advance:
+    with progress_bar(len(rows)) as advance:
         print(json.dumps(score(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance), indent=2))
-
-
-@app.command()
-def predict(
-    prompt: PromptFolder,
-    data: Data,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="jsonl file; default: standard output.")] = None,
-    model: OptionalModel = None,
-    split: str = "train",
-    batch_size: BatchSize = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    dtype: Dtype = "auto",
-    device: Device = None,
-) -> None:
-    """Adds a prediction to each row, in the rows' order."""
-    from .tuning import load_rows
-    from .tuning import predict as answer
-
-    tuned, tokenizer, task = _load_tuned(prompt, model, dtype, device)
-    rows = load_rows(data, split)
-    with _progress(len(rows)) as advance:
-        found = answer(
-            tuned, tokenizer, task, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=advance
-        )
-    lines = "".join(
-        json.dumps(row | result, ensure_ascii=False) + "\n" for row, result in zip(rows, found, strict=True)
-    )
-    if output is None:
-        sys.stdout.write(lines)
-    else:
-        output.write_text(lines)
-        console.print(f"wrote {len(rows)} rows to {output}")
 
 
 @app.command()
@@ -262,7 +230,7 @@ def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None)
     return tuned, tokenizer, task
 
 
-class _progress:
+class progress_bar:  # noqa: N801 - used like a function
     """A bar over rows, on the error stream."""
 
     def __init__(self, total: int) -> None:
@@ -278,6 +246,8 @@ class _progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+
+from . import cli_inference  # noqa: E402, F401 - adds its commands to `app`
 
 if __name__ == "__main__":
     main()

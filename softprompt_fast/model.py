@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import architecture, generation
 from .batch import PromptedBatch
-from .peft_format import is_prompt_folder, read_prompt, write_prompt
+from .peft_format import prompt_folders, read_prompt, write_prompt
 from .prompt import FastSoftPrompt, PromptIds
 from .shared_prompt import Report, SharedPrompt
 
@@ -392,18 +392,12 @@ class SoftPromptModel(nn.Module):
         Raises:
             FileNotFoundError: no prompt there.
         """
-        directory = Path(directory)
-        if is_prompt_folder(directory):
-            folders = [directory]
-        else:
-            folders = sorted(f for f in directory.iterdir() if is_prompt_folder(f)) if directory.is_dir() else []
+        folders = prompt_folders(directory)
         if names is not None:
             missing = set(names) - {folder.name for folder in folders}
             if missing:
                 raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
             folders = [folder for folder in folders if folder.name in names]
-        if not folders:
-            raise FileNotFoundError(f"{directory} must be a PEFT adapter folder or hold some, but no prompt was found")
         tuned = cls(model, **options)
         for folder in folders:
             tuned.load_prompt(folder)

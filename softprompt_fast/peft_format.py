@@ -26,6 +26,21 @@ def is_prompt_folder(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
 
 
+def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
+    """The directory itself, if it is an adapter folder, or all adapter folders in it, sorted.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    directory = Path(directory)
+    if is_prompt_folder(directory):
+        return [directory]
+    folders = sorted(f for f in directory.iterdir() if is_prompt_folder(f)) if directory.is_dir() else []
+    if not folders:
+        raise FileNotFoundError(f"{directory} must be a PEFT adapter folder or hold some, but no prompt was found")
+    return folders
+
+
 def write_prompt(folder: PathLike[str] | str, prompt: Tensor, config: dict[str, Any]) -> None:
     """Writes an adapter folder; each file appears whole or not at all.
 
@@ -61,13 +76,8 @@ def write_prompt(folder: PathLike[str] | str, prompt: Tensor, config: dict[str, 
     os.replace(partial, folder / CONFIG_FILE)
 
 
-def read_prompt(folder: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
-    """The prompt [P, D] (float32) and the configuration of an adapter folder.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        ValueError: not a prompt-tuning adapter, or its tensor does not fit its configuration or is not finite.
-    """
+def read_config(folder: PathLike[str] | str) -> dict[str, Any]:
+    """The configuration of a prompt-tuning adapter folder; raises as :func:`read_prompt` does."""
     folder = Path(folder)
     if not is_prompt_folder(folder):
         raise FileNotFoundError(f"{folder} must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
@@ -78,6 +88,18 @@ def read_prompt(folder: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
     if not isinstance(config, dict) or config.get("peft_type") != "PROMPT_TUNING":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{folder / CONFIG_FILE}: `peft_type` must be 'PROMPT_TUNING', got {found!r}")
+    return config
+
+
+def read_prompt(folder: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
+    """The prompt [P, D] (float32) and the configuration of an adapter folder.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a prompt-tuning adapter, or its tensor does not fit its configuration or is not finite.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
     values = _read_tensor(folder / WEIGHTS_FILE)
     count = config.get("num_virtual_tokens")
     submodules = config.get("num_transformer_submodules") or 1

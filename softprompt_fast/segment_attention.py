@@ -33,7 +33,7 @@ class _SegmentAttention(torch.autograd.Function):
         ops = _library.ops_for(query.device)
         assert ops is not None
         out: Tensor
-        out, log_sums = ops.attention(query, key, value, table, prefix_key, prefix_value, scale, window)
+        out, log_sums = ops.attention(query, key, value, table, None, prefix_key, prefix_value, scale, window)
         ctx.save_for_backward(query, key, value, table, prefix_key, prefix_value, out, log_sums)
         ctx.scale, ctx.window = scale, window
         return out
@@ -86,3 +86,34 @@ def segment_attention(
         query, key, value, table, prefix_key, prefix_value, float(scale), int(window or 0)
     )
     return result
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    queries: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+) -> Tensor:
+    """:func:`segment_attention` of the last queries of each segment alone, without a gradient: its keys are cached.
+
+    Args:
+        query: [Q, H, E]
+        queries: [segments, 2] int64: first slot in ``query`` and number of a segment's queries; the last of them
+            stands at the segment's last own key.
+
+    Returns:
+        [Q, H, E'], zero at queries of no segment.
+    """
+    ops = _library.ops_for(query.device)
+    assert ops is not None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = ops.attention(
+        query, key, value, table, queries, prefix_key, prefix_value, float(scale), int(window or 0)
+    )[0]
+    return out

@@ -187,11 +187,7 @@ def packed_attention(
     **keywords: Any,
 ) -> tuple[Tensor, None]:
     """Attention of [1, H, K, E] queries with [1, H', K, E] keys and [1, H', K, E'] values -> [1, K, H, E']."""
-    unknown = sorted(k for k, v in keywords.items() if k not in IGNORED and v is not None and v is not False)
-    if unknown:
-        raise Unsupported(f"its attention uses a keyword unknown here: {', '.join(unknown)}")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise Unsupported("its attention is not causal")
+    check_keywords(module, is_causal, keywords)
     if query.shape[0] != 1 or query.shape[2] != layout.slots or key.shape[2] != layout.slots:
         raise Unsupported(f"its attention got {list(query.shape)} queries for {layout.slots} packed slots")
     layout.calls += 1
@@ -207,12 +203,14 @@ def packed_attention(
     with torch.autocast(device, enabled=False):
         if segment_attention.available(query) and not dropout and softcap is None and s_aux is None:
             out = segment_attention.segment_attention(
-                *packed,
+                packed[0],
+                packed[1],
+                packed[2],
                 layout.table,
                 scale=scaling,
                 window=sliding_window,
-                prefix_key=prefix and prefix[0],
-                prefix_value=prefix and prefix[1],
+                prefix_key=prefix[0] if prefix else None,
+                prefix_value=prefix[1] if prefix else None,
             )
             return out[None], None
         before = 0
@@ -234,6 +232,15 @@ def packed_attention(
             if group.slots
         ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def check_keywords(module: Any, is_causal: bool | None, keywords: dict[str, Any]) -> None:
+    """Raises Unsupported for attention that is not causal, or is told something that is not known here."""
+    unknown = sorted(k for k, v in keywords.items() if k not in IGNORED and v is not None and v is not False)
+    if unknown:
+        raise Unsupported(f"its attention uses a keyword unknown here: {', '.join(unknown)}")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise Unsupported("its attention is not causal")
 
 
 def _attend(
@@ -334,12 +341,17 @@ def install(model: Any) -> None:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor | None]:
         layout = getattr(attention_mask, ATTRIBUTE, None)
-        if layout is None:
+        cached = getattr(key, ATTRIBUTE, None)
+        if layout is None and cached is None:
             return original(module, query, key, value, attention_mask, *args, **keywords)
         if args:
             raise Unsupported("its attention passes arguments by position")
         used = {k: v for k, v in keywords.items() if k not in ignored}
-        result: tuple[Tensor, Tensor | None] = attend(layout, module, query, key, value, **used)
+        result: tuple[Tensor, Tensor | None]
+        if cached is not None:
+            result = cached.attend(module, query, **used)
+        else:
+            result = attend(layout, module, query, key, value, **used)
         return result
 
     if name not in ALL_ATTENTION_FUNCTIONS:

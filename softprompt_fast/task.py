@@ -119,3 +119,13 @@ def generation_task(
 ) -> Task:
     """A task in which the model continues the prompt column's text with the response column's."""
     return Task("generation", template or f"{{{prompt_column}}}", response_column, **fields)
+
+
+def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:
+    """Token ids of a row's text, at most ``task.max_length``, the end kept: it asks the question."""
+    ids = list(tokenizer(task.text(row), truncation=False).input_ids)
+    if not encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()  # the answer follows here
+    if len(ids) > task.max_length:
+        ids = ids[-task.max_length :]
+    return ids or [tokenizer.eos_token_id]

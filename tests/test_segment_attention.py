@@ -10,7 +10,7 @@ from test_packing import table
 from torch import Tensor
 
 from softprompt_fast import _library
-from softprompt_fast.segment_attention import segment_attention
+from softprompt_fast.segment_attention import cached_attention, segment_attention
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -107,6 +107,22 @@ def test_prefixes_may_lie_in_tensors_of_their_own() -> None:
         assert close(mine.grad, theirs.grad, 5e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_queries_may_be_the_last_of_cached_keys(window: int | None) -> None:
+    query, key, value = (x.detach() for x in inputs(12, SIZES["grouped"]))
+    prefix = [x.detach() for x in inputs(7, SIZES["grouped"])[1:]]
+    lines = torch.tensor([[0, 5, 2, 5], [6, 4, 0, 7], [11, 1, 0, 0]])
+    whole = written_out(query, key, value, lines, window, (prefix[0], prefix[1]))
+    asking = query[[3, 4, 9, 11]]
+    queries = torch.tensor([[0, 2], [2, 1], [3, 1]])
+    got = cached_attention(
+        asking, key, value, lines, queries, window=window, prefix_key=prefix[0], prefix_value=prefix[1]
+    )
+    assert close(got, whole[[3, 4, 9, 11]], 2e-6)
+    with pytest.raises(RuntimeError, match="queries 1 leave the query tensor"):
+        cached_attention(asking, key, value, lines, torch.tensor([[0, 2], [2, 3], [3, 1]]))
+
+
 def test_large_scores_do_not_overflow() -> None:
     lines, slots = CASES["more keys than a block"]
     single = [(x.detach() * 30).requires_grad_() for x in inputs(slots, SIZES["equal heads"])]
@@ -145,10 +161,10 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
 def test_opcheck(native: _library.Ops) -> None:
     lines, slots = CASES["one prompt"]
     query, key, value = (x.detach() for x in inputs(slots, SIZES["grouped"]))
-    arguments = (query, key, value, lines, None, None, 0.2, 0)
+    arguments = (query, key, value, lines, None, None, None, 0.2, 0)
     torch.library.opcheck(torch.ops.softprompt_fast.attention.default, arguments)
     out, log_sums = native.attention(*arguments)
-    arguments = (torch.ones_like(out), *arguments[:6], out, log_sums, 0.2, 0)
+    arguments = (torch.ones_like(out), query, key, value, lines, None, None, out, log_sums, 0.2, 0)
     torch.library.opcheck(torch.ops.softprompt_fast.attention_backward.default, arguments)
 
 

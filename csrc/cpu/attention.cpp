@@ -23,6 +23,7 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 // One segment of the table, and which keys its queries see.
 struct Segment {
   int64_t own, length, prefix, prefix_length, window;
+  int64_t query, count;  // first slot and number of queries
 
   Segment(const AttentionParams& p, int64_t index) : window(p.window) {
     const int64_t* line = p.table + index * kTableColumns;
@@ -30,9 +31,11 @@ struct Segment {
     length = line[kOwnLength];
     prefix = line[kPrefixSlot];
     prefix_length = line[kPrefixLength];
+    query = p.queries != nullptr ? p.queries[2 * index] : own;
+    count = p.queries != nullptr ? p.queries[2 * index + 1] : length;
   }
   // Keys [first, last) of query t; key j is slot j of the prefix, behind it the segment's own.
-  int64_t last_key(int64_t t) const { return prefix_length + t + 1; }
+  int64_t last_key(int64_t t) const { return prefix_length + length - count + t + 1; }
   int64_t first_key(int64_t t) const { return window > 0 ? std::max<int64_t>(0, last_key(t) - window) : 0; }
 };
 
@@ -63,7 +66,7 @@ void read_queries(const Heads& x, const Segment& s, int64_t first, int64_t last,
                   Block& out, float scale) {
   for (int64_t t = first; t < last; ++t)
     for (int64_t g = 0; g < group; ++g)
-      read_vector(at<T>(x, s.own + t, head * group + g), out.row((t - first) * group + g), x.size, scale);
+      read_vector(at<T>(x, s.query + t, head * group + g), out.row((t - first) * group + g), x.size, scale);
 }
 
 // Keys or values [first, last) of a segment as rows.
@@ -150,7 +153,7 @@ struct Forward {
                true);
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t slot = s.own + first + i / group, h = head * group + i % group;
+      const int64_t slot = s.query + first + i / group, h = head * group + i % group;
       T* out = const_cast<T*>(at<T>(p.out, slot, h));
       const float inverse = 1.0f / total[static_cast<size_t>(i)];
       for (int64_t e = 0; e < p.value.size; ++e) out[e] = Narrow<T>::from(sum.row(i)[e] * inverse);
@@ -227,7 +230,7 @@ struct Backward {
     read_queries<T>(p.query, s, first, last, head, group, query, static_cast<float>(p.scale));
     read_queries<T>(p.grad_out, s, first, last, head, group, grad_out, 1.0f);
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t slot = s.own + first + i / group, h = head * group + i % group;
+      const int64_t slot = s.query + first + i / group, h = head * group + i % group;
       const T* out = at<T>(p.out, slot, h);
       float sum = 0;
       for (int64_t e = 0; e < p.value.size; ++e) sum += grad_out.row(i)[e] * widen(out[e]);
@@ -258,7 +261,7 @@ struct Backward {
     multiply(rows, p.query.size, count, slopes.left(), keys.row(0), keys.stride, grad_query.row(0), grad_query.stride,
              false);
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t slot = s.own + first + i / group, h = head * group + i % group;
+      const int64_t slot = s.query + first + i / group, h = head * group + i % group;
       float* out = p.grad_query + (slot * p.query.heads + h) * p.query.size;
       for (int64_t e = 0; e < p.query.size; ++e) out[e] += grad_query.row(i)[e] * static_cast<float>(p.scale);
     }
@@ -291,7 +294,7 @@ void attention(const AttentionParams& p) {
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < p.segments; ++i) {
       const Segment s(p, i);
-      for (int64_t t = 0; t < s.length; t += block) pieces.push_back({i, t, std::min(t + block, s.length)});
+      for (int64_t t = 0; t < s.count; t += block) pieces.push_back({i, t, std::min(t + block, s.count)});
     }
     run_tasks(static_cast<int64_t>(pieces.size()) * p.key.heads, [&] {
       return [&p, &pieces, work = Forward<T>{p}](int64_t index) mutable {

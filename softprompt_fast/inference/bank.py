@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..model import SoftPromptModel
-from ..peft_format import is_prompt_folder, read_prompt
+from ..peft_format import prompt_folders, read_prompt
 from ..prompt import FastSoftPrompt, check_name
 from ..shared_attention import Unsupported
 from ..task import FILE as TASK_FILE
@@ -180,15 +180,15 @@ class PromptBank:
             made_for = config.get("base_model_name_or_path")
             if task is None and (Path(source) / TASK_FILE).is_file():
                 task = Task.load(source)
-        weight = self.model.get_input_embeddings().weight
-        if vectors.dim() != 2 or vectors.shape[0] < 1 or vectors.shape[1] != weight.shape[1]:
+        width = self.model.prompts.embedding_dim
+        if vectors.dim() != 2 or vectors.shape[0] < 1 or vectors.shape[1] != width:
             made = f" (made for {made_for!r})" if made_for else ""
             raise ValueError(
-                f"prompt {name!r} must have shape [P, {weight.shape[1]}] like the model, got {list(vectors.shape)}{made}"
+                f"prompt {name!r} must have shape [P, {width}] like the model, got {list(vectors.shape)}{made}"
             )
         if not vectors.is_floating_point() or not torch.isfinite(vectors).all():
             raise ValueError(f"prompt {name!r} must be finite floating-point numbers")
-        entry = Entry(name, vectors.to(device=weight.device, dtype=torch.float32, copy=True), task)
+        entry = Entry(name, vectors.to(device=self.model.device, dtype=torch.float32, copy=True), task)
         with self._lock:
             if name in self._entries:
                 if not replace:
@@ -198,13 +198,7 @@ class PromptBank:
 
     def add_directory(self, directory: PathLike[str] | str, *, replace: bool = False) -> list[str]:
         """Adds the prompt of an adapter folder, or of every adapter folder in a directory; returns their names."""
-        directory = Path(directory)
-        if is_prompt_folder(directory):
-            folders = [directory]
-        else:
-            folders = sorted(f for f in directory.iterdir() if is_prompt_folder(f)) if directory.is_dir() else []
-        if not folders:
-            raise FileNotFoundError(f"{directory} must be a PEFT adapter folder or hold some, but no prompt was found")
+        folders = prompt_folders(directory)
         for folder in folders:
             self.add(folder.resolve().name, folder, replace=replace)
         return [folder.resolve().name for folder in folders]
@@ -300,7 +294,8 @@ class PromptBank:
             table = self._table.tensor
             if self.storage == "device":
                 return table, places
-            slots, at = [], 0
+            slots: list[int] = []
+            at = 0
             for entry in entries:
                 slots += range(places[entry.name], places[entry.name] + len(entry))
                 places[entry.name], at = at, at + len(entry)

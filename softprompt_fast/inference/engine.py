@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from .. import architecture
 from ..generation import generate_behind
 from ..packing import unpack
+from ..segment_attention import available
 from ..shared_attention import Unsupported
 from ..shared_prompt import TOLERANCE
 from .bank import PromptBank, View
 from .compile import pack_texts
+
+logger = logging.getLogger("softprompt_fast")
 
 Texts = Sequence[Sequence[int]]
 
@@ -28,6 +32,7 @@ class Engine:
         self.base = bank.model.base_model
         self._compared = not bank.check
         config = self.base.config.get_text_config()
+        self._in_place = available(self.base.get_input_embeddings().weight)
         # A cache with a window drops keys by their place, which prompts and padding would shift.
         self._plain_cache = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not getattr(
             config, "sliding_window", None
@@ -79,21 +84,35 @@ class Engine:
             output: Tensor = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)
             return output
         ids, mask = padded(texts, "left", self.model.device)
-        if view.compiled is None or self.bank.uncompiled is not None or not self._plain_cache:
-            output = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)
-        else:
-            output = self._generate_compiled(view, ids, mask, options)
+        if view.compiled is not None and self.bank.uncompiled is None:
+            if self._in_place:
+                try:
+                    return self._generate_compiled(view, ids, mask, options, in_place=True)
+                except Unsupported as error:
+                    self._in_place = False
+                    logger.warning("compiled prompts are gathered for text generation: %s", error)
+            if self._plain_cache:
+                return self._generate_compiled(view, ids, mask, options, in_place=False)
+        output = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)
         return output[:, ids.shape[1] :]
 
-    def _generate_compiled(self, view: View, ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Tensor:
+    def _generate_compiled(
+        self, view: View, ids: Tensor, mask: Tensor, options: dict[str, Any], *, in_place: bool
+    ) -> Tensor:
         from transformers import DynamicCache
 
+        from .cache import Rows, compiled_cache
+
         assert view.compiled is not None
+        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
         lengths = torch.tensor([count for _, count in view.prefixes])
         width = int(lengths.max())
-        cache = DynamicCache()
-        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        if width:
+        cache: Any = DynamicCache()
+        if in_place:
+            padding = (ids.shape[1] - mask.sum(1)).tolist()
+            prefixes = [prefix for prefix in view.prefixes for _ in range(copies)]
+            cache = compiled_cache(Rows(view.compiled, prefixes, [n for n in padding for _ in range(copies)]))
+        elif width:
             for layer, (keys, values) in enumerate(gather_prefixes(view.compiled, view.prefixes, width)):
                 cache.update(keys, values, layer)
             if copies > 1:
@@ -101,20 +120,20 @@ class Engine:
         prompt_mask = (torch.arange(width) < lengths[:, None]).to(mask)
         first = ids.gather(1, mask.argmax(1, keepdim=True))
         stand_ins = torch.cat([first.expand(-1, width), torch.where(mask == 1, ids, first)], 1)
-        inputs: dict[str, Any] = {"attention_mask": torch.cat([prompt_mask, mask], 1)}
-        if width:
-            inputs["past_key_values"] = cache
+        inputs = {"attention_mask": torch.cat([prompt_mask, mask], 1), "past_key_values": cache}
         output: Tensor = generate_behind(self.base, ids, stand_ins, inputs, options)
-        return output
+        return output[:, ids.shape[1] :]
 
     @torch.no_grad()
     def hidden_states(self, view: View, texts: Texts, names: Sequence[str | None]) -> tuple[Tensor, Tensor]:
         """[B, T, D], the last hidden state of each token, and the mask [B, T] of tokens."""
         ids, mask = padded(texts, "right", self.model.device)
+        if architecture.is_encoder_decoder(self.base):
+            batch = view.prompts(ids, mask, embedding=self.model.get_input_embeddings(), prompt_ids=list(names))
+            states = self.base.get_encoder()(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
+            return batch.unpack(states.last_hidden_state), mask
         output = self.model(ids, mask, None, list(names), prompts=view.prompts, output_hidden_states=True)
         states = getattr(output, "last_hidden_state", None)
-        if states is None:
-            states = getattr(output, "encoder_last_hidden_state", None)
         return (output.hidden_states[-1] if states is None else states), mask
 
     @torch.no_grad()

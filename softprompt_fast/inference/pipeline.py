@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .. import architecture
-from ..task import Task
+from ..task import Task, encode_text
 from .bank import PromptBank
 from .combine import COMBINATIONS, combine_members
 from .engine import Engine
@@ -385,17 +385,17 @@ class SoftPromptPipeline:
     def _ids(self, text: Text, name: str | None) -> list[int]:
         """Token ids of a text, rendered with the template of its prompt's task, if there is one."""
         task = self._task(name)
-        if isinstance(text, str):
-            if not text.strip():
-                raise ValueError("the text is empty")
-            said = task.text({task.columns[0]: text}) if task is not None and len(task.columns) == 1 else text
-        elif task is None:
-            raise ValueError(f"a text must be a string, for prompt {name!r} has no task with a template")
+        if isinstance(text, str) and not text.strip():
+            raise ValueError("the text is empty")
+        if task is not None and (not isinstance(text, str) or len(task.columns) == 1):
+            row = {task.columns[0]: text} if isinstance(text, str) else text
+            ids = encode_text(task, row, self.tokenizer, encoder_decoder=self._encoder_decoder)
+        elif isinstance(text, str):
+            ids = list(self.tokenizer(text).input_ids)
+            if architecture.is_causal(self._base) and ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()  # the answer follows here
         else:
-            said = task.text(text)
-        ids = list(self.tokenizer(said).input_ids)
-        if not self._encoder_decoder and architecture.is_causal(self._base) and ids:
-            ids = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids  # the answer follows here
+            raise ValueError(f"a text must be a string, for prompt {name!r} has no task with a template")
         if not ids:
             raise ValueError("the text has no tokens")
         self._check_length(len(ids), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class SlotTable:
         pin_memory: bool = False,
     ) -> None:
         self.limit = limit
-        self._options = {"dtype": dtype, "device": device, "pin_memory": pin_memory}
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device, "pin_memory": pin_memory}
         self.tensor: Tensor = torch.empty(0, *shape, **self._options)
         """Replaced when the table grows; who holds the old one goes on reading what was in it."""
         self._free: list[tuple[int, int]] = []

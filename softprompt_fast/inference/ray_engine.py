@@ -1,0 +1,116 @@
+"""The same answers over many machines, with Ray Data: back-pressure, retries and lost workers are Ray's business."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..peft_format import prompt_folders, read_prompt
+from ..task import FILE as TASK_FILE
+from ..task import Task
+from .files import Result, Row, answer_rows
+
+BATCH = 64
+"""Rows of a Ray task: what a lost worker has to do again at most."""
+
+
+class Worker:
+    """Loads the model once and answers batches of rows; an actor of Ray Data.
+
+    Args:
+        prompts: reference to the prompts in Ray's object store, one copy per machine.
+    """
+
+    def __init__(
+        self, prompts: Any, base: str, options: Mapping[str, Any], settings: Mapping[str, Any], threads: int | None
+    ) -> None:
+        import ray
+
+        from ..tuning import load_base_model
+        from .bank import PromptBank
+        from .pipeline import SoftPromptPipeline
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        model, tokenizer = load_base_model(base, settings["dtype"], settings["device"])
+        bank = PromptBank(model)
+        for name, (vectors, task) in ray.get(prompts).items():
+            bank.add(name, torch.from_numpy(vectors.copy()), task=Task(**task) if task else None)
+        self.options = options
+        self.pipeline = SoftPromptPipeline(
+            bank, tokenizer, max_batch_rows=settings["batch_size"], max_batch_tokens=settings["batch_tokens"]
+        )
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rows = [json.loads(row) for row in batch["row"]]
+        names = [json.loads(name) for name in batch["prompt"]]
+        results = answer_rows(self.pipeline, rows, names, self.options)
+        return {"index": batch["index"], "result": np.array([json.dumps(result) for result in results], dtype=object)}
+
+
+class RayAnswers:
+    """Answers for :func:`write_answers`, computed by a pool of workers.
+
+    Args:
+        prompts: a folder of prompts; read here, sent to the workers once.
+        base: name of the base model, which workers load themselves.
+        workers: how many; a GPU each, where the cluster has some.
+        options: of generation.
+        settings: ``batch_size``, ``batch_tokens``, ``dtype``, ``device``.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        names: Sequence[str | None],
+        prompts: Path,
+        base: str,
+        workers: int,
+        options: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.rows, self.names, self.base, self.workers = rows, names, base, workers
+        self.options, self.settings = dict(options), dict(settings)
+        self.prompts = {}
+        for folder in prompt_folders(prompts):
+            task = asdict(Task.load(folder)) if (folder / TASK_FILE).is_file() else None
+            self.prompts[folder.resolve().name] = (read_prompt(folder)[0].numpy(), task)
+
+    def __call__(self, start: int) -> Iterator[list[Result]]:
+        import ray
+
+        if start >= len(self.rows):
+            return
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        cores = ray.cluster_resources().get("CPU", 1)
+        threads = None if gpus else max(1, int(cores // self.workers))
+        items = [
+            {"index": i, "row": json.dumps(self.rows[i], default=str), "prompt": json.dumps(self.names[i])}
+            for i in range(start, len(self.rows))
+        ]
+        blocks = -(-len(items) // BATCH)
+        answered = ray.data.from_items(items, override_num_blocks=blocks).map_batches(
+            Worker,
+            batch_size=BATCH,
+            concurrency=self.workers,
+            num_gpus=gpus,
+            fn_constructor_args=(ray.put(self.prompts), self.base, self.options, self.settings, threads),
+        )
+        expected = start
+        for batch in answered.iter_batches(batch_size=BATCH, batch_format="numpy"):
+            if batch["index"].tolist() != list(range(expected, expected + len(batch["index"]))):
+                raise RuntimeError(f"rows came back out of order behind row {expected}")
+            expected += len(batch["index"])
+            yield [json.loads(result) for result in batch["result"]]
+        if expected != len(self.rows):
+            raise RuntimeError(f"only {expected} of {len(self.rows)} rows came back")
