@@ -122,9 +122,9 @@ class PackedLayout:
     prompts: RowGroup
     rows: RowGroup
     compiled: Tensor | None = None
-    """[R, L, 2, H', E]: keys and values of prompts per layer, computed before; prefixes of rows are slots of it."""
+    """[L, 2, R, H', E]: keys and values of prompts per layer, computed before; prefixes of rows are slots of it."""
     capture: Tensor | None = None
-    """[K, L, 2, H', E]: takes the keys and values that this batch computes."""
+    """[L, 2, K, H', E]: takes the keys and values that this batch computes."""
     calls: int = 0
     windows: set[int] = field(default_factory=set)
 
@@ -143,14 +143,14 @@ class PackedLayout:
         if self.compiled is None:
             return None
         _check_cache_shape(module, self.compiled, key, value)
-        keys, values = self.compiled[:, module.layer_idx].unbind(1)
+        keys, values = self.compiled[module.layer_idx].unbind(0)
         return keys.to(key.dtype), values.to(value.dtype)
 
     def keep(self, module: Any, key: Tensor, value: Tensor) -> None:
         assert self.capture is not None
         _check_cache_shape(module, self.capture, key, value)
-        self.capture[:, module.layer_idx, 0] = key
-        self.capture[:, module.layer_idx, 1] = value
+        self.capture[module.layer_idx, 0] = key
+        self.capture[module.layer_idx, 1] = value
 
     def marker(self, device: torch.device) -> Tensor:
         """The mask that carries this layout."""
@@ -161,8 +161,8 @@ class PackedLayout:
 
 def _check_cache_shape(module: Any, cache: Tensor, key: Tensor, value: Tensor) -> None:
     layer = getattr(module, "layer_idx", None)
-    if layer is None or not 0 <= layer < cache.shape[1]:
-        raise Unsupported(f"its attention layers are not numbered 0 to {cache.shape[1] - 1}, got {layer}")
+    if layer is None or not 0 <= layer < cache.shape[0]:
+        raise Unsupported(f"its attention layers are not numbered 0 to {cache.shape[0] - 1}, got {layer}")
     for tensor in (key, value):
         if tensor.shape[1:] != cache.shape[3:]:
             shapes = f"{list(cache.shape[3:])}, got {list(tensor.shape[1:])} in layer {layer}"

@@ -225,10 +225,10 @@ def test_a_replaced_prompt_answers_at_once_and_old_batches_finish() -> None:
     pipe = pipeline()
     (before,) = pipe.score(["fine film"], ["yes"], "middle")
     with pipe.bank.use(["middle"]) as view:
-        old = view.compiled[slice(*_range(view.prefixes[0]))].clone()
+        old = view.compiled[:, :, slice(*_range(view.prefixes[0]))].clone()
         pipe.bank.add("middle", pipe.bank["middle"] * 2, replace=True)
         pipe.bank.compile()
-        assert torch.equal(view.compiled[slice(*_range(view.prefixes[0]))], old)
+        assert torch.equal(view.compiled[:, :, slice(*_range(view.prefixes[0]))], old)
     (after,) = pipe.score(["fine film"], ["yes"], "middle")
     assert after != before
     assert after["log_probability"] == pytest.approx(alone(pipe, "fine film yes", "middle").log_softmax(-1)[-2, 10 + 4])
@@ -273,30 +273,30 @@ def test_threads_add_and_remove_while_others_are_answered() -> None:
 
 
 def test_slots_are_reused_and_joined() -> None:
-    table = SlotTable((2,), torch.float32, "cpu", 10)
+    table = SlotTable((1, 1, 1, 2), torch.float32, "cpu", 10)
     runs = [table.allocate(n) for n in (3, 3, 4)]
     assert runs == [0, 3, 6] and table.allocate(1) is None and table.free == 0
-    table.tensor[:] = torch.arange(10)[:, None]
+    table.tensor[:] = torch.arange(10)[:, None, None]
     table.release(0, 3)
     table.release(6, 4)
     assert table.allocate(5) is None and table.free == 7  # no run of five
     table.release(3, 3)
     assert table.allocate(10) == 0
-    growing = SlotTable((1,), torch.float32, "cpu", 100)
+    growing = SlotTable((1, 1, 1, 1), torch.float32, "cpu", 100)
     first = growing.allocate(2)
-    growing.tensor[:2] = 7
+    growing.tensor[:, :, :2] = 7
     for _ in range(8):
         growing.allocate(5)
-    assert first == 0 and (growing.tensor[:2] == 7).all() and len(growing.tensor) <= 84
+    assert first == 0 and (growing.tensor[:, :, :2] == 7).all() and growing.size <= 84
 
 
 def test_gathered_prefixes_are_those_of_the_table() -> None:
-    compiled = torch.randn(9, 3, 2, 2, 4)
+    compiled = torch.randn(3, 2, 9, 2, 4)
     layers = gather_prefixes(compiled, [(2, 3), (0, 0), (5, 4)], 4)
     for layer, (keys, values) in enumerate(layers):
         assert keys.shape == (3, 2, 4, 4)
-        assert torch.equal(keys[0, :, :3], compiled[2:5, layer, 0].transpose(0, 1)) and not keys[0, :, 3].any()
-        assert torch.equal(values[2], compiled[5:9, layer, 1].transpose(0, 1)) and not values[1].any()
+        assert torch.equal(keys[0, :, :3], compiled[layer, 0, 2:5].transpose(0, 1)) and not keys[0, :, 3].any()
+        assert torch.equal(values[2], compiled[layer, 1, 5:9].transpose(0, 1)) and not values[1].any()
 
 
 def test_compiled_prompts_on_disk(tmp_path: Path) -> None:

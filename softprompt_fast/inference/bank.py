@@ -58,7 +58,7 @@ class View:
     prompts: FastSoftPrompt
     """Those that the batch uses."""
     compiled: Tensor | None
-    """[R, L, 2, H', E]; None: prompts run with their batch."""
+    """[L, 2, R, H', E]; None: prompts run with their batch."""
     prefixes: list[tuple[int, int]]
     """Per row: first slot and length of its prompt in ``compiled``; (0, 0): none."""
 
@@ -225,7 +225,7 @@ class PromptBank:
                 first, count = view.prefixes[0]
                 storage.save(
                     Path(directory) / f"{name}.safetensors",
-                    view.compiled[first : first + count],
+                    view.compiled[:, :, first : first + count],
                     self[name],
                     self.model.base_model,
                 )
@@ -299,7 +299,7 @@ class PromptBank:
             for entry in entries:
                 slots += range(places[entry.name], places[entry.name] + len(entry))
                 places[entry.name], at = at, at + len(entry)
-            chosen = table[torch.tensor(slots, dtype=torch.int64)]
+            chosen = table[:, :, torch.tensor(slots, dtype=torch.int64)]
         return chosen.to(self.model.device, non_blocking=True), places
 
     def _compile(self, entries: list[Entry]) -> None:
@@ -328,7 +328,7 @@ class PromptBank:
         for entry in entries:
             first = self._room(len(entry)) if entry.first is None and not (entry.gone and not entry.pins) else None
             if first is not None:
-                self._table.tensor[first : first + len(entry)] = values[at : at + len(entry)]
+                self._table.tensor[:, :, first : first + len(entry)] = values[:, :, at : at + len(entry)]
                 entry.first = first
             at += len(entry)
 

@@ -25,7 +25,7 @@ class Rows:
     """Where the rows of a batch lie, for all layers.
 
     Args:
-        compiled: [R, L, 2, H', E]
+        compiled: [L, 2, R, H', E]
         prefixes: first slot and length of each row's prompt in it.
         padding: tokens of padding in front of each row's text.
     """
@@ -108,7 +108,7 @@ class Layer(CacheLayerMixin):
         if new != self._new or self.rows.compiled.shape[3:] != keys.shape[2:] or keys.shape != values.shape:
             raise Unsupported(f"its attention got {new} queries for {self._new} new keys, or other heads")
         table, queries = self.rows.tables(self.length, keys.shape[1], new)
-        prefix_key, prefix_value = self.rows.compiled[:, self.index].unbind(1)
+        prefix_key, prefix_value = self.rows.compiled[self.index].unbind(0)
         out = cached_attention(
             query.transpose(1, 2).reshape(rows * new, heads, size),
             keys.flatten(0, 1),
@@ -138,4 +138,4 @@ class Layer(CacheLayerMixin):
 
 def compiled_cache(rows: Rows) -> Cache:
     """A cache with a layer for each of the compiled prompts'."""
-    return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[1])])
+    return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])

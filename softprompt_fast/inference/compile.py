@@ -25,7 +25,7 @@ def compile_prompts(shared: SharedPrompt, prompts: Sequence[Tensor]) -> Tensor:
     """Keys and values of prompts [P_n, D], all of them in one run of the model.
 
     Returns:
-        [sum of P_n, L, 2, H', E] in the model's dtype.
+        [L, 2, sum of P_n, H', E] in the model's dtype.
 
     Raises:
         Unsupported: the model cannot be run so.
@@ -34,7 +34,8 @@ def compile_prompts(shared: SharedPrompt, prompts: Sequence[Tensor]) -> Tensor:
     weight = model.get_input_embeddings().weight
     lengths = [len(prompt) for prompt in prompts]
     count, device = sum(lengths), weight.device
-    capture = torch.empty(count, *slot_shape(model), dtype=weight.dtype, device=device)
+    layers, two, heads, size = slot_shape(model)
+    capture = torch.empty(layers, two, count, heads, size, dtype=weight.dtype, device=device)
     layout = PackedLayout(
         prompts=RowGroup.of(0, lengths, [(0, 0)] * len(lengths), device),
         rows=RowGroup.of(count, [], [], device),
@@ -54,7 +55,7 @@ def pack_texts(
     Args:
         texts: token ids of each row.
         prefixes: first slot and length of each row's prompt in ``compiled``; (0, 0): none.
-        compiled: [R, L, 2, H', E]
+        compiled: [L, 2, R, H', E]
     """
     embedding = model.get_input_embeddings()
     device = embedding.weight.device

@@ -154,9 +154,9 @@ def gather_prefixes(compiled: Tensor, prefixes: Sequence[tuple[int, int]], width
     Returns:
         Per layer, keys and values [B, H', width, E]; zeros behind a prompt shorter than ``width``.
     """
-    slots, layers, two, heads, size = compiled.shape
+    layers, two, slots, heads, size = compiled.shape
     table = torch.tensor([(0, 0, first, count) for first, count in prefixes], dtype=torch.int64).to(compiled.device)
-    (rows,) = unpack((compiled.view(slots, layers * two * heads, size),), table, width)
+    (rows,) = unpack((compiled.view(layers * two, slots, heads * size).transpose(0, 1),), table, width)
     rows = rows.view(len(prefixes), width, layers, two, heads, size).permute(2, 3, 0, 4, 1, 5)
     return [(layer[0], layer[1]) for layer in rows]
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 class SlotTable:
-    """Hands out runs of slots of one tensor ``[R, *shape]``; first fit. Not safe from several threads by itself.
+    """Hands out runs of slots of one tensor ``[L, 2, R, H', E]``; first fit. Not safe from several threads by itself.
+
+    A layer's slots lie together: attention reads them key by key.
 
     Args:
-        shape: of one slot.
+        shape: (L, 2, H', E) of one slot.
         limit: slots there may be at most.
     """
 
@@ -28,14 +30,19 @@ class SlotTable:
     ) -> None:
         self.limit = limit
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "pin_memory": pin_memory}
-        self.tensor: Tensor = torch.empty(0, *shape, **self._options)
+        self.tensor: Tensor = torch.empty(*shape[:2], 0, *shape[2:], **self._options)
         """Replaced when the table grows; who holds the old one goes on reading what was in it."""
         self._free: list[tuple[int, int]] = []
 
     @property
+    def size(self) -> int:
+        """R"""
+        return self.tensor.shape[2]
+
+    @property
     def free(self) -> int:
         """Slots that could still be handed out, though not always in one run."""
-        return sum(count for _, count in self._free) + self.limit - len(self.tensor)
+        return sum(count for _, count in self._free) + self.limit - self.size
 
     def allocate(self, count: int) -> int | None:
         """First slot of a run, or None if no run of this length is free."""
@@ -43,13 +50,13 @@ class SlotTable:
             if length >= count:
                 self._free[place : place + 1] = [(first + count, length - count)] if length > count else []
                 return first
-        tail = self._free[-1] if self._free and sum(self._free[-1]) == len(self.tensor) else (len(self.tensor), 0)
+        tail = self._free[-1] if self._free and sum(self._free[-1]) == self.size else (self.size, 0)
         needed = tail[0] + count
         if needed > self.limit:
             return None
         if tail[1]:
             self._free.pop()
-        self._grow(min(self.limit, max(needed, 2 * len(self.tensor))), needed)
+        self._grow(min(self.limit, max(needed, 2 * self.size)), needed)
         return tail[0]
 
     def release(self, first: int, count: int) -> None:
@@ -63,8 +70,9 @@ class SlotTable:
         self._free = runs
 
     def _grow(self, size: int, used: int) -> None:
-        larger = torch.empty(size, *self.tensor.shape[1:], **self._options)
-        larger[: len(self.tensor)] = self.tensor
+        before = self.tensor.shape
+        larger = torch.empty(*before[:2], size, *before[3:], **self._options)
+        larger[:, :, : before[2]] = self.tensor
         self.tensor = larger
         if size > used:
             self._free.append((used, size - used))

@@ -36,7 +36,7 @@ def fingerprint(model: Any) -> str:
 
 
 def save(path: Path, values: Tensor, vectors: Tensor, model: Any) -> None:
-    """Writes a compiled prompt [P, L, 2, H', E] and the vectors [P, D] it came from; the file appears whole."""
+    """Writes a compiled prompt [L, 2, P, H', E] and the vectors [P, D] it came from; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     tensors = {"compiled": values.detach().cpu().contiguous(), "prompt_embeddings": vectors.detach().cpu().contiguous()}
