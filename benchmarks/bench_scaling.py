@@ -1,4 +1,4 @@
-"""What a training step costs as prompts get longer, rows more and prompts different, at one and the same amount of text.
+"""What a training step costs as prompts get longer, rows more and prompts different, with the same amount of text.
 
 Every step has the same text tokens, cut into B rows of equal length, each behind a prompt of P virtual tokens; N of the
 prompts are distinct. Shared-prompt execution should cost text + N * P, the padded layout text + B * P. Usage::

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class Peft:
                 self.model.prompt_encoder[name].embedding.weight.copy_(values)
         self.model.eval()
 
-    def _by_task(self, rows: list[list[int]], names: list[str], run: Callable[[Any], torch.Tensor]) -> list[torch.Tensor]:
+    def _by_task(
+        self, rows: list[list[int]], names: list[str], run: Callable[[Any], torch.Tensor]
+    ) -> list[torch.Tensor]:
         found: list[Any] = [None] * len(rows)
         for name in dict.fromkeys(names):
             mine = [i for i, used in enumerate(names) if used == name]
@@ -120,8 +123,11 @@ def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 def agreeing(some: list[torch.Tensor], others: list[torch.Tensor]) -> int:
     """Rows with the same answer: the likeliest token, or all new tokens."""
-    pairs = [(x.argmax(-1), y.argmax(-1)) if x.is_floating_point() else (x, y) for x, y in zip(some, others, strict=True)]
-    return sum(torch.equal(x, y) for x, y in pairs)
+
+    def answer(row: torch.Tensor) -> torch.Tensor:
+        return row.argmax(-1) if row.is_floating_point() else row
+
+    return sum(torch.equal(answer(x), answer(y)) for x, y in zip(some, others, strict=True))
 
 
 def against_peft(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -139,7 +145,7 @@ def against_peft(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 a, b = getattr(peft, job), getattr(ours, job)
                 same = agreeing(a(texts, names), b(texts, names))
                 rounds = max(1, arguments.rounds * 16 // count)
-                times = interleaved({"peft": lambda: a(texts, names), "ours": lambda: b(texts, names)}, rounds)
+                times = interleaved({"peft": partial(a, texts, names), "ours": partial(b, texts, names)}, rounds)
                 row = {
                     "cpu": cpu_name(),
                     "threads": torch.get_num_threads(),

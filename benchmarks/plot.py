@@ -55,7 +55,19 @@ def scaling(rows: pd.DataFrame) -> Any:
     return figure
 
 
-PLOTS = {"train_cpu": training, "scaling_cpu": scaling}
+def serving(rows: pd.DataFrame) -> Any:
+    """How many times faster mixed batches on compiled prompts are than one batch per task."""
+    figure, panel = plt.subplots(figsize=(6, 3))
+    labels = [f"{job}\nP={p}, {n}" for job, p, n in zip(rows["job"], rows["P"], rows["requests"], strict=True)]
+    bars = panel.bar(range(len(rows)), rows["ratio"], color=COLORS["shared"])
+    panel.bar_label(bars, fmt="%.1f", fontsize=8)
+    panel.axhline(1, color=COLORS["peft"], linewidth=0.8)
+    panel.set_xticks(range(len(rows)), labels, fontsize=7)
+    panel.set(ylabel="times PEFT's speed", title="16 tasks; job, prompt length, requests", ylim=(0, None))
+    return figure
+
+
+PLOTS = {"train_cpu": training, "scaling_cpu": scaling, "serve_cpu": serving}
 
 
 def main() -> None:

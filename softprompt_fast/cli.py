@@ -123,8 +123,8 @@ def train(
 ) -> None:
     """Tunes a soft prompt on rows of data and keeps the best one."""
     from .model import SoftPromptModel
-    from .tuning import load_base_model, load_rows, split_rows, tune
     from .task import classification_task, generation_task
+    from .tuning import load_base_model, load_rows, split_rows, tune
 
     rows = load_rows(data, split)
     if template is not None:
@@ -230,7 +230,7 @@ def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None)
     return tuned, tokenizer, task
 
 
-class progress_bar:  # noqa: N801 - used like a function
+class progress_bar:
     """A bar over rows, on the error stream."""
 
     def __init__(self, total: int) -> None:

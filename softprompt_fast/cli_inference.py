@@ -17,7 +17,8 @@ Prompts = Annotated[
     Path, typer.Option("--prompt", "-p", help="A prompt's folder, a run's output folder, or a folder of prompts.")
 ]
 PromptColumn = Annotated[
-    str | None, typer.Option(help="Column that names each row's prompt; empty: none. Default: the only prompt there is.")
+    str | None,
+    typer.Option(help="Column naming each row's prompt; empty: none. Default: the only prompt there is."),
 ]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="jsonl, csv or parquet file; default: jsonl on standard output.")
@@ -56,7 +57,12 @@ def predict(
 
     rows = load_rows(data, split)
     options = {"max_new_tokens": max_new_tokens}
-    settings = {"batch_size": batch_size, "batch_tokens": batch_tokens, "dtype": dtype, "device": device}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "batch_tokens": batch_tokens,
+        "dtype": dtype,
+        "device": device,
+    }
     if engine is Engine.ray:
         from .inference.ray_engine import RayAnswers
 
@@ -89,7 +95,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
     top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
     num_beams: Annotated[int, typer.Option(min=1)] = 1,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; several may be given.")] = None,
     seed: int = 0,
     resume: Resume = False,
     dtype: Dtype = "auto",

@@ -1,7 +1,7 @@
 """Causal attention of many segments in one pass over packed queries, keys and values, read where they lie.
 
 The native form of what ``shared_attention.py`` otherwise does with padded copies and SDPA: each segment attends to a
-prefix and to itself, prefixes are shared, nothing is gathered or padded. On a CPU; GPUs have fused kernels of their own.
+prefix and to itself, prefixes are shared, nothing is gathered or padded. On a CPU only.
 """
 
 from __future__ import annotations

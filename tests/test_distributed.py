@@ -30,10 +30,21 @@ def on_two_processes(*arguments: str) -> None:
 
 
 def tune_tiny(output: Path, **options: Any) -> torch.Tensor:
-    """Two steps over eight rows; the prompt [4, 32] afterwards."""
+    """Two steps over eight rows, of which the first warms up; the prompt [4, 32] afterwards."""
     tuned = spf.SoftPromptModel(build("llama"))
     task = classification_task(reviews(), prompt="p")
-    tune(tuned, tiny_tokenizer(), task, reviews(8), reviews(4), output, steps=2, num_virtual_tokens=4, **options)
+    tune(
+        tuned,
+        tiny_tokenizer(),
+        task,
+        reviews(8),
+        reviews(4),
+        output,
+        steps=2,
+        eval_every=2,
+        num_virtual_tokens=4,
+        **options,
+    )
     assert tuned.execution_report().execution == "shared"
     return tuned.prompts["p"].detach()
 

@@ -1,4 +1,4 @@
-"""Banks of compiled prompts and pipelines on them: mixed batches equal one-by-one runs, bad requests harm nobody else."""
+"""Banks of compiled prompts, pipelines on them: mixed batches equal one-by-one runs, bad requests harm nobody else."""
 
 from __future__ import annotations
 
@@ -305,9 +305,7 @@ def test_compiled_prompts_on_disk(tmp_path: Path) -> None:
     model = build("llama")
     other = PromptBank(model)
     assert other.load_compiled(tmp_path) == sorted(LENGTHS) and sorted(other.compiled) == sorted(LENGTHS)
-    found, expected = (
-        SoftPromptPipeline(b, tiny_tokenizer()).score(TEXTS, ["yes"] * 6, NAMES) for b in (other, bank)
-    )
+    found, expected = (SoftPromptPipeline(b, tiny_tokenizer()).score(TEXTS, ["yes"] * 6, NAMES) for b in (other, bank))
     assert found == expected and other.misses == 0
     with torch.no_grad():
         changed = build("llama")

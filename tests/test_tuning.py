@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 import softprompt_fast as spf
 from softprompt_fast import cli
 from softprompt_fast.cli import app
+from softprompt_fast.task import classification_task
 from softprompt_fast.tuning import Task, evaluate, load_base_model, load_rows, predict, split_rows, tune
 from softprompt_fast.tuning.data import Collator, encode
 from softprompt_fast.tuning.evaluation import wilson_interval
-from softprompt_fast.task import classification_task
 
 GOOD, BAD = ["fine", "great", "lovely"], ["dull", "awful", "poor"]
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *GOOD, *BAD, "film", "plot", "Label", ":", "yes", "no", "very"]

@@ -74,7 +74,7 @@ class PromptBank:
         model: a transformers model, or a :class:`SoftPromptModel` whose prompts are taken over.
         budget: bytes of compiled prompts, :attr:`bytes_per_token` each virtual token; 0: none are compiled.
         storage: "device": beside the model. "host": in (pinned) host memory, those of a batch are copied over.
-        check: compare the first batch on compiled prompts with prompts that run in the batch, and those with rows alone.
+        check: compare the first batch on compiled prompts with prompts that run in the batch, those with rows alone.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class PromptBank:
             replace: put it in the place of a prompt of that name; batches under way go on with the old one.
 
         Raises:
-            ValueError: a name that is taken or not allowed, another width than the model's, numbers that are not finite.
+            ValueError: a name that is taken or not allowed, another width than the model's, numbers not finite.
         """
         check_name(name)
         if isinstance(source, Tensor):

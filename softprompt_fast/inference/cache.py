@@ -38,7 +38,7 @@ class Rows:
         self._made: tuple[tuple[int, int, int], tuple[Tensor, Tensor]] | None = None
 
     def tables(self, length: int, room: int, new: int) -> tuple[Tensor, Tensor]:
-        """For :func:`cached_attention`, of `length` cached tokens in `room` slots a row, the last `new` of them asking."""
+        """For :func:`cached_attention`: `length` cached tokens in `room` slots a row, the last `new` of them asking."""
         key = (length, room, new)
         if self._made is None or self._made[0] != key:
             row = torch.arange(len(self._padding))
@@ -59,12 +59,16 @@ class Layer(CacheLayerMixin):
         self.rows, self.index = rows, index
         self.length = 0
         self._new = 0
+        self._asked = True
         self._stored: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self._asked:
+            raise Unsupported("its attention never asks for what it has cached")
+        self._asked = False
         new = key_states.shape[2]
         if not self._stored or self.length + new > self._stored[0].shape[1]:
             self._grow(key_states, value_states)
@@ -100,6 +104,7 @@ class Layer(CacheLayerMixin):
         **keywords: Any,
     ) -> tuple[Tensor, None]:
         """Attention of [B, H, new, E] queries -> [B, new, H, E]."""
+        self._asked = True
         check_keywords(module, is_causal, keywords)
         if softcap is not None or s_aux is not None or dropout or not available(query):
             raise Unsupported("its attention has soft caps, sinks or dropout, or the kernel does not run here")

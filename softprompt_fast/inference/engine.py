@@ -1,4 +1,4 @@
-"""Runs rows of token ids on the prompts of a view: compiled where that is possible, in the model's own layout elsewhere."""
+"""Runs rows of token ids on the prompts of a view: compiled where that is possible, with the batch elsewhere."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Texts = Sequence[Sequence[int]]
 
 
 class Engine:
-    """The model behind a bank. Every method takes the token ids of its rows, the name of each row's prompt, and a view."""
+    """The model behind a bank. Every method takes a view, the token ids of rows, and the name of each row's prompt."""
 
     def __init__(self, bank: PromptBank) -> None:
         self.bank = bank
@@ -33,6 +33,7 @@ class Engine:
         self._compared = not bank.check
         config = self.base.config.get_text_config()
         self._in_place = available(self.base.get_input_embeddings().weight)
+        self._in_place_works = False
         # A cache with a window drops keys by their place, which prompts and padding would shift.
         self._plain_cache = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not getattr(
             config, "sliding_window", None
@@ -87,8 +88,12 @@ class Engine:
         if view.compiled is not None and self.bank.uncompiled is None:
             if self._in_place:
                 try:
-                    return self._generate_compiled(view, ids, mask, options, in_place=True)
-                except Unsupported as error:
+                    output = self._generate_compiled(view, ids, mask, options, in_place=True)
+                    self._in_place_works = True
+                    return output
+                except Exception as error:
+                    if self._in_place_works:
+                        raise
                     self._in_place = False
                     logger.warning("compiled prompts are gathered for text generation: %s", error)
             if self._plain_cache:

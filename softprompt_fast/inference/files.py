@@ -127,7 +127,9 @@ def _convert(lines: Path, output: Path) -> None:
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     if output.suffix == ".csv":
         for column in table:
-            table[column] = [json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for v in table[column]]
+            table[column] = [
+                json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for v in table[column]
+            ]
         table.to_csv(partial, index=False)
     else:
         table.to_parquet(partial, index=False)

@@ -14,7 +14,8 @@ import torch
 from ..peft_format import prompt_folders, read_prompt
 from ..task import FILE as TASK_FILE
 from ..task import Task
-from .files import Result, Row, answer_rows
+from .files import Row, answer_rows
+from .pipeline import Result
 
 BATCH = 64
 """Rows of a Ray task: what a lost worker has to do again at most."""

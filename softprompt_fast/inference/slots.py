@@ -1,4 +1,4 @@
-"""Runs of rows in one growing tensor: where compiled prompts lie side by side, so that a batch can point at any of them."""
+"""Runs of slots in one growing tensor: where compiled prompts lie, so that a batch can point at any of them."""
 
 from __future__ import annotations
 

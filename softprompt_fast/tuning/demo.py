@@ -21,11 +21,11 @@ from rich.console import Console
 
 from .._build import cache_directory
 from ..model import SoftPromptModel
+from ..task import Task
 from .data import Rows
 from .evaluation import evaluate
 from .models import SMOLLM2, load_base_model
 from .run import describe, evaluate_bare, tune
-from ..task import Task
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..architecture import is_encoder_decoder
 from ..model import SoftPromptModel
-from .data import Collator, Rows, encode, length_order, pad_token_id
 from ..task import Task, encode_text
+from .data import Collator, Rows, encode, length_order, pad_token_id
 
 Progress = Callable[[int], None]
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from ..architecture import is_encoder_decoder
 from ..model import SoftPromptModel
+from ..task import Task
 from .data import Collator, Rows, encode, pad_token_id
 from .evaluation import evaluate
-from ..task import Task
 
 logger = logging.getLogger("softprompt_fast")
 
