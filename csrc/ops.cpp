@@ -283,9 +283,9 @@ AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key,
   AttentionParams p{};
   TORCH_CHECK(table.dim() == 2 && table.size(1) == kTableColumns, "table must be [segments, 4], got ", table.sizes());
   TORCH_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3 &&
-                  (queries.has_value() || query.size(0) == key.size(0)) &&
-                  key.size(0) == value.size(0) && key.size(1) == value.size(1) && query.size(2) == key.size(2) &&
-                  key.size(1) > 0 && query.size(1) % key.size(1) == 0,
+                  (queries.has_value() || query.size(0) == key.size(0)) && key.size(0) == value.size(0) &&
+                  key.size(1) == value.size(1) && query.size(2) == key.size(2) && key.size(1) > 0 &&
+                  query.size(1) % key.size(1) == 0,
               "query must be [K, H, E], key [K, H', E], value [K, H', E'], got ", query.sizes(), ", ", key.sizes(),
               " and ", value.sizes());
   TORCH_CHECK(prefix_key.has_value() == prefix_value.has_value(), "prefix_key and prefix_value must come together");
@@ -324,7 +324,8 @@ AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key,
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionParams&), const at::Tensor& query,
-                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table, const std::optional<at::Tensor>& queries,
+                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
+                                             const std::optional<at::Tensor>& queries,
                                              const std::optional<at::Tensor>& prefix_key,
                                              const std::optional<at::Tensor>& prefix_value, double scale,
                                              int64_t window) {
@@ -382,7 +383,8 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
   library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
   library.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor table, Tensor? queries, Tensor? prefix_key, Tensor? prefix_value, "
+      "attention(Tensor query, Tensor key, Tensor value, Tensor table, Tensor? queries, Tensor? prefix_key, Tensor? "
+      "prefix_value, "
       "float scale, int window) -> (Tensor out, Tensor log_sums)");
   library.def(
       "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor table, Tensor? prefix_key, "

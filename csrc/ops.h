@@ -44,7 +44,8 @@ std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const 
 
 // The kernel alone differs between devices; one that has none does not register the op.
 std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionParams&), const at::Tensor& query,
-                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table, const std::optional<at::Tensor>& queries,
+                                             const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
+                                             const std::optional<at::Tensor>& queries,
                                              const std::optional<at::Tensor>& prefix_key,
                                              const std::optional<at::Tensor>& prefix_value, double scale,
                                              int64_t window);

@@ -200,6 +200,8 @@ class SharedPrompt:
         weight = self.model.get_input_embeddings().weight
         device = weight.device.type
         rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if getattr(self.model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
+            rounded = torch.bfloat16
         tolerance = TOLERANCE[rounded]
         if not difference <= tolerance:
             self.give_up(f"it differs from each row run alone by {difference:.1e} (rounding explains {tolerance:.0e})")
@@ -443,6 +445,8 @@ def compare_with_rows_alone(
         prompt = chosen.tensors[chosen.ids[row]] if chosen.ids[row] >= 0 else None
         vectors = table(input_ids[row][real])
         joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
+        if trained and not joined.requires_grad:  # quantized layers take another way where no gradient is asked for
+            joined.requires_grad_()
         places = torch.tensor([len(slots) // 2, len(slots) - 1], device=joined.device)
         logits = shared.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1].double()
         if logits.requires_grad:  # at once, so that one row's graph is held at a time

@@ -158,6 +158,25 @@ def test_generation_options() -> None:
     assert sampled == pipe.generate(TEXTS, NAMES, max_new_tokens=6, do_sample=True)
 
 
+def test_a_streamer_sees_the_text_and_no_stand_ins() -> None:
+    pipe = pipeline()
+    pipe.bank.model.base_model.generation_config.eos_token_id = None
+    seen: list[list[int]] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            seen.append([])
+
+    ids = pipe.tokenizer("fine film").input_ids
+    with pipe.bank.use(["long"]) as view:
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "streamer": Streamer()}
+        tokens = pipe.engine.generate(view, [ids], ["long"], options)[0].tolist()
+    assert seen == [ids, *([token] for token in tokens), []]
+
+
 def test_smollm2_with_prompts_of_1_to_200_tokens() -> None:
     model, tokenizer = load_base_model(SMOLLM2, "float32", "cpu")
     bank = PromptBank(model)

@@ -1,8 +1,4 @@
-"""A frozen base in 8 or 4 bits: the numbers of the padded layout, and a gradient for the prompt.
-
-In 8 bits on a CPU bitsandbytes computes in half precision, and a row's rounding depends on the rows beside it: the
-comparison with rows alone notices, and the padded layout runs.
-"""
+"""A frozen base in 8 or 4 bits: the numbers of the padded layout, and a gradient for the prompt."""
 
 from __future__ import annotations
 
@@ -40,9 +36,9 @@ def test_quantized_base(bits: int, tmp_path: Path) -> None:
         ids, mask = batch()
         loss = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS).loss
         loss.backward()
-        if bits == 4 or execution == "padded":
-            assert tuned.execution_report().execution == execution, tuned.execution_report()
+        assert tuned.execution_report().execution == execution, tuned.execution_report()
         results.append([loss.detach(), *(tuned.prompts[name].grad for name in ("short", "long"))])
     for shared, padded in zip(*results, strict=True):
-        assert (shared - padded).norm() <= 1e-4 * padded.norm()
+        tolerance = 1e-4 if bits == 4 else 1e-2  # 8-bit products run in half precision here
+        assert (shared - padded).norm() <= tolerance * padded.norm()
         assert padded.norm() > 0

@@ -15,11 +15,12 @@ struct Cpu {
 
 TORCH_LIBRARY_IMPL(SOFTPROMPT_FAST_NAMESPACE, CPU, library) {
   register_ops<Cpu>(library);
-  library.impl("attention", [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                               const at::Tensor& table, const std::optional<at::Tensor>& queries, const std::optional<at::Tensor>& prefix_key,
-                               const std::optional<at::Tensor>& prefix_value, double scale, int64_t window) {
-    return attention(cpu::attention, query, key, value, table, queries, prefix_key, prefix_value, scale, window);
-  });
+  library.impl(
+      "attention", [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
+                      const std::optional<at::Tensor>& queries, const std::optional<at::Tensor>& prefix_key,
+                      const std::optional<at::Tensor>& prefix_value, double scale, int64_t window) {
+        return attention(cpu::attention, query, key, value, table, queries, prefix_key, prefix_value, scale, window);
+      });
   library.impl("attention_backward",
                [](const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
