@@ -26,7 +26,7 @@ PREFIX = "softprompt_fast_"
 ATTRIBUTE = "_softprompt_fast_layout"
 # Keywords that change nothing here: positions are in q and k already, nothing is cached, nothing is returned.
 IGNORED = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "return_dict", "logits_to_keep"}
-IGNORED |= {"output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings"}
+IGNORED |= {"output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "tokenizer"}
 
 
 # What an implementation of transformers leaves out of the model's own formula; equal to it means leaving it out too.

@@ -201,7 +201,7 @@ def test_smollm2_with_prompts_of_1_to_200_tokens() -> None:
         mask = torch.ones(start.shape[:2], dtype=torch.long)
         assert torch.equal(tokens[row], model.generate(inputs_embeds=start, attention_mask=mask, **options)[0])
     (stopped,) = pipe.generate(texts[:1], max_new_tokens=20, do_sample=False, stop_strings=["Paris"])
-    assert stopped["text"].endswith("Paris")
+    assert stopped["text"].endswith("Paris") and pipe.engine._in_place
 
 
 # --- the bank ---

@@ -92,8 +92,8 @@ class Engine:
                     self._in_place_works = True
                     return output
                 except Exception as error:
-                    if self._in_place_works:
-                        raise
+                    if self._in_place_works and not isinstance(error, Unsupported):
+                        raise  # the request's own fault
                     self._in_place = False
                     logger.warning("compiled prompts are gathered for text generation: %s", error)
             if self._plain_cache:
