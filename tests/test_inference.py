@@ -335,6 +335,10 @@ def test_compiled_prompts_on_disk(tmp_path: Path) -> None:
         again = PromptBank(model)
         again.add("middle", torch.randn(7, 32))
         again.load_compiled(tmp_path)
+    for wrong in (torch.zeros(3, 2, 6, 2, 8), torch.full((3, 2, 7, 2, 8), torch.nan)):
+        storage.save(tmp_path / "other" / "middle.safetensors", wrong, bank["middle"], model)
+        with pytest.raises(ValueError, match="`compiled` must be finite numbers"):
+            PromptBank(model).load_compiled(tmp_path / "other")
     (tmp_path / "middle.safetensors").write_bytes((tmp_path / "middle.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="must be a safetensors file"):
         PromptBank(model).load_compiled(tmp_path)
@@ -456,6 +460,15 @@ def test_ensembles_equal_their_members() -> None:
             assert np.allclose(list(found["scores"].values()), expected, atol=1e-5)
             agreeing = (logits.argmax(-1) == list(LABELS).index(found["prediction"])).double().mean()
             assert found["agreement"] == pytest.approx(agreeing.item())
+
+
+def test_an_ensemble_reads_each_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline()
+    read: list[Any] = []
+    real = pipe._encode
+    monkeypatch.setattr(pipe, "_encode", lambda text, *rest: read.append(text) or real(text, *rest))
+    pipe.classify(TEXTS, labels=LABELS, ensemble=list(LENGTHS))
+    assert read == TEXTS
 
 
 def test_a_tie_of_votes_goes_to_the_likelier_label() -> None:

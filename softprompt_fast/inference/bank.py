@@ -240,6 +240,10 @@ class PromptBank:
         for path in sorted(Path(directory).glob("*.safetensors")):
             values, vectors = storage.load(path, self.model.base_model)
             name = path.stem
+            layers, two, heads, size = slot_shape(self.model.base_model)
+            if values.shape != (layers, two, len(vectors), heads, size) or not torch.isfinite(values).all():
+                shape = [layers, two, len(vectors), heads, size]
+                raise ValueError(f"{path}: `compiled` must be finite numbers {shape}, got {list(values.shape)}")
             if name not in self:
                 self.add(name, vectors)
             elif not torch.equal(self[name].cpu(), vectors):

@@ -23,6 +23,8 @@ Prompts = str | None | Sequence[str | None]
 Labels = Mapping[str, str] | Sequence[str] | None
 Result = dict[str, Any]
 OnResult = Callable[[int, Result], None]
+Encoded = dict[tuple[str, int] | None, list[int]]
+"""A text's token ids, by the template and the length limit of a task; None: as it is."""
 
 
 @dataclass(eq=False)
@@ -128,8 +130,9 @@ class SoftPromptPipeline:
             names = members[index]
             words = self._words(labels, names[0]) if not head else {}
             units: list[Unit] = []
+            encoded: Encoded = {}
             for name in names:
-                ids = self._ids(texts[index], name)
+                ids = self._ids(texts[index], name, encoded)
                 if head:
                     units.append(Unit(index, len(units), name, ids))
                 elif all(len(word) == 1 for word in words.values()) and not self._encoder_decoder:
@@ -382,9 +385,21 @@ class SoftPromptPipeline:
     def _task(self, name: str | None) -> Task | None:
         return None if name is None else self.bank.task(name)
 
-    def _ids(self, text: Text, name: str | None) -> list[int]:
-        """Token ids of a text, rendered with the template of its prompt's task, if there is one."""
+    def _ids(self, text: Text, name: str | None, encoded: Encoded | None = None) -> list[int]:
+        """Token ids of a text, rendered with the template of its prompt's task, if there is one.
+
+        Args:
+            encoded: what is known of this text already; added to.
+        """
         task = self._task(name)
+        key = None if task is None else (task.template, task.max_length)
+        encoded = {} if encoded is None else encoded
+        if key not in encoded:
+            encoded[key] = self._encode(text, task, name)
+        self._check_length(len(encoded[key]), name)
+        return encoded[key]
+
+    def _encode(self, text: Text, task: Task | None, name: str | None) -> list[int]:
         if isinstance(text, str) and not text.strip():
             raise ValueError("the text is empty")
         if task is not None and (not isinstance(text, str) or len(task.columns) == 1):
@@ -398,7 +413,6 @@ class SoftPromptPipeline:
             raise ValueError(f"a text must be a string, for prompt {name!r} has no task with a template")
         if not ids:
             raise ValueError("the text has no tokens")
-        self._check_length(len(ids), name)
         return ids
 
     def _check_length(self, tokens: int, name: str | None, more: str = "") -> None:
