@@ -66,7 +66,7 @@ class SoftPromptModel(nn.Module):
         model.requires_grad_(False)
         self.base_model: Any = model
         embedding = model.get_input_embeddings()
-        width = embedding.weight.shape[1]
+        width = self._prompt_width(model)
         if prompts is not None and prompts.embedding_dim != width:
             raise ValueError(f"`prompts` must have embedding_dim={width} like the model, got {prompts.embedding_dim}")
         self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
@@ -74,11 +74,21 @@ class SoftPromptModel(nn.Module):
         self._any_keyword = architecture.accepts_any_keyword(model)
         self.accepts_loss_kwargs = self._any_keyword  # Trainer asks before it passes num_items_in_batch
         self.execution = execution
-        self.shared = SharedPrompt(model, check=check, shared_text=shared_text) if execution != "padded" else None
+        self.shared = self._shared_prompt(model, check, shared_text) if execution != "padded" else None
         if execution == "shared" and self.shared is not None and self.shared.unsupported:
             raise ValueError(f"execution='shared' is not exact for this model: {self.shared.unsupported}")
         self._next_token_model = architecture.is_causal(model) and not architecture.pools_last_token(model)
         self._padding_side = "left" if architecture.pools_last_token(model) else "right"
+
+    @staticmethod
+    def _prompt_width(model: Any) -> int:
+        """Numbers of one virtual token."""
+        width: int = model.get_input_embeddings().weight.shape[1]
+        return width
+
+    @staticmethod
+    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> SharedPrompt:
+        return SharedPrompt(model, check=check, shared_text=shared_text)
 
     @property
     def config(self) -> Any:

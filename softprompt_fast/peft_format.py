@@ -1,7 +1,8 @@
 """Prompts on disk: PEFT's adapter folders (``adapter_config.json``, ``adapter_model.safetensors``). No pickle.
 
 The one tensor is ``prompt_embeddings [P, D]`` in float32. PEFT's own encoder-decoder prompts hold ``[2 P, D]``, of
-which its forward pass reads the first P rows; so do we.
+which its forward pass reads the first P rows; so do we. Of a deep prompt (prefix tuning) it is ``[P, L * 2 * H' * E]``:
+each virtual token's key and value of the first layer, of the second, and so on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = "prompt_embeddings"
+PLAIN, DEEP = "PROMPT_TUNING", "PREFIX_TUNING"
 
 
 def is_prompt_folder(path: Path) -> bool:
@@ -48,24 +50,45 @@ def write_prompt(folder: PathLike[str] | str, prompt: Tensor, config: dict[str, 
         prompt: [P, D]
         config: facts of the model, merged into PEFT's fields (``task_type``, ``base_model_name_or_path``, ...).
     """
-    folder = Path(folder)
+    fields = {
+        "peft_type": PLAIN,
+        "token_dim": prompt.shape[1],
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_name_or_path": None,
+        "tokenizer_kwargs": None,
+    }
+    _write(Path(folder), prompt, fields | config)
+
+
+def write_prefix(
+    folder: PathLike[str] | str, prompt: Tensor, shape: tuple[int, int, int, int], config: dict[str, Any]
+) -> None:
+    """Writes a deep prompt [P, L * 2 * H' * E] as PEFT's prefix tuning does; `shape`: (L, 2, H', E)."""
+    layers, _, heads, size = shape
+    fields = {
+        "peft_type": DEEP,
+        "num_layers": layers,
+        "num_attention_heads": heads,  # of keys, as PEFT writes them for grouped queries
+        "token_dim": heads * size,
+        "encoder_hidden_size": heads * size,
+        "prefix_projection": False,
+    }
+    _write(Path(folder), prompt, config | fields)
+
+
+def _write(folder: Path, prompt: Tensor, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
-        "peft_type": "PROMPT_TUNING",
         "task_type": None,
         "auto_mapping": None,
         "base_model_name_or_path": None,
         "revision": None,
         "inference_mode": True,
         "num_virtual_tokens": prompt.shape[0],
-        "token_dim": prompt.shape[1],
         "num_transformer_submodules": 1,
         "num_attention_heads": None,
         "num_layers": None,
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "tokenizer_name_or_path": None,
-        "tokenizer_kwargs": None,
     }
     values = prompt.detach().to(device="cpu", dtype=torch.float32).contiguous()
     partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
@@ -76,18 +99,29 @@ def write_prompt(folder: PathLike[str] | str, prompt: Tensor, config: dict[str, 
     os.replace(partial, folder / CONFIG_FILE)
 
 
-def read_config(folder: PathLike[str] | str) -> dict[str, Any]:
-    """The configuration of a prompt-tuning adapter folder; raises as :func:`read_prompt` does."""
-    folder = Path(folder)
+def peft_type(folder: PathLike[str] | str) -> str:
+    """Which method an adapter folder is of; raises as :func:`read_prompt` does."""
+    return str(_read_json(Path(folder)).get("peft_type"))
+
+
+def read_config(folder: PathLike[str] | str, kind: str = PLAIN) -> dict[str, Any]:
+    """The configuration of an adapter folder of this `peft_type`; raises as :func:`read_prompt` does."""
+    config = _read_json(Path(folder))
+    if config.get("peft_type") != kind:
+        found = config.get("peft_type")
+        raise ValueError(f"{Path(folder) / CONFIG_FILE}: `peft_type` must be {kind!r}, got {found!r}")
+    return config
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
     if not is_prompt_folder(folder):
         raise FileNotFoundError(f"{folder} must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} must be JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "PROMPT_TUNING":
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{folder / CONFIG_FILE}: `peft_type` must be 'PROMPT_TUNING', got {found!r}")
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} must be a JSON object, got {type(config).__name__}")
     return config
 
 
@@ -108,6 +142,33 @@ def read_prompt(folder: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
             f"{folder / WEIGHTS_FILE}: `{KEY}` must have num_virtual_tokens={count} rows, got {list(values.shape)}"
         )
     return values[:count].contiguous(), config
+
+
+def read_prefix(folder: PathLike[str] | str, shape: tuple[int, int, int, int]) -> tuple[Tensor, dict[str, Any]]:
+    """The deep prompt [P, L * 2 * H' * E] (float32) and the configuration of a prefix-tuning adapter folder.
+
+    Args:
+        shape: (L, 2, H', E) of the model's keys and values.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a prefix-tuning adapter, made for a model of another shape, or its numbers are not finite.
+    """
+    folder = Path(folder)
+    config = read_config(folder, DEEP)
+    values = _read_tensor(folder / WEIGHTS_FILE)
+    layers, two, heads, size = shape
+    count = config.get("num_virtual_tokens")
+    made_for = [config.get(field) for field in ("num_layers", "num_attention_heads", "token_dim")]
+    if made_for != [layers, heads, heads * size]:
+        raise ValueError(
+            f"{folder}: the prompt must be for [layers, heads, heads * size] = {[layers, heads, heads * size]} like "
+            f"the model, got {made_for} (made for {config.get('base_model_name_or_path')!r})"
+        )
+    if list(values.shape) != [count, layers * two * heads * size]:
+        expected = [count, layers * two * heads * size]
+        raise ValueError(f"{folder / WEIGHTS_FILE}: `{KEY}` must have shape {expected}, got {list(values.shape)}")
+    return values.contiguous(), config
 
 
 def read_vectors(path: PathLike[str] | str) -> Tensor:

@@ -127,6 +127,11 @@ class PackedLayout:
     """[L, 2, K, H', E]: takes the keys and values that this batch computes."""
     calls: int = 0
     windows: set[int] = field(default_factory=set)
+    _compiled_layers: Sequence[Tensor] = ()
+
+    def __post_init__(self) -> None:
+        if self.compiled is not None:  # at once: indexing layer by layer, each gradient would be as large as all
+            self._compiled_layers = self.compiled.unbind(0)
 
     @property
     def slots(self) -> int:
@@ -143,7 +148,7 @@ class PackedLayout:
         if self.compiled is None:
             return None
         _check_cache_shape(module, self.compiled, key, value)
-        keys, values = self.compiled[module.layer_idx].unbind(0)
+        keys, values = self._compiled_layers[module.layer_idx].unbind(0)
         return keys.to(key.dtype), values.to(value.dtype)
 
     def keep(self, module: Any, key: Tensor, value: Tensor) -> None:

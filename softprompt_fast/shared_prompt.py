@@ -8,13 +8,15 @@ of useful tokens; only attention knows the layout (``shared_attention.py``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from . import architecture
 from .embedding import EmbeddingTable, embedding_table
@@ -183,19 +185,15 @@ class SharedPrompt:
         kind = "training" if torch.is_grad_enabled() else "inference"
         if not self.check or kind in self.checked or not input_ids.numel():
             return True
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()  # without dropout there is one right answer
         try:
-            difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
+            with evaluating(self.model), parametrize.cached():  # without dropout there is one right answer
+                difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
         except Unsupported as error:
             self.give_up(str(error))
             return False
         except Exception as error:
             self.give_up(f"the packed layout failed: {type(error).__name__}: {error}")
             return False
-        finally:
-            for module, training in modes:
-                module.training = training
         self.checked[kind] = difference
         weight = self.model.get_input_embeddings().weight
         device = weight.device.type
@@ -258,6 +256,14 @@ class SharedPrompt:
         output = self.model(**inputs, use_cache=False)
         return output, output.logits[0][places]
 
+    def logits_alone(self, prompt: Tensor | None, input_ids: Tensor, places: Tensor, *, gradient: bool) -> Tensor:
+        """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself, its prompt in front of it."""
+        vectors = embedding_table(self.model.get_input_embeddings())(input_ids)
+        joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
+        if gradient and not joined.requires_grad:  # quantized layers take another way where none is asked for
+            joined.requires_grad_()
+        return self.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1]
+
     def _count_calls(self, layout: PackedLayout) -> None:
         """Every layer must have attended, with its window: what bypasses attention would see across rows."""
         if self._counted or not layout.slots:
@@ -271,6 +277,18 @@ class SharedPrompt:
         if windowed and not layout.windows:
             raise Unsupported("its sliding window does not reach the attention function")
         self._counted = True
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def check_architecture(model: Any) -> None:
@@ -425,7 +443,6 @@ def compare_with_rows_alone(
     relative to the largest logit, and, where a gradient is recorded, of the prompts' gradients, relative to theirs."""
     rows = input_ids.shape[0]
     some = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long().tolist()
-    table = embedding_table(shared.model.get_input_embeddings())
     chosen = bank.choose(prompt_ids, rows)
     names = bank.indices(prompt_ids, rows)
     ids = names[some] if isinstance(names, Tensor) else [names[row] for row in some]
@@ -443,12 +460,8 @@ def compare_with_rows_alone(
         if not len(slots):
             continue
         prompt = chosen.tensors[chosen.ids[row]] if chosen.ids[row] >= 0 else None
-        vectors = table(input_ids[row][real])
-        joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
-        if trained and not joined.requires_grad:  # quantized layers take another way where no gradient is asked for
-            joined.requires_grad_()
-        places = torch.tensor([len(slots) // 2, len(slots) - 1], device=joined.device)
-        logits = shared.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1].double()
+        places = torch.tensor([len(slots) // 2, len(slots) - 1], device=slots.device)
+        logits = shared.logits_alone(prompt, input_ids[row][real], places, gradient=bool(trained)).double()
         if logits.requires_grad:  # at once, so that one row's graph is held at a time
             for total, grad in zip(theirs, _gradients(logits, trained), strict=True):
                 total += grad

@@ -16,7 +16,7 @@ from tiny_models import DECODERS, build
 import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank, SoftPromptPipeline, storage
 from softprompt_fast.inference.combine import combine_members
-from softprompt_fast.inference.engine import gather_prefixes
+from softprompt_fast.inference.continuation import gather_prefixes
 from softprompt_fast.inference.slots import SlotTable
 from softprompt_fast.task import Task
 from softprompt_fast.tuning.models import SMOLLM2, load_base_model
@@ -79,7 +79,7 @@ def test_generated_text_does_not_depend_on_the_batch(name: str) -> None:
     options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
     with pipe.bank.use(NAMES) as view:
         together = pipe.engine.generate(view, ids, NAMES, options)
-    assert pipe.engine._in_place or name in UNCOMPILED
+    assert pipe.engine.continuation.in_place or name in UNCOMPILED
     for text, prompt, found in zip(TEXTS, NAMES, together, strict=True):
         vectors = base.get_input_embeddings()(torch.tensor(pipe.tokenizer(text).input_ids))
         start = vectors if prompt is None else torch.cat([pipe.bank[prompt], vectors])
@@ -92,7 +92,7 @@ def test_generated_text_does_not_depend_on_the_batch(name: str) -> None:
 def test_prompts_that_cannot_be_read_in_place_are_gathered(name: str) -> None:
     pipe = pipeline(name)
     expected = pipe.generate(TEXTS, NAMES, max_new_tokens=32, do_sample=False)
-    pipe.engine._in_place = False
+    pipe.engine.continuation.in_place = False
     assert pipe.generate(TEXTS, NAMES, max_new_tokens=32, do_sample=False) == expected
 
 
@@ -192,7 +192,7 @@ def test_smollm2_with_prompts_of_1_to_200_tokens() -> None:
     with bank.use(names) as view:
         logits = pipe.engine.logits_behind(view, ids, names, places)
         tokens = pipe.engine.generate(view, ids, names, options)
-    assert pipe.engine._in_place and bank.uncompiled is None
+    assert pipe.engine.continuation.in_place and bank.uncompiled is None
     for row, (text, name) in enumerate(zip(texts, names, strict=True)):
         expected = alone(pipe, text, name)[-1]
         assert (logits[row] - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -201,7 +201,7 @@ def test_smollm2_with_prompts_of_1_to_200_tokens() -> None:
         mask = torch.ones(start.shape[:2], dtype=torch.long)
         assert torch.equal(tokens[row], model.generate(inputs_embeds=start, attention_mask=mask, **options)[0])
     (stopped,) = pipe.generate(texts[:1], max_new_tokens=20, do_sample=False, stop_strings=["Paris"])
-    assert stopped["text"].endswith("Paris") and pipe.engine._in_place
+    assert stopped["text"].endswith("Paris") and pipe.engine.continuation.in_place
 
 
 # --- the bank ---

@@ -20,6 +20,17 @@ def slot_shape(model: Any) -> tuple[int, int, int, int]:
     return (config.num_hidden_layers, 2, heads, size)
 
 
+def layered(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """Keys and values of virtual tokens as PEFT stores them, [P, L * 2 * H' * E] -> [L, 2, P, H', E]."""
+    layers, two, heads, size = shape
+    return values.view(-1, layers, two, heads, size).permute(1, 2, 0, 3, 4)
+
+
+def flattened(compiled: Tensor) -> Tensor:
+    """[L, 2, P, H', E] -> [P, L * 2 * H' * E], as PEFT stores prefixes."""
+    return compiled.permute(2, 0, 1, 3, 4).flatten(1)
+
+
 @torch.no_grad()
 def compile_prompts(shared: SharedPrompt, prompts: Sequence[Tensor]) -> Tensor:
     """Keys and values of prompts [P_n, D], all of them in one run of the model.

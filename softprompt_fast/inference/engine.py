@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import architecture
-from ..generation import generate_behind
-from ..packing import unpack
-from ..segment_attention import available
 from ..shared_attention import Unsupported
 from ..shared_prompt import TOLERANCE
 from .bank import PromptBank, View
 from .compile import pack_texts
+from .continuation import Continuation
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -31,13 +29,7 @@ class Engine:
         self.model = bank.model
         self.base = bank.model.base_model
         self._compared = not bank.check
-        config = self.base.config.get_text_config()
-        self._in_place = available(self.base.get_input_embeddings().weight)
-        self._in_place_works = False
-        # A cache with a window drops keys by their place, which prompts and padding would shift.
-        self._plain_cache = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not getattr(
-            config, "sliding_window", None
-        )
+        self.continuation = Continuation(self.base)
 
     @torch.no_grad()
     def logits_behind(self, view: View, texts: Texts, names: Sequence[str | None], places: Tensor) -> Tensor:
@@ -86,47 +78,10 @@ class Engine:
             return output
         ids, mask = padded(texts, "left", self.model.device)
         if view.compiled is not None and self.bank.uncompiled is None:
-            if self._in_place:
-                try:
-                    output = self._generate_compiled(view, ids, mask, options, in_place=True)
-                    self._in_place_works = True
-                    return output
-                except Exception as error:
-                    if self._in_place_works and not isinstance(error, Unsupported):
-                        raise  # the request's own fault
-                    self._in_place = False
-                    logger.warning("compiled prompts are gathered for text generation: %s", error)
-            if self._plain_cache:
-                return self._generate_compiled(view, ids, mask, options, in_place=False)
+            continued = self.continuation.generate(view.compiled, view.prefixes, ids, mask, options)
+            if continued is not None:
+                return continued[:, ids.shape[1] :]  # type: ignore[no-any-return]
         output = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)
-        return output[:, ids.shape[1] :]
-
-    def _generate_compiled(
-        self, view: View, ids: Tensor, mask: Tensor, options: dict[str, Any], *, in_place: bool
-    ) -> Tensor:
-        from transformers import DynamicCache
-
-        from .cache import Rows, compiled_cache
-
-        assert view.compiled is not None
-        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        lengths = torch.tensor([count for _, count in view.prefixes])
-        width = int(lengths.max())
-        cache: Any = DynamicCache()
-        if in_place:
-            padding = (ids.shape[1] - mask.sum(1)).tolist()
-            prefixes = [prefix for prefix in view.prefixes for _ in range(copies)]
-            cache = compiled_cache(Rows(view.compiled, prefixes, [n for n in padding for _ in range(copies)]))
-        elif width:
-            for layer, (keys, values) in enumerate(gather_prefixes(view.compiled, view.prefixes, width)):
-                cache.update(keys, values, layer)
-            if copies > 1:
-                cache.batch_repeat_interleave(copies)
-        prompt_mask = (torch.arange(width) < lengths[:, None]).to(mask)
-        first = ids.gather(1, mask.argmax(1, keepdim=True))
-        stand_ins = torch.cat([first.expand(-1, width), torch.where(mask == 1, ids, first)], 1)
-        inputs = {"attention_mask": torch.cat([prompt_mask, mask], 1), "past_key_values": cache}
-        output: Tensor = generate_behind(self.base, ids, stand_ins, inputs, options)
         return output[:, ids.shape[1] :]
 
     @torch.no_grad()
@@ -151,19 +106,6 @@ class Engine:
         logits = self.model(ids, mask, labels, list(names), prompts=view.prompts).logits.float()
         chosen = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0].tolist()
         return [row[: len(target)] for row, target in zip(chosen, targets, strict=True)]
-
-
-def gather_prefixes(compiled: Tensor, prefixes: Sequence[tuple[int, int]], width: int) -> list[tuple[Tensor, Tensor]]:
-    """Each row's compiled prompt, all layers in one pass.
-
-    Returns:
-        Per layer, keys and values [B, H', width, E]; zeros behind a prompt shorter than ``width``.
-    """
-    layers, two, slots, heads, size = compiled.shape
-    table = torch.tensor([(0, 0, first, count) for first, count in prefixes], dtype=torch.int64).to(compiled.device)
-    (rows,) = unpack((compiled.view(layers * two, slots, heads * size).transpose(0, 1),), table, width)
-    rows = rows.view(len(prefixes), width, layers, two, heads, size).permute(2, 3, 0, 4, 1, 5)
-    return [(layer[0], layer[1]) for layer in rows]
 
 
 def padded(texts: Texts, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
