@@ -25,7 +25,7 @@ from .model import SoftPromptModel
 from .peft_format import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
 from .prompt import FastSoftPrompt, PromptIds
 from .shared_attention import PackedLayout, RowGroup, Unsupported
-from .shared_prompt import SharedBatch, SharedPrompt, check_architecture, evaluating, pack_rows
+from .shared_prompt import Report, SharedBatch, SharedPrompt, check_architecture, evaluating, pack_rows
 
 
 class DeepPrompt(SharedPrompt):
@@ -178,6 +178,11 @@ class DeepPromptModel(SoftPromptModel):
                 self.shared.give_up(str(error))
         return self.prompts.add_prompt(name, init=values)
 
+    def execution_report(self) -> Report:
+        """Shared, or refused with the reason; what the comparison with rows alone gave, once it was made."""
+        report = super().execution_report()
+        return report if report.execution == "shared" else replace(report, execution="refused")
+
     def _logits_behind(
         self,
         input_ids: Tensor,
@@ -213,7 +218,9 @@ class DeepPromptModel(SoftPromptModel):
         prefixes = [(starts[n], starts[n + 1] - starts[n]) if n >= 0 else (0, 0) for n in chosen.ids]
         compiled = self.shared.compiled(chosen.tensors)
         if compiled is None:
-            compiled = self.base_model.get_input_embeddings().weight.new_empty(*self.shared.shape[:2], 0, *self.shared.shape[2:])
+            compiled = self.base_model.get_input_embeddings().weight.new_empty(
+                *self.shared.shape[:2], 0, *self.shared.shape[2:]
+            )
         output = self._continuation.generate(compiled, prefixes, input_ids, mask, options)
         if output is None:
             reason = "its sliding window counts padding; generate for rows of equal lengths, one by one if need be"

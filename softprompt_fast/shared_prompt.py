@@ -63,7 +63,7 @@ class Report:
     """How a model is executed, and why."""
 
     execution: str
-    """"shared" or "padded"."""
+    """"shared" or "padded"; of deep prompts, which have no padded form, "shared" or "refused"."""
     reason: str
     checked: dict[str, float]
     """Largest relative difference from each row alone, in the first training and the first inference batch."""

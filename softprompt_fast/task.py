@@ -35,6 +35,8 @@ class Task:
     """Where the base model came from."""
     prompt: str = "prompt"
     """The prompt's name."""
+    special_tokens: bool = True
+    """Whether the tokenizer puts its special tokens (BOS) around a text; False for prompts that hold BOS themselves."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -123,7 +125,7 @@ def generation_task(
 
 def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:
     """Token ids of a row's text, at most ``task.max_length``, the end kept: it asks the question."""
-    ids = list(tokenizer(task.text(row), truncation=False).input_ids)
+    ids = list(tokenizer(task.text(row), truncation=False, add_special_tokens=task.special_tokens).input_ids)
     if not encoder_decoder and ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()  # the answer follows here
     if len(ids) > task.max_length:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..model import SoftPromptModel
-from ..peft_format import prompt_folders, read_prompt
+from ..peft_format import DEEP, peft_type, prompt_folders, read_prefix, read_prompt
 from ..prompt import FastSoftPrompt, check_name
 from ..shared_attention import Unsupported
 from ..task import FILE as TASK_FILE
 from ..task import Task
 from . import storage
-from .compile import compile_prompts, slot_shape
+from .compile import compile_prompts, layered, slot_shape
 from .slots import SlotTable
 
 logger = logging.getLogger("softprompt_fast")
@@ -37,7 +37,9 @@ class Entry:
 
     name: str
     vectors: Tensor
-    """[P, D]"""
+    """[P, D]; [P, L * 2 * H' * E] of a deep prompt."""
+    deep: bool = False
+    """Whether it holds keys and values already."""
     task: Task | None = None
     first: int | None = None
     """Its first slot among the compiled prompts; None: not compiled."""
@@ -61,6 +63,8 @@ class View:
     """[L, 2, R, H', E]; None: prompts run with their batch."""
     prefixes: list[tuple[int, int]]
     """Per row: first slot and length of its prompt in ``compiled``; (0, 0): none."""
+    deep: frozenset[str] = frozenset()
+    """Names of deep prompts: they are keys and values, and cannot run with the batch."""
 
 
 class PromptBank:
@@ -102,9 +106,10 @@ class PromptBank:
                 "prompts and texts do not run apart: " + (shared.unsupported or "") if shared else "padded"
             )
             self.bytes_per_token = 0
+            self._shape: tuple[int, int, int, int] | None = None
         else:
             weight = base.get_input_embeddings().weight
-            shape = slot_shape(base)
+            self._shape = shape = slot_shape(base)
             self.bytes_per_token = torch.Size(shape).numel() * weight.element_size()
             on_host = storage == "host" and weight.device.type != "cpu"
             self._table = SlotTable(
@@ -140,7 +145,7 @@ class PromptBank:
         return name in self._entries
 
     def __getitem__(self, name: str) -> Tensor:
-        """The vectors [P, D] of a prompt."""
+        """The vectors [P, D] of a prompt; of a deep one its keys and values [P, L * 2 * H' * E]."""
         return self._entry(name).vectors
 
     def task(self, name: str) -> Task | None:
@@ -165,30 +170,40 @@ class PromptBank:
     ) -> None:
         """Adds a prompt: a tensor [P, D], or a PEFT adapter folder (its ``task.json`` is read too).
 
+        A deep prompt, PEFT's prefix-tuning folder or a tensor [P, L * 2 * H' * E], is a compiled one as it comes.
+
         Args:
             name: letters, digits, ``_`` and ``-``.
             replace: put it in the place of a prompt of that name; batches under way go on with the old one.
 
         Raises:
-            ValueError: a name that is taken or not allowed, another width than the model's, numbers not finite.
+            ValueError: a name that is taken or not allowed, another width than the model's, numbers not finite; a
+                deep prompt where none can be compiled.
         """
         check_name(name)
+        width, shape = self.model.prompts.embedding_dim, self._shape
         if isinstance(source, Tensor):
             vectors, made_for = source.detach(), None
+            deep = vectors.shape[-1] != width and shape is not None and vectors.shape[-1] == torch.Size(shape).numel()
         else:
-            vectors, config = read_prompt(source)
+            deep = peft_type(source) == DEEP
+            if deep and shape is None:
+                raise ValueError(f"prompt {name!r} is a deep prompt, which this model cannot run: {self.uncompiled}")
+            vectors, config = read_prefix(source, shape) if deep and shape is not None else read_prompt(source)
             made_for = config.get("base_model_name_or_path")
             if task is None and (Path(source) / TASK_FILE).is_file():
                 task = Task.load(source)
-        width = self.model.prompts.embedding_dim
-        if vectors.dim() != 2 or vectors.shape[0] < 1 or vectors.shape[1] != width:
+        if deep and self.uncompiled is not None:
+            raise ValueError(f"prompt {name!r} is a deep prompt, which runs only compiled: {self.uncompiled}")
+        if vectors.dim() != 2 or vectors.shape[0] < 1 or (vectors.shape[1] != width and not deep):
             made = f" (made for {made_for!r})" if made_for else ""
             raise ValueError(
                 f"prompt {name!r} must have shape [P, {width}] like the model, got {list(vectors.shape)}{made}"
             )
         if not vectors.is_floating_point() or not torch.isfinite(vectors).all():
             raise ValueError(f"prompt {name!r} must be finite floating-point numbers")
-        entry = Entry(name, vectors.to(device=self.model.device, dtype=torch.float32, copy=True), task)
+        device = "cpu" if deep else self.model.device  # a deep prompt is read from the table alone
+        entry = Entry(name, vectors.to(device=device, dtype=torch.float32, copy=True), deep, task)
         with self._lock:
             if name in self._entries:
                 if not replace:
@@ -268,9 +283,13 @@ class PromptBank:
                 entry.used = time.monotonic()
         try:
             compiled, places = self._compiled_places(list(entries.values()))
+            deep = frozenset(name for name, entry in entries.items() if entry.deep)
+            if deep and compiled is None:
+                reason = self.uncompiled or "the budget is too small for all prompts of the batch"
+                raise ValueError(f"{', '.join(sorted(deep))}: deep prompts run only compiled: {reason}")
             prefixes = [(0, 0) if name is None else (places[name], len(entries[name])) for name in rows]
             vectors = {name: entry.vectors for name, entry in entries.items()}
-            yield View(FastSoftPrompt.frozen(vectors, self.model.prompts), compiled, prefixes)
+            yield View(FastSoftPrompt.frozen(vectors, self.model.prompts), compiled, prefixes, deep)
         finally:
             with self._lock:
                 for entry in entries.values():
@@ -313,13 +332,18 @@ class PromptBank:
         total = sum(len(entry) for entry in entries)
         if total > self._table.limit:
             return  # more than the budget at once: they run with their batch
+        plain = [entry for entry in entries if not entry.deep]
         try:
-            values = compile_prompts(shared, [entry.vectors for entry in entries])
+            values = compile_prompts(shared, [entry.vectors for entry in plain]) if plain else None
         except Unsupported as error:
             self.give_up(str(error))
             return
         with self._lock:
-            self._store(entries, values)
+            if values is not None:
+                self._store(plain, values)
+            for entry in entries:
+                if entry.deep and self._shape is not None:
+                    self._store([entry], layered(entry.vectors, self._shape))
 
     def give_up(self, reason: str) -> None:
         """No compiled prompts from now on."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import architecture
+from ..prompt import FastSoftPrompt
 from ..shared_attention import Unsupported
 from ..shared_prompt import TOLERANCE
 from .bank import PromptBank, View
@@ -42,7 +43,14 @@ class Engine:
             except Unsupported as error:
                 self.bank.give_up(str(error))
         ids, mask = padded(texts, "right", self.model.device)
-        return self.model.logits_at(ids, mask, list(names), places.to(ids.device), prompts=view.prompts)
+        return self.model.logits_at(ids, mask, list(names), places.to(ids.device), prompts=self._plain(view))
+
+    def _plain(self, view: View) -> FastSoftPrompt:
+        """The prompts, to run with the batch."""
+        if view.deep:
+            reason = self.bank.uncompiled or "its sliding window counts padding here"
+            raise ValueError(f"{', '.join(sorted(view.deep))}: deep prompts run only compiled: {reason}")
+        return view.prompts
 
     def _compiled_logits(self, view: View, texts: Texts, places: Tensor) -> Tensor:
         assert view.compiled is not None and self.model.shared is not None
@@ -54,11 +62,15 @@ class Engine:
     def _compare(self, view: View, texts: Texts, names: Sequence[str | None]) -> None:
         """The first batch also runs with its prompts in it, which compares itself with rows alone."""
         self._compared = True
-        last = torch.tensor([[row, len(text) - 1] for row, text in enumerate(texts)][:8])
         texts, names = texts[:8], names[:8]
+        last = torch.tensor([[row, len(text) - 1] for row, text in enumerate(texts)])
         some = View(view.prompts, view.compiled, view.prefixes[:8])
         ids, mask = padded(texts, "right", self.model.device)
-        expected = self.model.logits_at(ids, mask, list(names), last.to(ids.device), prompts=view.prompts).double()
+        plain = [None if name in view.deep else name for name in names]
+        expected = self.model.logits_at(ids, mask, plain, last.to(ids.device), prompts=view.prompts).double()
+        for row, name in enumerate(names):
+            if name is not None and name in view.deep:
+                expected[row] = self._deep_alone(view.prompts[name], ids[row, : len(texts[row])])
         try:
             got = self._compiled_logits(some, texts, last).double()
         except Unsupported as error:
@@ -68,6 +80,13 @@ class Engine:
         tolerance = TOLERANCE[self.base.get_input_embeddings().weight.dtype]
         if not difference <= tolerance:
             self.bank.give_up(f"they differ by {difference:.1e} (rounding explains {tolerance:.0e})")
+
+    def _deep_alone(self, prompt: Tensor, ids: Tensor) -> Tensor:
+        """[V] behind the tokens [T] of a row that runs by itself behind its deep prompt."""
+        from ..deep_prompt import DeepPrompt  # it stands above this package
+
+        place = torch.tensor([len(ids) - 1], device=ids.device)
+        return DeepPrompt(self.base, check=False).logits_alone(prompt, ids, place, gradient=False)[0].double()
 
     @torch.no_grad()
     def generate(self, view: View, texts: Texts, names: Sequence[str | None], options: dict[str, Any]) -> Tensor:
@@ -81,7 +100,7 @@ class Engine:
             continued = self.continuation.generate(view.compiled, view.prefixes, ids, mask, options)
             if continued is not None:
                 return continued[:, ids.shape[1] :]  # type: ignore[no-any-return]
-        output = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)
+        output = self.model.generate(ids, mask, list(names), prompts=self._plain(view), **options)
         return output[:, ids.shape[1] :]
 
     @torch.no_grad()
@@ -92,6 +111,13 @@ class Engine:
             batch = view.prompts(ids, mask, embedding=self.model.get_input_embeddings(), prompt_ids=list(names))
             states = self.base.get_encoder()(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
             return batch.unpack(states.last_hidden_state), mask
+        if view.deep and view.compiled is not None and self.model.shared is not None:
+            inputs = pack_texts(self.base, texts, view.prefixes, view.compiled)
+            output, _ = self.model.shared.run(inputs, inputs.position_ids[0, :1] * 0, {"output_hidden_states": True})
+            packed = output.hidden_states[-1][0]
+            states = packed.new_zeros(*ids.shape, packed.shape[-1])
+            states[mask == 1] = packed
+            return states, mask
         output = self.model(ids, mask, None, list(names), prompts=view.prompts, output_hidden_states=True)
         states = getattr(output, "last_hidden_state", None)
         return (output.hidden_states[-1] if states is None else states), mask

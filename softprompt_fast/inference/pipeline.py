@@ -23,7 +23,7 @@ Prompts = str | None | Sequence[str | None]
 Labels = Mapping[str, str] | Sequence[str] | None
 Result = dict[str, Any]
 OnResult = Callable[[int, Result], None]
-Encoded = dict[tuple[str, int] | None, list[int]]
+Encoded = dict[tuple[str, int, bool] | None, list[int]]
 """A text's token ids, by the template and the length limit of a task; None: as it is."""
 
 
@@ -392,7 +392,7 @@ class SoftPromptPipeline:
             encoded: what is known of this text already; added to.
         """
         task = self._task(name)
-        key = None if task is None else (task.template, task.max_length)
+        key = None if task is None else (task.template, task.max_length, task.special_tokens)
         encoded = {} if encoded is None else encoded
         if key not in encoded:
             encoded[key] = self._encode(text, task, name)
