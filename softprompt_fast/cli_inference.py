@@ -148,7 +148,7 @@ def _prompt_names(prompt: Path, model: str | None) -> tuple[list[str], str]:
 
     folders = prompt_folders(prompt)
     said = [Task.load(folder).model for folder in folders if (folder / FILE).is_file()]
-    said += [read_config(folder).get("base_model_name_or_path") for folder in folders]
+    said += [read_config(folder, None).get("base_model_name_or_path") for folder in folders]
     found = list(dict.fromkeys(name for name in said if name))
     if model is None and not found:
         raise ValueError("--model must be given: the prompts do not say which model they were tuned on")

@@ -156,7 +156,7 @@ class DeepPromptModel(SoftPromptModel):
             source = self.prompts[init].detach()
         elif not isinstance(init, Tensor) and init not in METHODS:
             deep = is_prompt_folder(Path(init)) and peft_type(init) == DEEP
-            source = read_prefix(init, self.shared.shape)[0] if deep else read_vectors(init)
+            source = self.read_prompt(init) if deep else read_vectors(init)
         values = initial_prompt(
             source,
             num_virtual_tokens,
@@ -240,14 +240,13 @@ class DeepPromptModel(SoftPromptModel):
         for name in self.prompts.names if names is None else names:
             write_prefix(Path(directory) / name, self.prompts[name], self.shared.shape, facts)
 
-    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
-        """Adds the deep prompt of an adapter folder, ours or PEFT's, ready to be trained further.
+    def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
+        """[P, W] float32, the deep prompt of an adapter folder.
 
-        Args:
-            name: None: the folder's name.
+        Raises:
+            ValueError: it was made for a model of another shape.
         """
-        values, _ = read_prefix(folder, self.shared.shape)
-        return self.prompts.add_prompt(name or Path(folder).resolve().name, init=values)
+        return read_prefix(folder, self.shared.shape)[0]
 
 
 def _check_no_empty_row(input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -380,6 +380,14 @@ class SoftPromptModel(nn.Module):
         Args:
             name: None: the folder's name.
         """
+        return self.prompts.add_prompt(name or Path(folder).resolve().name, init=self.read_prompt(folder))
+
+    def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
+        """[P, D] float32, the prompt of an adapter folder.
+
+        Raises:
+            ValueError: it was made for a model of another size.
+        """
         values, config = read_prompt(folder)
         width = self.prompts.embedding_dim
         if values.shape[1] != width:
@@ -387,7 +395,7 @@ class SoftPromptModel(nn.Module):
                 f"{folder}: the prompt must have the model's hidden size {width}, got {values.shape[1]} "
                 f"(made for {config.get('base_model_name_or_path')!r})"
             )
-        return self.prompts.add_prompt(name or Path(folder).resolve().name, init=values)
+        return values
 
     @classmethod
     def from_pretrained(

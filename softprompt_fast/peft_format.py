@@ -101,14 +101,14 @@ def _write(folder: Path, prompt: Tensor, config: dict[str, Any]) -> None:
 
 def peft_type(folder: PathLike[str] | str) -> str:
     """Which method an adapter folder is of; raises as :func:`read_prompt` does."""
-    return str(_read_json(Path(folder)).get("peft_type"))
+    return str(read_config(folder, None).get("peft_type"))
 
 
-def read_config(folder: PathLike[str] | str, kind: str = PLAIN) -> dict[str, Any]:
-    """The configuration of an adapter folder of this `peft_type`; raises as :func:`read_prompt` does."""
+def read_config(folder: PathLike[str] | str, kind: str | None = PLAIN) -> dict[str, Any]:
+    """The configuration of an adapter folder of this `peft_type`, None: of any; raises as :func:`read_prompt` does."""
     config = _read_json(Path(folder))
-    if config.get("peft_type") != kind:
-        found = config.get("peft_type")
+    found = config.get("peft_type")
+    if kind is not None and found != kind:
         raise ValueError(f"{Path(folder) / CONFIG_FILE}: `peft_type` must be {kind!r}, got {found!r}")
     return config
 

@@ -138,14 +138,15 @@ def test_peft_reads_ours_and_we_read_peft(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert relative(theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, ours) < 1e-5
 
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    made = peft.get_peft_model(build(name), config).eval()
-    with torch.no_grad():
-        made.prompt_encoder["default"].embedding.weight.normal_(0, 0.5)
-        expected = made(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    made.save_pretrained(tmp_path / "theirs")
-    tuned.load_prompt(tmp_path / "theirs")
-    assert relative(tuned(ids, prompt_ids="theirs").logits, expected) < 1e-5
+    for folder, options in [("projected", {"prefix_projection": True, "encoder_hidden_size": 16}), ("theirs", {})]:
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **options)
+        made = peft.get_peft_model(build(name), config).eval()
+        with torch.no_grad():
+            made.prompt_encoder["default"].embedding.weight.normal_(0, 0.5)
+            expected = made(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        made.save_pretrained(tmp_path / folder)
+        tuned.load_prompt(tmp_path / folder)
+        assert relative(tuned(ids, prompt_ids=folder).logits, expected) < 1e-5
     assert torch.equal(tuned.add_prompt("again", init=tmp_path / "theirs"), tuned.prompts["theirs"])
     ours_written, theirs_written = (
         json.loads((tmp_path / folder / "adapter_config.json").read_text()) for folder in ("long", "theirs")
