@@ -83,7 +83,8 @@ class DeepPrompt(SharedPrompt):
 
         vectors = embedding_table(self.model.get_input_embeddings())(input_ids)
         cache: Any = DynamicCache()
-        for layer, (key, value) in enumerate(() if prompt is None else self.compiled([prompt])):  # type: ignore[arg-type]
+        compiled = None if prompt is None else self.compiled([prompt])
+        for layer, (key, value) in enumerate(() if compiled is None else compiled):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
         positions = torch.arange(len(vectors), device=vectors.device) + (0 if prompt is None else len(prompt))
         return self.logits_at(places, inputs_embeds=vectors[None], position_ids=positions[None], past_key_values=cache)[
