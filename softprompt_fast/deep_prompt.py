@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from .model import SoftPromptModel
 from .peft_format import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
 from .prompt import FastSoftPrompt, PromptIds
 from .shared_attention import PackedLayout, RowGroup, Unsupported
-from .shared_prompt import Report, SharedBatch, SharedPrompt, check_architecture, evaluating, pack_rows
+from .shared_prompt import SLACK, Report, SharedBatch, SharedPrompt, check_architecture, evaluating, pack_rows
 
 
 class DeepPrompt(SharedPrompt):
@@ -34,6 +34,8 @@ class DeepPrompt(SharedPrompt):
     Raises:
         TypeError: a model that cannot run so, with the reason; also later, when running shows it.
     """
+
+    slack = SLACK
 
     def __init__(self, model: Any, *, check: bool = True) -> None:
         super().__init__(model, check=check, shared_text=None)
@@ -91,7 +93,7 @@ class DeepPrompt(SharedPrompt):
             1
         ]
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> NoReturn:
         self.unsupported = reason
         raise TypeError(_refusal(self.model, reason))
 
@@ -123,7 +125,7 @@ class DeepPromptModel(SoftPromptModel):
         except Unsupported as error:
             raise TypeError(_refusal(model, str(error))) from error
         super().__init__(model, prompts, check=check, shared_text=None)
-        self._continuation = Continuation(model)
+        self._continuation = Continuation(self.shared)
 
     @staticmethod
     def _prompt_width(model: Any) -> int:
@@ -206,11 +208,7 @@ class DeepPromptModel(SoftPromptModel):
         prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
-        """``model.generate`` behind each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`.
-
-        Raises:
-            TypeError: rows of different lengths, a model with a sliding window, and no kernel that reads them apart.
-        """
+        """``model.generate`` behind each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
         bank = self.prompts if prompts is None else prompts
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _check_no_empty_row(input_ids, mask)
@@ -222,11 +220,10 @@ class DeepPromptModel(SoftPromptModel):
             compiled = self.base_model.get_input_embeddings().weight.new_empty(
                 *self.shared.shape[:2], 0, *self.shared.shape[2:]
             )
-        output = self._continuation.generate(compiled, prefixes, input_ids, mask, options)
-        if output is None:
-            reason = "its sliding window counts padding; generate for rows of equal lengths, one by one if need be"
-            raise TypeError(_refusal(self.base_model, reason))
-        return output
+        try:
+            return self._continuation.generate(compiled, prefixes, input_ids, mask, options)
+        except Unsupported as error:
+            self.shared.give_up(str(error))
 
     def _assemble(self, *args: Any, **options: Any) -> PromptedBatch:
         if self.shared.unsupported is not None:

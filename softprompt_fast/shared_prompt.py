@@ -31,6 +31,9 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 GRADIENT_SHARE = 0.2
 """Weight of the prompts' gradients in that difference: a backward pass rounds several times as much."""
+SLACK = 2.0
+"""Times that tolerance for deep prompts, which are refused where plain ones only run slower: in bfloat16 sound batches
+differ by up to 0.11 (SmolLM2-135M), ones with wrong positions or a lost virtual token by 0.23 and more."""
 CHECKED_ROWS = 8
 """Rows of the first batches that are compared at most, spread over the batch."""
 
@@ -77,6 +80,9 @@ class SharedPrompt:
         check: compare the first training and the first inference batch with each row run alone.
         shared_text: "auto": text that all rows of a prompt share at their start runs once too.
     """
+
+    slack = 1.0
+    """Times the tolerance of the comparison."""
 
     def __init__(self, model: Any, *, check: bool = True, shared_text: str | None = "auto") -> None:
         self.model = model
@@ -200,7 +206,7 @@ class SharedPrompt:
         rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         if getattr(self.model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
             rounded = torch.bfloat16
-        tolerance = TOLERANCE[rounded]
+        tolerance = TOLERANCE[rounded] * self.slack
         if not difference <= tolerance:
             self.give_up(f"it differs from each row run alone by {difference:.1e} (rounding explains {tolerance:.0e})")
             return False

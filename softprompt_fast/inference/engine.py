@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import architecture
 from ..prompt import FastSoftPrompt
 from ..shared_attention import Unsupported
-from ..shared_prompt import TOLERANCE
+from ..shared_prompt import SLACK, TOLERANCE
 from .bank import PromptBank, View
 from .compile import pack_texts
 from .continuation import Continuation
@@ -30,7 +30,8 @@ class Engine:
         self.model = bank.model
         self.base = bank.model.base_model
         self._compared = not bank.check
-        self.continuation = Continuation(self.base)
+        assert self.model.shared is not None
+        self.continuation = Continuation(self.model.shared)
 
     @torch.no_grad()
     def logits_behind(self, view: View, texts: Texts, names: Sequence[str | None], places: Tensor) -> Tensor:
@@ -48,8 +49,7 @@ class Engine:
     def _plain(self, view: View) -> FastSoftPrompt:
         """The prompts, to run with the batch."""
         if view.deep:
-            reason = self.bank.uncompiled or "its sliding window counts padding here"
-            raise ValueError(f"{', '.join(sorted(view.deep))}: deep prompts run only compiled: {reason}")
+            raise ValueError(f"{', '.join(sorted(view.deep))}: deep prompts run only compiled: {self.bank.uncompiled}")
         return view.prompts
 
     def _compiled_logits(self, view: View, texts: Texts, places: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Engine:
             self.bank.give_up(str(error))
             return
         difference = ((got - expected).abs().max() / expected.abs().max()).item()
-        tolerance = TOLERANCE[self.base.get_input_embeddings().weight.dtype]
+        tolerance = TOLERANCE[self.base.get_input_embeddings().weight.dtype] * (SLACK if view.deep else 1)
         if not difference <= tolerance:
             self.bank.give_up(f"they differ by {difference:.1e} (rounding explains {tolerance:.0e})")
 
@@ -97,9 +97,11 @@ class Engine:
             return output
         ids, mask = padded(texts, "left", self.model.device)
         if view.compiled is not None and self.bank.uncompiled is None:
-            continued = self.continuation.generate(view.compiled, view.prefixes, ids, mask, options)
-            if continued is not None:
-                return continued[:, ids.shape[1] :]  # type: ignore[no-any-return]
+            try:
+                continued: Tensor = self.continuation.generate(view.compiled, view.prefixes, ids, mask, options)
+                return continued[:, ids.shape[1] :]
+            except Unsupported as error:
+                self.bank.give_up(str(error))
         output = self.model.generate(ids, mask, list(names), prompts=self._plain(view), **options)
         return output[:, ids.shape[1] :]
 
