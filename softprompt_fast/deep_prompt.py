@@ -236,7 +236,7 @@ class DeepPromptModel(SoftPromptModel):
         """Writes each prompt as PEFT's prefix-tuning folder, ``directory/<name>/``. The base model is not written."""
         facts = architecture.peft_config(self.base_model)
         for name in self.prompts.names if names is None else names:
-            write_prefix(Path(directory) / name, self.prompts[name], self.shared.shape, facts)
+            write_prefix(Path(directory) / name, self.prompts.values(name), self.shared.shape, facts)
 
     def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
         """[P, W] float32, the deep prompt of an adapter folder.

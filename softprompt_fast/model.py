@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .shared_prompt import Report, SharedPrompt
 # Of a model's output, what has one entry per input position, and what is a tuple of such.
 ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
 ALIGNED_TUPLES = ("hidden_states", "encoder_hidden_states")
+LossFunction = Callable[..., Tensor]
 EXECUTIONS = ("auto", "shared", "padded")
 OWN_ARGUMENTS = {
     "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
@@ -145,6 +146,7 @@ class SoftPromptModel(nn.Module):
         num_targets: int | None = None,
         return_logits: bool | None = None,
         prompts: FastSoftPrompt | None = None,
+        loss_function: LossFunction | None = None,
         **options: Any,
     ) -> Any:
         """Runs the model with each row's prompt in front of its tokens.
@@ -161,6 +163,9 @@ class SoftPromptModel(nn.Module):
             return_logits: of decoders' language-modelling heads; None: only without labels. With labels, shared
                 execution computes logits only where the loss reads them, unless all are asked for.
             prompts: a bank for this call; None: the model's own.
+            loss_function: instead of a language model's own loss: called with the logits [M, V] where labels are
+                expected, the labels [M] (-100: none), the row of the batch [M] that each belongs to, and, as Trainer
+                passes it, ``num_items_in_batch``; see ``tuning/objective.py``.
             options: passed on to the model.
 
         Returns:
@@ -169,7 +174,9 @@ class SoftPromptModel(nn.Module):
         for argument, reason in OWN_ARGUMENTS.items():
             if options.pop(argument, None) is not None:
                 raise ValueError(f"`{argument}` must not be given: {reason}")
-        options = {k: v for k, v in options.items() if self._any_keyword or k in self._parameters_of_forward}
+        own_loss = {"num_items_in_batch"} if loss_function is not None else set()
+        known = self._parameters_of_forward | own_loss
+        options = {k: v for k, v in options.items() if self._any_keyword or k in known}
         if return_logits is None:
             return_logits = labels is None
         bank = self.prompts if prompts is None else prompts
@@ -184,11 +191,14 @@ class SoftPromptModel(nn.Module):
                 lengths=lengths.tolist() if isinstance(lengths, Tensor) else lengths,
                 num_targets=num_targets,
                 return_logits=return_logits,
+                loss_function=loss_function,
                 options=options,
             )
             if output is not None:
                 return output
-        return self._forward_padded(bank, input_ids, attention_mask, labels, prompt_ids, return_logits, options)
+        return self._forward_padded(
+            bank, input_ids, attention_mask, labels, prompt_ids, return_logits, options, loss_function
+        )
 
     def _forward_padded(
         self,
@@ -199,6 +209,7 @@ class SoftPromptModel(nn.Module):
         prompt_ids: PromptIds,
         return_logits: bool,
         options: dict[str, Any],
+        loss_function: LossFunction | None = None,
     ) -> Any:
         per_token = labels is not None and labels.shape == input_ids.shape and not self._labels_stand_apart()
         per_slot = labels if per_token else None
@@ -208,10 +219,36 @@ class SoftPromptModel(nn.Module):
             inputs["labels"] = labels
         if "use_cache" in self._parameters_of_forward:
             options = {"use_cache": False} | options
-        output = self.base_model(**inputs, **options)
+        if loss_function is not None and labels is not None:
+            items = {key: options.pop(key) for key in ("num_items_in_batch",) if key in options}
+            output, loss = self._with_own_loss(inputs, per_token, loss_function, items, options)
+            output["loss"] = loss
+        else:
+            output = self.base_model(**inputs, **options)
         if not return_logits and self._next_token_model and getattr(output, "logits", None) is not None:
             output["logits"] = None
         return self._align(output, batch)
+
+    def _with_own_loss(
+        self,
+        inputs: dict[str, Any],
+        per_token: bool,
+        loss_function: LossFunction,
+        items: dict[str, Any],
+        options: dict[str, Any],
+    ) -> tuple[Any, Tensor]:
+        """A decoder's or encoder-decoder's output, and the caller's loss of it."""
+        if not (per_token and self._next_token_model) and not architecture.is_encoder_decoder(self.base_model):
+            raise ValueError("`loss_function` must not be given: this model's labels are not tokens of a text")
+        labels = inputs["labels"]
+        if per_token:  # else labels become the decoder's input
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        output = self.base_model(**inputs, **options)
+        logits = output.logits
+        if per_token:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        row, column = (labels != -100).nonzero(as_tuple=True)
+        return output, loss_function(logits[row, column], labels[row, column], row, **items)
 
     def execution_report(self) -> Report:
         """Which execution is used, and why; what the comparison with the padded layout gave, once it was made."""
@@ -372,7 +409,7 @@ class SoftPromptModel(nn.Module):
         """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written."""
         facts = architecture.peft_config(self.base_model)
         for name in self.prompts.names if names is None else names:
-            write_prompt(Path(directory) / name, self.prompts[name], facts)
+            write_prompt(Path(directory) / name, self.prompts.values(name), facts)
 
     def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
         """Adds the prompt of an adapter folder, ours or PEFT's, ready to be trained further.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .batch import PromptedBatch
 from .embedding import embedding_table
@@ -111,6 +112,25 @@ class FastSoftPrompt(nn.Module):
         self._check_known(name)
         return getattr(self, PREFIX + name)  # type: ignore[no-any-return]
 
+    def forms(self, name: str) -> Any:
+        """The ``ParametrizationList`` that a prompt is computed by, None: it is a parameter of its own."""
+        self._check_known(name)
+        parametrized = parametrize.is_parametrized(self, PREFIX + name)
+        return self.parametrizations[PREFIX + name] if parametrized else None  # type: ignore[index]
+
+    @torch.no_grad()
+    def values(self, name: str) -> Tensor:
+        """[P, D], a copy of a prompt as it is outside training (without dropout): what is saved."""
+        forms = self.forms(name)
+        if forms is None:
+            return self[name].detach().clone()
+        training = forms.training
+        forms.eval()
+        try:
+            return forms().detach().clone()
+        finally:
+            forms.train(training)
+
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
@@ -163,23 +183,31 @@ class FastSoftPrompt(nn.Module):
 
     def remove_prompt(self, name: str) -> None:
         self._check_known(name)
-        delattr(self, PREFIX + name)
+        self._drop(name)
         self._names.remove(name)
 
     def rename_prompt(self, old: str, new: str) -> None:
-        """Gives a prompt another name; its parameter, and so an optimiser's state of it, stays the same."""
+        """Gives a prompt another name; its parameters, and so an optimiser's state of them, stay the same."""
         self._check_known(old)
         check_name(new)
         if new in self._names:
             raise ValueError(f"`new` must be unused, but the bank has a prompt {new!r}")
-        parameter = self[old]
-        delattr(self, PREFIX + old)
+        forms = self.forms(old)
+        parameter = self[old] if forms is None else forms.original
+        values = parameter.detach().clone()
+        self._drop(old)
         self.register_parameter(PREFIX + new, parameter)
+        for form in forms or ():
+            parametrize.register_parametrization(self, PREFIX + new, form, unsafe=True)
+        with torch.no_grad():  # registering writes a form's inverse into the parameter
+            parameter.copy_(values)
         self._names[self._names.index(old)] = new
 
     def freeze_prompt(self, name: str, frozen: bool = True) -> None:
         """Keeps a prompt from being trained, or frees it again."""
-        self[name].requires_grad_(not frozen)
+        forms = self.forms(name)
+        for parameter in [self[name]] if forms is None else forms.parameters():
+            parameter.requires_grad_(not frozen)
 
     # --- the pass ---
 
@@ -311,6 +339,17 @@ class FastSoftPrompt(nn.Module):
         for parameter in self.parameters():
             return {"dtype": parameter.dtype, "device": parameter.device}
         return self._factory
+
+    def _drop(self, name: str) -> None:
+        """Removes a prompt's parameter, and the parametrizations that compute it."""
+        if self.forms(name) is not None:
+            parametrize.remove_parametrizations(self, PREFIX + name, leave_parametrized=False)
+        delattr(self, PREFIX + name)
+
+    def _replace(self, name: str, parameter: nn.Parameter) -> None:
+        """Another parameter in a prompt's place, without parametrizations."""
+        self._drop(name)
+        self.register_parameter(PREFIX + name, parameter)
 
     def _check_known(self, name: str) -> None:
         if name not in self._names:

@@ -8,7 +8,7 @@ of useful tokens; only attention knows the layout (``shared_attention.py``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -109,6 +109,7 @@ class SharedPrompt:
         lengths: Sequence[int] | None,
         num_targets: int | None,
         return_logits: bool,
+        loss_function: Callable[..., Tensor] | None,
         options: dict[str, Any],
     ) -> Any:
         """The model's output as :meth:`SoftPromptModel.forward` gives it; None: run the padded layout instead."""
@@ -128,13 +129,20 @@ class SharedPrompt:
             target = torch.where(previous >= 0, labels.flatten(), -100)
             targets = _places(target != -100, num_targets)
         read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
-        result = self._attempt(batch, read, options)
+        items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
+        passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
+        result = self._attempt(batch, read, passed)
         if result is None:
             return None
         output, logits = result
         if labels is not None:
             expected = torch.where(targets >= 0, target[targets], -100)
-            output["loss"] = self._loss(logits[len(tokens) :], expected, options)
+            answers = logits[len(tokens) :]
+            if loss_function is None:
+                output["loss"] = self._loss(answers, expected, items)
+            else:
+                rows = targets.clamp(min=0) // max(1, input_ids.shape[1])
+                output["loss"] = loss_function(answers, expected, rows, **items)
         output["logits"] = None
         if return_logits:
             every = logits.new_zeros(input_ids.numel(), logits.shape[-1])
@@ -171,9 +179,8 @@ class SharedPrompt:
             self.give_up(str(error))
             return None
 
-    def _loss(self, logits: Tensor, targets: Tensor, options: dict[str, Any]) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor, items: dict[str, Any]) -> Tensor:
         """The model's own loss; targets are shifted already."""
-        items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         vocabulary = self.model.config.get_text_config().vocab_size
         loss: Tensor = self.model.loss_function(
             logits=logits, labels=targets, vocab_size=vocabulary, shift_labels=targets, **items

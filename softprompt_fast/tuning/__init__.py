@@ -7,6 +7,19 @@ from ..task import Task
 from .data import load_rows, split_rows
 from .evaluation import evaluate, predict
 from .models import load_base_model
-from .run import TuningResult, tune
+from .run import TuningJob, TuningResult, tune, tune_tasks
+from .settings import TuningSettings
 
-__all__ = ["Task", "TuningResult", "evaluate", "load_base_model", "load_rows", "predict", "split_rows", "tune"]
+__all__ = [
+    "Task",
+    "TuningJob",
+    "TuningResult",
+    "TuningSettings",
+    "evaluate",
+    "load_base_model",
+    "load_rows",
+    "predict",
+    "split_rows",
+    "tune",
+    "tune_tasks",
+]

@@ -89,7 +89,10 @@ def encode(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, enc
 
 @dataclass
 class Collator:
-    """Pads features on the right; counts their tokens and targets on the host, so that no step waits for a GPU."""
+    """Pads features on the right; counts their tokens and targets on the host, so that no step waits for a GPU.
+
+    Features may name their ``prompt``, and the ``group`` (task) whose loss they have.
+    """
 
     pad_token_id: int
 
@@ -103,6 +106,9 @@ class Collator:
         if "labels" in features[0]:
             batch["labels"] = self._pad([f["labels"] for f in features], -100)
             batch["num_targets"] = sum(label != -100 for f in features for label in f["labels"])
+        if "prompt" in features[0]:
+            batch["prompt_ids"] = [feature["prompt"] for feature in features]
+            batch["groups"] = [feature["group"] for feature in features]
         return batch
 
     def _pad(self, rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from ..model import SoftPromptModel
-from ..peft_format import read_prompt
+from .objective import AnswerLoss, MixedLoss
 
 Evaluator = Callable[[], dict[str, float]]
+BANK_FILE = "bank.safetensors"
 
 
 class PromptTrainer(Trainer):
@@ -26,11 +27,21 @@ class PromptTrainer(Trainer):
 
     Args:
         evaluator: gives the scores of the current prompts; replaces Trainer's own evaluation loop.
+        losses: the loss of each task; a batch with ``groups`` says which task its rows are of, else there is one.
     """
 
-    def __init__(self, model: SoftPromptModel, *args: Any, evaluator: Evaluator | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: SoftPromptModel,
+        *args: Any,
+        evaluator: Evaluator | None = None,
+        losses: Sequence[AnswerLoss] = (),
+        **kwargs: Any,
+    ) -> None:
         self.evaluator = evaluator
+        self.losses = losses
         self.tokens_seen = 0
+        self.evaluation_seconds = 0.0
         super().__init__(model, *args, **kwargs)
 
     def evaluate(
@@ -38,43 +49,42 @@ class PromptTrainer(Trainer):
     ) -> dict[str, float]:
         if self.evaluator is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start = time.perf_counter()
         scores = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
+        self.evaluation_seconds += time.perf_counter() - start
         self.log(dict(scores))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.tokens_seen += sum(inputs["lengths"]) if "lengths" in inputs else inputs["input_ids"].numel()
+        groups = inputs.pop("groups", None)
+        if groups is not None and len(self.losses) > 1:
+            inputs["loss_function"] = MixedLoss(self.losses, groups)
+        elif self.losses:
+            inputs["loss_function"] = self.losses[0]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    # Checkpoints hold the prompts in their own format; the base model is never written.
+    # Checkpoints hold the prompts, and what they are computed from; the base model is never written.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        self._prompts_model().save_pretrained(output_dir or str(self.args.output_dir))
+        folder = Path(output_dir or str(self.args.output_dir))
+        model = self._prompts_model()
+        model.save_pretrained(folder)
+        save_file(
+            {name: value.detach().cpu().clone() for name, value in model.prompts.state_dict().items()},
+            folder / BANK_FILE,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_prompts(self._prompts_model(), resume_from_checkpoint)
+        self._prompts_model().prompts.load_state_dict(load_file(Path(resume_from_checkpoint) / BANK_FILE))
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
-        load_prompts(self._prompts_model(), self.state.best_model_checkpoint)
+        """Left to `BestPrompts`, which knows the best of each prompt."""
 
     def _prompts_model(self) -> SoftPromptModel:
         model: SoftPromptModel = self.accelerator.unwrap_model(self.model)
         return model
-
-
-def load_prompts(model: SoftPromptModel, checkpoint: str) -> None:
-    """Copies a checkpoint's prompts into the model's parameters, which an optimiser goes on holding."""
-    for name in model.prompts:
-        values, _ = read_prompt(Path(checkpoint) / name)
-        parameter = model.prompts[name]
-        if values.shape != parameter.shape:
-            raise ValueError(
-                f"{checkpoint}: prompt {name!r} must have shape {list(parameter.shape)}, got {list(values.shape)}"
-            )
-        with torch.no_grad():
-            parameter.copy_(values)
 
 
 class GracefulStop(TrainerCallback):

@@ -1,0 +1,52 @@
+"""The best state of each prompt of a run, on disk, whatever the others do; survives interruption and resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import SoftPromptModel
+
+FILE = "best.json"
+
+
+class BestPrompts:
+    """Keeps, for each prompt, the values with the best held-out score: accuracy, then loss; or the loss alone."""
+
+    def __init__(self, model: SoftPromptModel, folder: Path) -> None:
+        self.model = model
+        self.folder = folder
+        file = folder / FILE
+        self.found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def update(self, name: str, scores: dict[str, float], step: int) -> bool:
+        """Keeps a prompt's present values if they score better than all before; whether they do."""
+        before = self.found.get(name)
+        if before is not None and not rank(scores) > rank(before["scores"]):
+            return False
+        self.model.save_pretrained(self.folder, [name])
+        self.found[name] = {"step": step, "scores": scores}
+        partial = self.folder / f".{FILE}.{os.getpid()}"
+        partial.write_text(json.dumps(self.found, indent=2) + "\n")
+        os.replace(partial, self.folder / FILE)
+        return True
+
+    def values(self, name: str) -> Tensor:
+        return self.model.read_prompt(self.folder / name)
+
+    @torch.no_grad()
+    def restore(self, name: str) -> dict[str, float]:
+        """Copies the best values into the model's prompt, an ordinary parameter by now; returns their scores."""
+        self.model.prompts[name].copy_(self.values(name))
+        scores: dict[str, float] = self.found[name]["scores"]
+        return scores
+
+
+def rank(scores: dict[str, float]) -> tuple[float, ...]:
+    """Larger is better."""
+    return (scores["accuracy"], -scores["loss"]) if "accuracy" in scores else (-scores["loss"],)

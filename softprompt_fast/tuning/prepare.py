@@ -1,0 +1,99 @@
+"""A prompt before its first step: first values, place, and the form it is trained in."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..deep_prompt import DeepPromptModel
+from ..embedding import embedding_table
+from ..initialize import initial_prompt
+from ..model import SoftPromptModel
+from ..placement import FixedFirst, bos_vector
+from ..reparameterize import LowRank, NormBound, Offset, PromptDropout, ResidualMLP, SharedPart, reparameterize
+from ..task import Task
+from .settings import DEFAULT_TOKENS, TuningSettings, instruction
+
+logger = logging.getLogger("softprompt_fast")
+
+
+def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: TuningSettings) -> None:
+    """Adds ``task.prompt`` with the first values that the settings ask for."""
+    count = settings.num_virtual_tokens
+    init: Any = settings.init
+    if isinstance(init, str) and init == "auto":
+        init, count = _automatic(model, tokenizer, task, count)
+    elif count is None and isinstance(init, str) and init in ("random", "vocabulary", "class_labels"):
+        count = DEFAULT_TOKENS
+    options: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "init_text": settings.init_text,
+        "class_labels": list(task.label_words.values()),
+        "seed": settings.seed,
+    }
+    if settings.placement == "after_bos":
+        if isinstance(model, DeepPromptModel):
+            raise ValueError("`placement` must be 'before_bos' for deep prompts, which hold no token, got 'after_bos'")
+        bos = bos_vector(model, tokenizer)
+        if isinstance(init, str) and init in model.prompts:
+            init = model.prompts.values(init)
+        values = initial_prompt(init, count, embedding_table(model.get_input_embeddings()), **options)
+        init, count = torch.cat([bos[None].to(values), values]), None
+    model.add_prompt(task.prompt, count, init=init, **options)
+
+
+def _automatic(
+    model: SoftPromptModel, tokenizer: Any, task: Task, count: int | None
+) -> tuple[str | Tensor, int | None]:
+    """An instruction that names the labels, repeated to length so that its end stands before the text."""
+    count = count or DEFAULT_TOKENS
+    if task.kind != "classification":
+        return "vocabulary", count
+    ids = list(tokenizer(instruction(task.label_words), add_special_tokens=False).input_ids)
+    if len(ids) > count:  # a torn sentence would name some of the labels only
+        return "class_labels", count
+    ids = (ids * -(-count // len(ids)))[-count:]
+    table = embedding_table(model.get_input_embeddings())
+    return table(torch.tensor(ids, device=table.weight.device)).detach().float().cpu(), None
+
+
+def set_form(
+    model: SoftPromptModel, tokenizer: Any, name: str, settings: TuningSettings, shared: nn.Parameter | None = None
+) -> None:
+    """Lets a prompt be computed as the settings say while it is trained; ``fold`` undoes it.
+
+    Args:
+        shared: vectors [S, D] that stand in front of this and other prompts.
+    """
+    bank = model.prompts
+    values = bank[name].detach()
+    # After values are read, in this order: each form works on what the one before gives.
+    if settings.reparameterization == "low-rank":
+        reparameterize(bank, name, LowRank(len(values), values.shape[1], settings.rank))
+        if settings.decay_to_initial:
+            raise ValueError(
+                "`decay_to_initial` must be 0 with reparameterization='low-rank', which keeps near by rank"
+            )
+    elif settings.decay_to_initial:
+        reparameterize(bank, name, Offset(values))
+    if settings.reparameterization == "residual":
+        reparameterize(bank, name, ResidualMLP(values.shape[1], settings.bottleneck))
+    if shared is not None:
+        reparameterize(bank, name, SharedPart(shared))
+    if settings.norm_bound is not None:
+        if isinstance(model, DeepPromptModel):
+            raise ValueError(f"`norm_bound` must be None for deep prompts, got {settings.norm_bound}")
+        reparameterize(bank, name, NormBound(settings.norm_bound * mean_norm(model)))
+    if settings.prompt_dropout:
+        reparameterize(bank, name, PromptDropout(settings.prompt_dropout))
+    if settings.placement == "after_bos":
+        reparameterize(bank, name, FixedFirst(bos_vector(model, tokenizer)))
+
+
+def mean_norm(model: SoftPromptModel) -> float:
+    """Mean length of the model's token embeddings as the model sees them."""
+    table = embedding_table(model.get_input_embeddings())
+    return torch.linalg.vector_norm(table.weight.detach().float(), dim=1).mean().item() * abs(table.scale)

@@ -1,0 +1,125 @@
+"""How a prompt is tuned: one dataclass for Python, the command line and what is written beside a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .objective import OBJECTIVES
+
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("cosine", "linear", "constant")
+FORMS = ("none", "residual", "low-rank")
+PLACEMENTS = ("before_bos", "after_bos")
+DEFAULT_TOKENS = 20
+
+
+@dataclass(frozen=True)
+class TuningSettings:
+    """Settings of :func:`tune`. What the defaults rest on: ``docs/recipes.md``."""
+
+    num_virtual_tokens: int | None = None
+    """P; None: 20, or as many as ``init`` brings."""
+    init: str | Tensor | PathLike[str] = "auto"
+    """"auto": for classification an instruction that names the labels, else "vocabulary"; or whatever
+    :meth:`FastSoftPrompt.add_prompt` takes, such as the folder of another task's prompt to start from."""
+    init_text: str | None = None
+    """The text of ``init="text"``."""
+    objective: str = "labels"
+    """"labels": cross entropy among the label words, where each is one token; "vocabulary": among all tokens."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over the other answers, 0 to 1."""
+    optimizer: str = "adamw"
+    """"adamw", or "adafactor" as in Lester et al. 2021 (with ``schedule="constant"``, ``learning_rate=0.3``)."""
+    learning_rate: float = 1e-2
+    schedule: str = "cosine"
+    """"cosine" or "linear", down to 0, or "constant"; all behind a warm-up over a twentieth of the steps."""
+    batch_size: int = 32
+    """Rows per step and prompt."""
+    gradient_accumulation_steps: int = 1
+    epochs: float = 3.0
+    steps: int | None = None
+    """Optimiser steps; None: ``epochs`` passes over the rows."""
+    eval_every: int | None = None
+    """Steps between evaluations, which also decide what is best; None: five per run."""
+    patience: int | None = None
+    """Early stopping: evaluations in a row without a better score before the run ends; None: never."""
+    max_grad_norm: float = 1.0
+    decay_to_initial: float = 0.0
+    """Weight decay of the distance from the initial prompt."""
+    prompt_dropout: float = 0.0
+    """Probability with which a number of the prompt is dropped in a training step."""
+    norm_bound: float | None = None
+    """Longest vector, in mean norms of the model's token embeddings; None: no bound."""
+    reparameterization: str = "none"
+    """"none", "residual" (an MLP beside the prompt) or "low-rank" (an update of ``rank``); folded when saved."""
+    rank: int = 8
+    """Of "low-rank"."""
+    bottleneck: int = 128
+    """Width inside "residual"."""
+    placement: str = "before_bos"
+    """Of the prompt; "after_bos" saves BOS's vector as the prompt's first one."""
+    seed: int = 0
+    """Of the initialisation and the order of rows: the same seed gives the same prompt."""
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("objective", OBJECTIVES),
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("reparameterization", FORMS),
+            ("placement", PLACEMENTS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("batch_size", "gradient_accumulation_steps", "rank", "bottleneck"):
+            _check(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer")
+        for name in ("num_virtual_tokens", "steps", "eval_every", "patience"):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, int) and value >= 1), self, name, "a positive integer or None")
+        for name in ("learning_rate", "epochs", "max_grad_norm"):
+            _check(getattr(self, name) > 0, self, name, "positive")
+        _check(self.norm_bound is None or self.norm_bound > 0, self, "norm_bound", "positive or None")
+        _check(self.decay_to_initial >= 0, self, "decay_to_initial", "0 or more")
+        for name in ("label_smoothing", "prompt_dropout"):
+            _check(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
+        if self.init == "text" and not self.init_text:
+            raise ValueError(f"`init_text` must hold text for init='text', got {self.init_text!r}")
+
+    def with_changes(self, changes: Mapping[str, Any]) -> TuningSettings:
+        """The same with some fields replaced.
+
+        Raises:
+            TypeError: not a setting.
+        """
+        known = [field.name for field in fields(self)]
+        for name in changes:
+            if name not in known:
+                raise TypeError(f"`{name}` is not a setting of tuning, which has {', '.join(known)}")
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        found = asdict(replace(self, init="auto"))  # a tensor cannot be written, nor copied cheaply
+        init = self.init
+        found["init"] = f"tensor {list(init.shape)}" if isinstance(init, Tensor) else fspath(init)
+        return found
+
+
+def _check(holds: bool, settings: TuningSettings, name: str, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` must be {rule}, got {getattr(settings, name)!r}")
+
+
+def instruction(label_words: Mapping[str, str]) -> str:
+    """A sentence that asks for one of the labels, such as "Decide whether the following text is good or bad."."""
+    words = [word.strip() for word in label_words.values()]
+    return f"Decide whether the following text is {', '.join(words[:-1])} or {words[-1]}.\n"
+
+
+def is_saved_prompt(init: Any) -> bool:
+    return isinstance(init, (str, PathLike)) and Path(init).exists()
