@@ -103,17 +103,34 @@ def train(
     validation: Annotated[str | None, typer.Option(help="Held-out rows; default: a part of the data.")] = None,
     held_out: Annotated[float, typer.Option(help="Share (below 1) or number of rows held out.")] = 0.1,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
+    deep: Annotated[bool, typer.Option(help="Tune keys and values of every layer (prefix tuning).")] = False,
     virtual_tokens: Annotated[int | None, typer.Option("--virtual-tokens", "-P", min=1, help="Default 20.")] = None,
     init: Annotated[
-        str, typer.Option(help="random, vocabulary, text, class_labels, or a saved prompt.")
-    ] = "vocabulary",
+        str, typer.Option(help="auto, random, vocabulary, text, class_labels, or a saved prompt to start from.")
+    ] = "auto",
     init_text: Annotated[str | None, typer.Option(help="Text whose tokens start the prompt (--init text).")] = None,
+    placement: Annotated[str, typer.Option(help="before_bos or after_bos.")] = "before_bos",
+    objective: Annotated[str, typer.Option(help="Cross entropy among labels, or among the vocabulary.")] = "labels",
+    optimizer: Annotated[str, typer.Option(help="adamw or adafactor.")] = "adamw",
     learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-2,
+    schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     batch_size: BatchSize = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
-    epochs: Annotated[float, typer.Option(min=0.0)] = 3.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimiser steps; default 120, unless epochs are given.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(min=0.0, help="Passes over the rows, instead of steps.")] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Evaluations without a gain before it stops.")] = None,
+    reparameterization: Annotated[
+        str, typer.Option("--reparameterization", help="none, residual or low-rank; folded when saved.")
+    ] = "none",
+    rank: Annotated[int, typer.Option(min=1, help="Of low-rank.")] = 8,
+    bottleneck: Annotated[int, typer.Option(min=1, help="Width inside residual.")] = 128,
+    decay_to_initial: Annotated[float, typer.Option(min=0.0, help="Weight decay towards the start.")] = 0.0,
+    prompt_dropout: Annotated[float, typer.Option(min=0.0, help="Share of the prompt's numbers dropped.")] = 0.0,
+    norm_bound: Annotated[float | None, typer.Option(help="Longest vector, in mean norms of token embeddings.")] = None,
+    label_smoothing: Annotated[float, typer.Option(min=0.0, help="Share of the target spread.")] = 0.0,
     max_length: Annotated[int, typer.Option(min=1, help="Longest text in tokens.")] = 512,
     seed: int = 0,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --output.")] = False,
@@ -122,6 +139,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Tunes a soft prompt on rows of data and keeps the best one."""
+    from .deep_prompt import DeepPromptModel
     from .model import SoftPromptModel
     from .task import classification_task, generation_task
     from .tuning import load_base_model, load_rows, split_rows, tune
@@ -145,7 +163,7 @@ def train(
         rows, held_out_rows = split_rows(rows, held_out, seed)
     base, tokenizer = load_base_model(model, dtype, device)
     result = tune(
-        SoftPromptModel(base),
+        (DeepPromptModel if deep else SoftPromptModel)(base),
         tokenizer,
         chosen,
         rows,
@@ -154,12 +172,24 @@ def train(
         num_virtual_tokens=virtual_tokens,
         init=init,
         init_text=init_text,
+        placement=placement,
+        objective=objective,
+        optimizer=optimizer,
         learning_rate=learning_rate,
+        schedule=schedule,
         batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
         epochs=epochs,
         steps=steps,
         eval_every=eval_every,
+        patience=patience,
+        reparameterization=reparameterization,
+        rank=rank,
+        bottleneck=bottleneck,
+        decay_to_initial=decay_to_initial,
+        prompt_dropout=prompt_dropout,
+        norm_bound=norm_bound,
+        label_smoothing=label_smoothing,
         seed=seed,
         resume=resume,
         report_to=("tensorboard",) if tensorboard else (),
@@ -216,7 +246,9 @@ def _pairs(values: list[str]) -> dict[str, str]:
 
 
 def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, Any]:
+    from .deep_prompt import DeepPromptModel
     from .model import SoftPromptModel
+    from .peft_format import DEEP, peft_type
     from .tuning import Task, load_base_model
 
     task = Task.load(folder)
@@ -225,7 +257,7 @@ def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None)
         raise ValueError("--model must be given: the prompt does not say which model it was tuned on")
     base, tokenizer = load_base_model(name, dtype, device)
     own = folder if (folder / "task.json").is_file() else folder / task.prompt
-    tuned = SoftPromptModel(base)
+    tuned = (DeepPromptModel if peft_type(own) == DEEP else SoftPromptModel)(base)
     tuned.load_prompt(own, task.prompt)
     return tuned, tokenizer, task
 

@@ -25,7 +25,7 @@ from .data import Collator, Rows, encode, pad_token_id
 from .evaluation import evaluate
 from .objective import choose_loss
 from .prepare import add_prompt, set_form
-from .settings import TuningSettings
+from .settings import DEFAULT_STEPS, TuningSettings
 
 METRICS = "metrics.json"
 
@@ -247,7 +247,7 @@ class _Run:
         settings, prompts = self.settings, len(self.jobs)
         rows = settings.batch_size * prompts
         per_epoch = -(-len(self.features) // (rows * settings.gradient_accumulation_steps))
-        total = settings.steps if settings.steps is not None else max(1, round(per_epoch * settings.epochs))
+        total = settings.steps or (round(per_epoch * settings.epochs) if settings.epochs else DEFAULT_STEPS) or 1
         every = settings.eval_every or max(1, total // 5)
         on_cpu = self.model.device.type == "cpu"
         return TrainingArguments(

@@ -17,6 +17,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 FORMS = ("none", "residual", "low-rank")
 PLACEMENTS = ("before_bos", "after_bos")
 DEFAULT_TOKENS = 20
+DEFAULT_STEPS = 120
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ class TuningSettings:
     batch_size: int = 32
     """Rows per step and prompt."""
     gradient_accumulation_steps: int = 1
-    epochs: float = 3.0
     steps: int | None = None
-    """Optimiser steps; None: ``epochs`` passes over the rows."""
+    """Optimiser steps; None: ``epochs`` passes over the rows, or 120."""
+    epochs: float | None = None
     eval_every: int | None = None
     """Steps between evaluations, which also decide what is best; None: five per run."""
     patience: int | None = None
@@ -82,9 +83,13 @@ class TuningSettings:
         for name in ("num_virtual_tokens", "steps", "eval_every", "patience"):
             value = getattr(self, name)
             _check(value is None or (isinstance(value, int) and value >= 1), self, name, "a positive integer or None")
-        for name in ("learning_rate", "epochs", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, self, name, "positive")
-        _check(self.norm_bound is None or self.norm_bound > 0, self, "norm_bound", "positive or None")
+        for name in ("epochs", "norm_bound"):
+            value = getattr(self, name)
+            _check(value is None or value > 0, self, name, "positive or None")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"`epochs` must be None where `steps` is given, got {self.epochs}")
         _check(self.decay_to_initial >= 0, self, "decay_to_initial", "0 or more")
         for name in ("label_smoothing", "prompt_dropout"):
             _check(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")

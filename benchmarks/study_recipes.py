@@ -1,0 +1,184 @@
+"""The study behind the default recipe: one row of CSV per run; finished runs are not repeated.
+
+    python benchmarks/study_recipes.py --csv benchmarks/results/recipes_cpu.csv --jobs 2 --studies init learning_rate
+
+Each run is a process of its own with one thread, so that `--jobs` runs share the cores evenly. Rows of a
+domain are split once: 1,000 test rows, 200 that choose the best state, the rest to train. `train_seconds` leaves the
+evaluations out, and means little where other work ran beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+FIELDS = [
+    "study", "model", "domain", "variant", "settings", "seed", "steps", "best_step", "validation_accuracy",
+    "test_accuracy", "test_low", "test_high", "test_loss", "trained_numbers", "train_seconds", "curve",
+]  # fmt: skip
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+STEPS = 60
+"""Of the studies that only compare; the default has 120."""
+MOVIES_TEXT = "Decide whether the following movie review is negative or positive about the movie it is written about.\n"
+
+
+def studies() -> dict[str, list[dict[str, Any]]]:
+    """Runs by study: ``variant``, ``domain`` and what differs from the defaults."""
+
+    def runs(domain: str, variants: dict[str, dict[str, Any]], seeds: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
+        return [
+            {"variant": name, "domain": domain, "settings": settings | {"seed": seed}}
+            for seed in seeds
+            for name, settings in variants.items()
+        ]
+
+    short = {"steps": STEPS}
+    return {
+        "default": runs("movies", {"default": {}}, (0, 1, 2)),
+        "domains": [run for domain in ("products", "editorials", "tweets") for run in runs(domain, {"default": {}})],
+        "learning_rate": runs(
+            "tweets",
+            {
+                f"{form} {rate:g}": short | {"learning_rate": rate, "reparameterization": form}
+                for rate in RATES
+                for form in ("none", "residual")
+            },
+        ),
+        "init": runs(
+            "tweets",
+            {init: short | {"init": init} for init in ("auto", "vocabulary", "class_labels", "random")}
+            | {"text": short | {"init": "text", "init_text": MOVIES_TEXT}},
+        ),
+        "objective": runs("tweets", {"vocabulary": short | {"objective": "vocabulary"}}),
+        "optimizer": runs(
+            "tweets",
+            {
+                "adafactor 0.3 constant": short
+                | {"optimizer": "adafactor", "learning_rate": 0.3, "schedule": "constant"},
+                "adafactor 0.03": short | {"optimizer": "adafactor", "learning_rate": 0.03},
+                "adamw constant": short | {"schedule": "constant"},
+                "adamw linear": short | {"schedule": "linear"},
+            },
+        ),
+        "batch": runs("tweets", {f"batch {b}": {"batch_size": b, "steps": STEPS * 32 // b} for b in (8, 16, 64)}),
+        "length": runs("tweets", {f"{p} tokens": short | {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
+        "form": runs(
+            "tweets",
+            {
+                "low-rank 4": short | {"reparameterization": "low-rank", "rank": 4},
+                "decay 0.1": short | {"decay_to_initial": 0.1},
+                "dropout 0.1": short | {"prompt_dropout": 0.1},
+                "norm bound 2": short | {"norm_bound": 2.0},
+                "smoothing 0.1": short | {"label_smoothing": 0.1},
+            },
+        ),
+        "placement": runs("tweets", {"after_bos": short | {"placement": "after_bos"}}),
+        "deep": runs(
+            "tweets", {f"deep {rate:g}": short | {"deep": True, "learning_rate": rate} for rate in (1e-3, 1e-2)}
+        ),
+        "label_words": runs("tweets", {"bad/good": short | {"words": {"negative": " bad", "positive": " good"}}}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--studies", nargs="*", default=list(studies()))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(run_one(json.loads(arguments.one))))
+        return
+    done = set()
+    if arguments.csv.is_file():
+        with arguments.csv.open() as file:
+            done = {(row["study"], row["domain"], row["variant"], row["seed"]) for row in csv.DictReader(file)}
+    waiting = [
+        {"study": study, **run}
+        for study in arguments.studies
+        for run in studies()[study]
+        if (study, run["domain"], run["variant"], str(run["settings"]["seed"])) not in done
+    ]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for finished in as_completed([pool.submit(in_process, run) for run in waiting]):
+            append(arguments.csv, finished.result())
+
+
+def in_process(run: dict[str, Any]) -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--csv", os.devnull, "--one", json.dumps(run)]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if found.returncode:
+        print(f"{run}: failed\n{found.stderr[-2000:]}", file=sys.stderr)
+        return {}
+    row = json.loads(found.stdout.splitlines()[-1])
+    print({key: row[key] for key in ("study", "domain", "variant", "seed", "test_accuracy", "train_seconds")})
+    return row
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    if not row:
+        return
+    new = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def run_one(run: dict[str, Any]) -> dict[str, Any]:
+    """One prompt tuned and scored."""
+    import torch
+
+    import softprompt_fast as spf
+    from softprompt_fast.deep_prompt import DeepPromptModel
+    from softprompt_fast.task import Task
+    from softprompt_fast.tuning import evaluate, load_base_model, tune
+    from softprompt_fast.tuning.demo import LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
+    from softprompt_fast.tuning.models import SMOLLM2
+
+    torch.set_num_threads(1)
+    settings = dict(run["settings"])
+    deep = settings.pop("deep", False)
+    words = settings.pop("words", LABEL_WORDS)
+    rest, test = balanced(sentiment_rows(run["domain"]), 1000, seed=0)
+    train, validation = balanced(rest, 200, seed=1)
+    model, tokenizer = load_base_model(SMOLLM2, device="cpu")
+    tuned = (DeepPromptModel if deep else spf.SoftPromptModel)(model)
+    task = Task("classification", TEMPLATE, "label", words, max_length=128, model=SMOLLM2, prompt=run["domain"])
+    with tempfile.TemporaryDirectory() as folder:
+        result = tune(tuned, tokenizer, task, train, validation, folder, **settings)
+    scores = evaluate(tuned, tokenizer, task, test)
+    return {
+        "study": run["study"],
+        "model": SMOLLM2,
+        "domain": run["domain"],
+        "variant": run["variant"],
+        "settings": json.dumps(run["settings"]),
+        "seed": run["settings"]["seed"],
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation_accuracy": round(result.after["accuracy"], 4),
+        "test_accuracy": round(scores["accuracy"], 4),
+        "test_low": round(scores["accuracy_low"], 4),
+        "test_high": round(scores["accuracy_high"], 4),
+        "test_loss": round(scores["loss"], 4),
+        "trained_numbers": tuned.prompts[task.prompt].numel(),
+        "train_seconds": round(result.tuning_seconds - result.evaluation_seconds),
+        "curve": json.dumps([[int(h["step"]), round(h["accuracy"], 3)] for h in result.history]),
+    }
+
+
+if __name__ == "__main__":
+    main()
