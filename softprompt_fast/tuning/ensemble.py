@@ -51,6 +51,7 @@ def tune_ensemble(
     combine: str = "mean_probability",
     resume: bool = False,
     report_to: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
     **changes: Any,
 ) -> EnsembleResult:
@@ -83,7 +84,17 @@ def tune_ensemble(
         for i, init in enumerate(inits)
     ]
     console = console or Console(stderr=True)
-    results = tune_tasks(model, tokenizer, jobs, output, settings, resume=resume, report_to=report_to, console=console)
+    results = tune_tasks(
+        model,
+        tokenizer,
+        jobs,
+        output,
+        settings,
+        resume=resume,
+        report_to=report_to,
+        callbacks=callbacks,
+        console=console,
+    )
     names = [job.task.prompt for job in jobs]
     scores = evaluate_ensemble(
         model, tokenizer, task, held_out_rows, names, combine=combine, batch_size=settings.batch_size

@@ -74,6 +74,7 @@ def tune(
     *,
     resume: bool = False,
     report_to: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
     **changes: Any,
 ) -> TuningResult:
@@ -86,6 +87,7 @@ def tune(
         held_out_rows: scored during the run; they decide which state is best.
         resume: go on from the last checkpoint in ``output``.
         report_to: of transformers, such as ("tensorboard",).
+        callbacks: more of transformers' ``TrainerCallback``.
         changes: settings by name, such as ``learning_rate=3e-3``.
 
     Raises:
@@ -94,7 +96,16 @@ def tune(
     """
     jobs = [TuningJob(task, train_rows, held_out_rows)]
     (result,) = tune_tasks(
-        model, tokenizer, jobs, output, settings, resume=resume, report_to=report_to, console=console, **changes
+        model,
+        tokenizer,
+        jobs,
+        output,
+        settings,
+        resume=resume,
+        report_to=report_to,
+        callbacks=callbacks,
+        console=console,
+        **changes,
     )
     return result
 
@@ -109,6 +120,7 @@ def tune_tasks(
     shared_tokens: int = 0,
     resume: bool = False,
     report_to: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
     **changes: Any,
 ) -> list[TuningResult]:
@@ -129,7 +141,7 @@ def tune_tasks(
     run = _Run(model, tokenizer, list(jobs), Path(output), settings, console or Console(stderr=True))
     last = run.last_checkpoint(resume)
     run.prepare(shared_tokens)
-    return run.tune(last, report_to)
+    return run.tune(last, report_to, callbacks)
 
 
 class _Run:
@@ -200,7 +212,7 @@ class _Run:
                 add_prompt(self.model, self.tokenizer, job.task, job.settings or self.settings)
             set_form(self.model, self.tokenizer, job.task.prompt, self.settings, shared)
 
-    def tune(self, last: str | None, report_to: Sequence[str]) -> list[TuningResult]:
+    def tune(self, last: str | None, report_to: Sequence[str], callbacks: Sequence[Any]) -> list[TuningResult]:
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -228,6 +240,8 @@ class _Run:
         trainer.add_callback(RichProgress(self.console, lambda: trainer.tokens_seen))
         if self.settings.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
+        for callback in callbacks:
+            trainer.add_callback(callback)
         self.start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=last)
