@@ -199,7 +199,7 @@ class SharedPrompt:
         if not self.check or kind in self.checked or not input_ids.numel():
             return True
         try:
-            # Without dropout there is one right answer, and no random number is drawn that a resumed run would not draw.
+            # Without dropout there is one right answer, and no random number is drawn (a resumed run would lack it).
             with evaluating(self.model), evaluating(bank), parametrize.cached():
                 difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
         except Unsupported as error:
