@@ -25,9 +25,9 @@ FIELDS = [
     "test_accuracy", "test_low", "test_high", "test_loss", "trained_numbers", "train_seconds", "curve",
 ]  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-STEPS = 60
-"""Of the studies that only compare; the default has 120."""
-MOVIES_TEXT = "Decide whether the following movie review is negative or positive about the movie it is written about.\n"
+SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
+"""Of the studies that only compare; the default has 120 steps."""
+TWEETS_TEXT = "Decide whether the following tweet is negative or positive about what it is written about.\n"
 
 
 def studies() -> dict[str, list[dict[str, Any]]]:
@@ -40,51 +40,51 @@ def studies() -> dict[str, list[dict[str, Any]]]:
             for name, settings in variants.items()
         ]
 
-    short = {"steps": STEPS}
+    def short(variants: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        return runs("tweets", {name: SHORT | settings for name, settings in variants.items()})
+
+    forms = ("none", "residual")
+    rates = {f"{f} {r:g}": {"learning_rate": r, "reparameterization": f} for r in RATES for f in forms}
+    starts = ("vocabulary", "class_labels", "random")
     return {
         "default": runs("movies", {"default": {}}, (0, 1, 2)),
-        "domains": [run for domain in ("products", "editorials", "tweets") for run in runs(domain, {"default": {}})],
-        "learning_rate": runs(
-            "tweets",
+        "learning_rate": short(rates),
+        "init": short(
+            {init: {"init": init} for init in starts} | {"tweets text": {"init": "text", "init_text": TWEETS_TEXT}}
+        ),
+        "objective": short({"vocabulary": {"objective": "vocabulary"}}),
+        "deep": short({f"deep {rate:g}": {"deep": True, "learning_rate": rate} for rate in (1e-3, 1e-2)}),
+        "placement": short({"after_bos": {"placement": "after_bos"}}),
+        "optimizer": short(
             {
-                f"{form} {rate:g}": short | {"learning_rate": rate, "reparameterization": form}
-                for rate in RATES
-                for form in ("none", "residual")
-            },
+                "adafactor 0.3 constant": {"optimizer": "adafactor", "learning_rate": 0.3, "schedule": "constant"},
+                "adafactor 0.03": {"optimizer": "adafactor", "learning_rate": 0.03},
+                "constant": {"schedule": "constant"},
+                "linear": {"schedule": "linear"},
+            }
         ),
-        "init": runs(
-            "tweets",
-            {init: short | {"init": init} for init in ("auto", "vocabulary", "class_labels", "random")}
-            | {"text": short | {"init": "text", "init_text": MOVIES_TEXT}},
-        ),
-        "objective": runs("tweets", {"vocabulary": short | {"objective": "vocabulary"}}),
-        "optimizer": runs(
-            "tweets",
+        "form": short(
             {
-                "adafactor 0.3 constant": short
-                | {"optimizer": "adafactor", "learning_rate": 0.3, "schedule": "constant"},
-                "adafactor 0.03": short | {"optimizer": "adafactor", "learning_rate": 0.03},
-                "adamw constant": short | {"schedule": "constant"},
-                "adamw linear": short | {"schedule": "linear"},
-            },
+                "low-rank 4": {"reparameterization": "low-rank", "rank": 4},
+                "decay 0.1": {"decay_to_initial": 0.1},
+                "dropout 0.1": {"prompt_dropout": 0.1},
+                "norm bound 2": {"norm_bound": 2.0},
+                "smoothing 0.1": {"label_smoothing": 0.1},
+            }
         ),
-        "batch": runs("tweets", {f"batch {b}": {"batch_size": b, "steps": STEPS * 32 // b} for b in (8, 16, 64)}),
-        "length": runs("tweets", {f"{p} tokens": short | {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
-        "form": runs(
-            "tweets",
-            {
-                "low-rank 4": short | {"reparameterization": "low-rank", "rank": 4},
-                "decay 0.1": short | {"decay_to_initial": 0.1},
-                "dropout 0.1": short | {"prompt_dropout": 0.1},
-                "norm bound 2": short | {"norm_bound": 2.0},
-                "smoothing 0.1": short | {"label_smoothing": 0.1},
-            },
+        "label_words": short({"bad, good": {"words": {"negative": " bad", "positive": " good"}}}),
+        "batch": runs(
+            "tweets", {f"batch {b}": {"batch_size": b, "steps": 1280 // b, "eval_every": 640 // b} for b in (8, 64)}
         ),
-        "placement": runs("tweets", {"after_bos": short | {"placement": "after_bos"}}),
-        "deep": runs(
-            "tweets", {f"deep {rate:g}": short | {"deep": True, "learning_rate": rate} for rate in (1e-3, 1e-2)}
-        ),
-        "label_words": runs("tweets", {"bad/good": short | {"words": {"negative": " bad", "positive": " good"}}}),
+        "length": short({f"{p} tokens": {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
+        "encoder_default": [
+            run
+            for domain in ("movies", "products", "editorials", "tweets")
+            for run in runs(domain, {"prompt and head": {}, "head alone": {"prompt": False}})
+        ],
+        "encoder_rate": runs("movies", rates),
+        "encoder_init": runs("movies", {init: {"init": init} for init in ("text", *starts)}),
+        "encoder_length": runs("movies", {f"{p} tokens": {"num_virtual_tokens": p} for p in (1, 5, 50)}),
     }
 
 
@@ -96,7 +96,13 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(run_one(json.loads(arguments.one))))
+        run = json.loads(arguments.one)
+        if run["study"].startswith("encoder"):
+            from study_encoder import run_encoder
+
+            print(json.dumps(run_encoder(run)))
+        else:
+            print(json.dumps(run_one(run)))
         return
     done = set()
     if arguments.csv.is_file():
