@@ -36,7 +36,7 @@ def verdict(summaries: Sequence[MethodSummary], kind: str) -> str:
         best = max(free, key=lambda s: sign * (s.score or 0.0))
         return (
             f"No, not by these numbers: {best.method} reaches {_score(best.score, kind)} without any training, and "
-            f"{what} is not clearly better ({_p(best)})."
+            f"{what} is not clearly better ({_p(best)})." + _also(better)
         )
     if better:
         best = max(better, key=lambda s: sign * (s.score or 0.0))
@@ -63,6 +63,11 @@ def verdict(summaries: Sequence[MethodSummary], kind: str) -> str:
     if alike:
         text += f"; {', '.join(alike)} cannot be told apart from it on these rows, but stores more or reads more tokens"
     return text + "."
+
+
+def _also(better: Sequence[MethodSummary]) -> str:
+    trained = [s.method for s in better if s.method not in UNTRAINED]
+    return f" Clearly better than the soft prompt: {', '.join(trained)}." if trained else ""
 
 
 def _clearly(summary: MethodSummary) -> bool:
