@@ -86,29 +86,33 @@ def compare(
     chosen.max_length, chosen.model = max_length, model
     if instruction is not None:
         instruction = instruction.replace("\\n", "\n")
-    found = run(
-        model,
-        chosen,
-        _at_most(train, max_train, split_seed),
-        _at_most(validation_rows, max_validation, split_seed),
-        _at_most(test_rows, max_test, split_seed),
-        output,
-        methods=METHODS if methods is None else [m.strip() for m in methods.split(",") if m.strip()],
-        seeds=_seeds(seeds),
-        steps=steps,
-        batch_size=batch_size,
-        num_virtual_tokens=virtual_tokens,
-        instruction=instruction,
-        options=parse_options(settings or []),
-        dtype=dtype,
-        device=device,
-        jobs=jobs,
-        threads=threads,
-        timeout=None if timeout is None else 60 * timeout,
-        data_name=name or Path(data).stem,
-        facts={"files": {"data": data, "validation": validation, "test": test}, "split_seed": split_seed},
-        console=console,
-    )
+    try:
+        found = run(
+            model,
+            chosen,
+            _at_most(train, max_train, split_seed),
+            _at_most(validation_rows, max_validation, split_seed),
+            _at_most(test_rows, max_test, split_seed),
+            output,
+            methods=METHODS if methods is None else [m.strip() for m in methods.split(",") if m.strip()],
+            seeds=_seeds(seeds),
+            steps=steps,
+            batch_size=batch_size,
+            num_virtual_tokens=virtual_tokens,
+            instruction=instruction,
+            options=parse_options(settings or []),
+            dtype=dtype,
+            device=device,
+            jobs=jobs,
+            threads=threads,
+            timeout=None if timeout is None else 60 * timeout,
+            data_name=name or Path(data).stem,
+            facts={"files": {"data": data, "validation": validation, "test": test}, "split_seed": split_seed},
+            console=console,
+        )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; what is done is kept in {output}: the same command goes on", highlight=False)
+        raise typer.Exit(130) from None
     print_comparison(found, Console())
     console.print(f"wrote {output / 'report.html'}, results.json, results.csv", highlight=False)
     if all(summary.score is None for summary in found.summaries):

@@ -14,6 +14,7 @@ from ...model import SoftPromptModel
 from ..data import Collator, pad_token_id
 
 Ids = Sequence[Sequence[int]]
+FRONT = "front"
 
 
 class Backend(Protocol):
@@ -27,20 +28,43 @@ class Backend(Protocol):
 
 
 class Packed:
-    """A :class:`SoftPromptModel`: shared prompts and texts run once, padding never."""
+    """A :class:`SoftPromptModel`: what rows share runs once per batch, padding never.
 
-    def __init__(self, model: SoftPromptModel, tokenizer: Any, prompt: str | None = None) -> None:
-        self.model, self.prompt = model, prompt
+    Args:
+        prompt: of all rows; None: none.
+        front: tokens that texts begin with; where they do, their vectors stand in for them as a prompt, which gives
+            the same numbers and runs once. Not with ``prompt``.
+    """
+
+    def __init__(
+        self, model: SoftPromptModel, tokenizer: Any, prompt: str | None = None, front: Sequence[int] = ()
+    ) -> None:
+        self.model, self.prompt, self.front = model, prompt, list(front)
         self.collate = Collator(pad_token_id(tokenizer))
+        if self.front:
+            ids = torch.tensor(self.front, device=model.device)
+            with torch.no_grad():
+                model.add_prompt(FRONT, init=model.get_input_embeddings()(ids))
 
     def next_logits(self, texts: Ids) -> Tensor:
-        batch = self._batch(texts)
-        return self.model.next_token_logits(batch["input_ids"], batch["attention_mask"], self.prompt)
+        rest, prompts = self._split(texts)
+        batch = self._batch(rest)
+        return self.model.next_token_logits(batch["input_ids"], batch["attention_mask"], prompts)
 
     def target_logits(self, texts: Ids, targets: Ids) -> Tensor:
-        batch = self._batch(joined(texts, targets))
-        at = torch.tensor(places(texts, targets), device=self.model.device)
-        return self.model.logits_at(batch["input_ids"], batch["attention_mask"], self.prompt, at)
+        rest, prompts = self._split(texts)
+        batch = self._batch(joined(rest, targets))
+        at = torch.tensor(places(rest, targets), device=self.model.device)
+        return self.model.logits_at(batch["input_ids"], batch["attention_mask"], prompts, at)
+
+    def _split(self, texts: Ids) -> tuple[Ids, str | list[str | None] | None]:
+        """Texts without what the prompt stands for, and the prompt of each."""
+        count = len(self.front)
+        if not count:
+            return texts, self.prompt
+        begins = [len(text) > count and list(text[:count]) == self.front for text in texts]
+        rest = [text[count:] if yes else text for text, yes in zip(texts, begins, strict=True)]
+        return rest, [FRONT if yes else None for yes in begins]
 
     def _batch(self, texts: Ids) -> dict[str, Tensor]:
         return tensors(self.collate([{"input_ids": list(text)} for text in texts]), self.model.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,15 @@ def peft_prompt(work: Work) -> Ready:
     peft = import_peft()
     torch.manual_seed(work.job.seed)
     count = int(work.options["num_virtual_tokens"])
-    facts: dict[str, Any] = {}
-    if work.options["init"] == "TEXT":
-        facts = {"prompt_tuning_init_text": work.options["init_text"], "tokenizer_name_or_path": work.job.model}
-    config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=count, prompt_tuning_init=work.options["init"], **facts
-    )
-    model = peft.get_peft_model(work.model, config)
+    with tempfile.TemporaryDirectory() as folder:
+        facts: dict[str, Any] = {}
+        if work.options["init"] == "TEXT":
+            work.tokenizer.save_pretrained(folder)  # PEFT reads it from a folder
+            facts = {"prompt_tuning_init_text": work.options["init_text"], "tokenizer_name_or_path": folder}
+        config = peft.PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=count, prompt_tuning_init=work.options["init"], **facts
+        )
+        model = peft.get_peft_model(work.model, config)
     backend = PeftPrompt(model, work.tokenizer, count)
     trained = _train(work, model, backend, lambda: _save_adapter(model, work.artifacts))
     _load_adapter(model, work.artifacts)

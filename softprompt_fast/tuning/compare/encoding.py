@@ -52,6 +52,17 @@ class Encoder:
         return ids
 
 
+def common_start(texts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all texts begin with."""
+    start = list(texts[0])
+    for text in texts[1:]:
+        same = 0
+        while same < min(len(start), len(text)) and start[same] == text[same]:
+            same += 1
+        del start[same:]
+    return start
+
+
 def draw_shots(task: Task, rows: Rows, shots: int, seed: int) -> Rows:
     """Training rows to show: for classification as many of each label as may be, in an order drawn by the seed."""
     order = list(rows)

@@ -18,7 +18,7 @@ from ..scoring import RowScores
 from ..settings import TuningSettings
 from .backends import Packed
 from .cost import context_length
-from .encoding import Encoder, fitting_shots
+from .encoding import Encoder, common_start, fitting_shots
 from .files import size_of
 from .scores import score_rows
 from .settings import Job
@@ -94,10 +94,11 @@ def few_shot(work: Work) -> Ready:
 
 def _in_context(work: Work, prefix: str, detail: dict[str, Any] | None = None) -> Ready:
     encoder = Encoder(work.task, work.tokenizer, prefix)
-    backend = Packed(SoftPromptModel(work.model), work.tokenizer)
     sample = work.splits["validation"][:50]
-    plain = Encoder(work.task, work.tokenizer)
-    added = [len(encoder.text(row)) - len(plain.text(row)) for row in sample]
+    plain, texts = Encoder(work.task, work.tokenizer), [encoder.text(row) for row in sample]
+    added = [len(text) - len(plain.text(row)) for text, row in zip(texts, sample, strict=True)]
+    front = common_start(texts)[: min(added)] if prefix else []
+    backend = Packed(SoftPromptModel(work.model), work.tokenizer, front=front)
     return Ready(
         lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
         prefix_tokens=sum(added) / len(added),

@@ -17,6 +17,7 @@ from typing import Any
 from .files import read_json, write_atomically, write_json
 from .settings import FORMAT, Job
 
+WORKER = ["-m", "softprompt_fast.tuning.compare.worker"]
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 LOG_LINES = 5
@@ -92,7 +93,7 @@ def _start(job: Job, folder: Path) -> _Running:
     # The package may have been found through sys.path alone.
     root = str(Path(__file__).resolve().parents[3])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "softprompt_fast.tuning.compare.worker", str(file)]
+    command = [sys.executable, *WORKER, str(file)]
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command,

@@ -108,7 +108,8 @@ def last_states(plain: Plain, texts: list[list[int]], batch_size: int) -> np.nda
 def _scores(pipeline: Any, task: Task, x: np.ndarray[Any, Any], rows: Rows) -> RowScores:
     """A label that no training row has gets the probability 1e-12."""
     scores = torch.full((len(rows), len(task.labels)), np.log(1e-12), dtype=torch.float64)
-    found = torch.from_numpy(pipeline.predict_log_proba(x)).double()
+    with np.errstate(divide="ignore"):  # a probability of 0 is bounded below
+        found = torch.from_numpy(pipeline.predict_log_proba(x)).double()
     for column, label in enumerate(pipeline.classes_):
         scores[:, task.labels.index(str(label))] = found[:, column].clamp(min=float(np.log(1e-12)))
     places = torch.tensor([task.labels.index(label) for label in truth(task, rows)])

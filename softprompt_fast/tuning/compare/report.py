@@ -170,11 +170,13 @@ def _cost_notes(found: Comparison) -> str:
         "Operations: matrix products of a forward pass, two per weight and token, and attention, for a row alone; the "
         "last column where keys and values of what stands in front are kept between rows. LoRA is not merged, as for "
         "many adapters on one model; merged it costs what zero-shot does.",
-        "1,000 rows in: all methods but peft-prompt are scored by softprompt_fast, which runs what rows share once per "
-        "batch and no padding; peft-prompt by PEFT's own forward call.",
+        "1,000 rows in: tokenising included. All methods but peft-prompt are scored by softprompt_fast, which runs "
+        "what rows share once per batch and no padding; peft-prompt by PEFT's own forward call.",
         "peft-prompt is trained as PEFT's users run it (every row carries the prompt, all logits); lora and full with "
         "logits at the answer only; prompt by softprompt_fast.",
     ]
+    if not found.facts.get("same_environment", True):
+        notes.insert(0, "Results come from runs with different versions or hardware; results.json says which.")
     if found.facts["jobs_at_once"] > 1:
         notes.insert(0, f"{found.facts['jobs_at_once']} jobs ran at once: times are longer than they would be alone.")
     return f'<div class="note">{_list(notes)}</div>'

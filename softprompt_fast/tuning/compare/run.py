@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -152,7 +154,7 @@ def compare(
         instruction: text in front, for ``instruction`` and ``few-shot``; None: made of the label words.
         options: settings of single methods, such as ``{"lora": {"learning_rate": 1e-4}}``.
         jobs: processes at once; more than one disturb each other's times.
-        threads: per process; None: torch's own choice.
+        threads: per process; None: torch's own choice, or an equal share of the cores where several run at once.
         timeout: seconds after which a job is ended and counts as failed; None: never.
         data_name: what the rows are called in the tables.
         facts: what else the report should say of the data.
@@ -170,6 +172,8 @@ def compare(
     for name, number in (("jobs", jobs), ("steps", steps), ("batch_size", batch_size)):
         if number < 1:
             raise ValueError(f"`{name}` must be positive, got {number}")
+    if threads is None and jobs > 1:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
     given = dict(options or {})
     check_methods([*given, *chosen])
     splits, left_out = clean_splits(task, train_rows, validation_rows, test_rows)
@@ -207,13 +211,19 @@ def compare(
                 )
             )
     done = 0
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", timeout=0)
 
     def report(job: Job, result: dict[str, Any], reused: bool) -> None:
         nonlocal done
         done += 1
-        console.print(f"[{done}/{len(every)}] {_line(job, result, reused)}", markup=False, highlight=False)
+        console.print(f"[{done}/{len(every)}] {_line(job, result, reused)}", markup=False, highlight=False, soft_wrap=True)
 
-    results = run_jobs(every, output, at_once=jobs, timeout=timeout, report=report)
+    try:
+        with lock:
+            results = run_jobs(every, output, at_once=jobs, timeout=timeout, report=report)
+    except Timeout as error:
+        raise OSError(f"another comparison is writing to {output}; choose another output folder") from error
     metric = "accuracy" if task.kind == "classification" else "loss per token"
     labels = truth(task, splits["test"]) if task.kind == "classification" else []
     summaries = summarise(results, chosen, labels)
@@ -233,10 +243,11 @@ def compare(
         "batch_size": batch_size,
         "task": asdict(task),
         "dtype": dtype,
-        "jobs_at_once": jobs,
+        "jobs_at_once": max((r.get("jobs_at_once") or 1 for r in results), default=jobs),
         "threads": threads,
         "model_facts": known.get("model", {}),
         "environment": known.get("environment", {}),
+        "same_environment": all(r["environment"] == known["environment"] for r in results if "environment" in r),
         **(facts or {}),
     }
     found = Comparison(output, everything, summaries, results, verdict(summaries, task.kind))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
 from ...task import Task
 from ..settings import TuningSettings
 from ..settings import instruction as label_instruction
@@ -63,6 +64,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "linear-probe": {"C": [0.0001, 0.001, 0.01, 0.1, 1.0, 10.0], "max_iter": 2000},
     "full": {"learning_rate": 3e-5, **LOOP},
 }
+PEFT_INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
 RATE_SOURCES = {
     "prompt": "softprompt_fast's own default",
     "peft-prompt": "3e-2 is that of PEFT's guide to prompt-based methods (transformers' Trainer: 5e-5)",
@@ -102,7 +104,7 @@ class Job:
         facts = asdict(self)
         for place in ("data", "result", "artifacts"):
             del facts[place]
-        text = json.dumps({"format": FORMAT, **facts}, sort_keys=True, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, "version": __version__, **facts}, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -152,6 +154,8 @@ def resolve_options(
         if name not in allowed:
             raise ValueError(f"`options` of {method!r} must be some of {', '.join(allowed) or 'none'}, got {name!r}")
         options[name] = value
+    if method == "peft-prompt" and options["init"] not in PEFT_INITS:
+        raise ValueError(f"`init` of 'peft-prompt' must be one of {', '.join(PEFT_INITS)}, got {options['init']!r}")
     if method == "prompt":
         TuningSettings().with_changes(options)  # raises now, not in the middle of the comparison
     return options
