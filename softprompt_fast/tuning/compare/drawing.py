@@ -94,6 +94,7 @@ def _bars(panel: Any, shown: Sequence[MethodSummary], values: Sequence[float], t
     positive = [value for value in values if value > 0]
     if positive and max(positive) > 50 * min(positive):
         panel.set_xscale("log")
+        title = f"{title}, logarithmic"
         panel.set_xlim(min(positive) / 3, max(positive) * 8)
     elif positive:
         panel.set_xlim(0, max(positive) * 1.25)

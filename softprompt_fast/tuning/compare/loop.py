@@ -92,6 +92,7 @@ def train(
         evaluation_seconds += time.perf_counter() - start
         start = time.perf_counter()
     model.eval()
+    optimizer.zero_grad(set_to_none=True)  # else gradients would count in the memory of inference
     return Trained(train_seconds, evaluation_seconds, total, best_step, history)
 
 

@@ -42,7 +42,13 @@ def stored_result(job: Job) -> dict[str, Any] | None:
 
 
 def run_jobs(
-    jobs: Sequence[Job], folder: Path, *, at_once: int = 1, timeout: float | None = None, report: Report | None = None
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    at_once: int = 1,
+    timeout: float | None = None,
+    report: Report | None = None,
+    watch: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Results in the order of the jobs; a job that fails gives a result that says why.
 
@@ -50,6 +56,8 @@ def run_jobs(
         folder: for job files and logs.
         at_once: processes at the same time.
         timeout: seconds that one job may take; None: any.
+        report: called with each result as it comes.
+        watch: called all the while with what is running, in words.
     """
     results: dict[str, dict[str, Any]] = {}
     waiting: list[Job] = []
@@ -76,6 +84,8 @@ def run_jobs(
                 results[one.job.name] = result = _collect(one, at_once, timeout if late else None)
                 if report is not None:
                     report(one.job, result, False)
+            if watch is not None:
+                watch(", ".join(f"{one.job.name} ({time.monotonic() - one.started:.0f} s)" for one in running))
             time.sleep(POLL_SECONDS)
     finally:
         _stop(running)

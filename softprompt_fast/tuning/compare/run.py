@@ -217,11 +217,13 @@ def compare(
     def report(job: Job, result: dict[str, Any], reused: bool) -> None:
         nonlocal done
         done += 1
-        console.print(f"[{done}/{len(every)}] {_line(job, result, reused)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"[{done}/{len(every)}] {_line(job, result, reused)}", markup=False, highlight=False, soft_wrap=True
+        )
 
     try:
-        with lock:
-            results = run_jobs(every, output, at_once=jobs, timeout=timeout, report=report)
+        with lock, console.status("") as status:
+            results = run_jobs(every, output, at_once=jobs, timeout=timeout, report=report, watch=status.update)
     except Timeout as error:
         raise OSError(f"another comparison is writing to {output}; choose another output folder") from error
     metric = "accuracy" if task.kind == "classification" else "loss per token"
