@@ -533,7 +533,7 @@ def test_texts_of_the_test_rows_leave_the_other_splits() -> None:
 
 def test_a_job_is_known_by_its_settings_and_data(tmp_path: Path) -> None:
     job = job_of("lora", tmp_path)
-    assert job.key() == replace(job, result="elsewhere", data="there", artifacts="here").key()
+    assert job.key() == replace(job, result="elsewhere", data="there", artifacts="here", threads=3).key()
     for change in ({"data_digest": "x"}, {"seed": 1}, {"options": {**job.options, "r": 4}}, {"model_digest": "y"}):
         assert replace(job, **change).key() != job.key()
 

@@ -100,10 +100,10 @@ class Job:
         return f"{self.method}-seed{self.seed}"
 
     def key(self) -> str:
-        """The same for the same settings and data, wherever they lie."""
+        """The same for the same settings and data, wherever they lie and on however many threads."""
         facts = asdict(self)
-        for place in ("data", "result", "artifacts"):
-            del facts[place]
+        for other in ("data", "result", "artifacts", "threads"):
+            del facts[other]
         text = json.dumps({"format": FORMAT, "version": __version__, **facts}, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
