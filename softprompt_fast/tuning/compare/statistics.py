@@ -1,0 +1,87 @@
+"""Intervals and tests on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Array = np.ndarray[Any, Any]
+
+RESAMPLES = 9999
+BATCH = 200
+"""Resamples at a time: bounds memory."""
+
+
+def bootstrap_interval(values: Array, weights: Array | None = None, *, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of a mean over rows drawn again with replacement.
+
+    Args:
+        values: [rows], sums or means of each row.
+        weights: [rows], what each row counts, as the tokens of a response; the mean is sum by sum.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
+    if len(values) < 2:
+        mean = float(values.sum() / weights.sum())
+        return mean, mean
+
+    def ratio(sums: Array, counts: Array, axis: int = -1) -> Array:
+        found: Array = sums.sum(axis) / counts.sum(axis)
+        return found
+
+    found = stats.bootstrap(
+        (values, weights),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def mcnemar(first: Array, second: Array) -> float:
+    """Exact two-sided p of the rows that only one of two methods gets right."""
+    first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
+    if only_first + only_second == 0:
+        return 1.0
+    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+
+
+def paired_permutation(first: Array, second: Array, *, seed: int = 0) -> float:
+    """Two-sided p of a mean difference, rows' signs flipped at random (all of them where there are few rows)."""
+    difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    if len(difference) < 2 or not difference.any():
+        return 1.0
+
+    def mean(values: Array, axis: int = -1) -> Array:
+        found: Array = values.mean(axis)
+        return found
+
+    found = stats.permutation_test(
+        (difference,),
+        mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=BATCH,
+        rng=np.random.default_rng(seed),
+    )
+    return min(1.0, float(found.pvalue))
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979)."""
+    order = sorted(range(len(pvalues)), key=lambda i: pvalues[i])
+    corrected = [0.0] * len(pvalues)
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(pvalues) - rank) * pvalues[i]))
+        corrected[i] = largest
+    return corrected
