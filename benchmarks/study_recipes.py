@@ -22,7 +22,7 @@ from typing import Any
 
 FIELDS = [
     "study", "model", "domain", "variant", "settings", "seed", "steps", "best_step", "validation_accuracy",
-    "test_accuracy", "test_low", "test_high", "test_loss", "trained_numbers", "train_seconds", "curve",
+    "test_accuracy", "test_low", "test_high", "test_loss", "last_test_accuracy", "trained_numbers", "train_seconds", "curve",
 ]  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
@@ -165,7 +165,11 @@ def run_one(run: dict[str, Any]) -> dict[str, Any]:
     task = Task("classification", TEMPLATE, "label", words, max_length=128, model=SMOLLM2, prompt=run["domain"])
     with tempfile.TemporaryDirectory() as folder:
         result = tune(tuned, tokenizer, task, train, validation, folder, **settings)
-    scores = evaluate(tuned, tokenizer, task, test)
+        scores = evaluate(tuned, tokenizer, task, test)
+        last = max(Path(folder, "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        with torch.no_grad():
+            tuned.prompts[task.prompt].copy_(tuned.read_prompt(last / task.prompt))
+        last_scores = evaluate(tuned, tokenizer, task, test) if result.best_step != result.steps else scores
     return {
         "study": run["study"],
         "model": SMOLLM2,
@@ -180,9 +184,10 @@ def run_one(run: dict[str, Any]) -> dict[str, Any]:
         "test_low": round(scores["accuracy_low"], 4),
         "test_high": round(scores["accuracy_high"], 4),
         "test_loss": round(scores["loss"], 4),
+        "last_test_accuracy": round(last_scores["accuracy"], 4),
         "trained_numbers": tuned.prompts[task.prompt].numel(),
         "train_seconds": round(result.tuning_seconds - result.evaluation_seconds),
-        "curve": json.dumps([[int(h["step"]), round(h["accuracy"], 3)] for h in result.history]),
+        "curve": json.dumps([[int(h["step"]), round(h["accuracy"], 3), round(h["loss"], 4)] for h in result.history]),
     }
 
 

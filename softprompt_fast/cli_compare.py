@@ -18,6 +18,7 @@ from .cli_analysis import (
     ResponseColumn,
     Template,
     TextColumn,
+    task_of_options,
 )
 
 

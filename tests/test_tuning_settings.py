@@ -179,18 +179,19 @@ def test_early_stopping_ends_a_run_that_gains_nothing(tmp_path: Path) -> None:
     assert result.steps == 8 and not result.interrupted  # the first evaluation is the best, three more without a gain
 
 
-def test_the_best_state_is_kept_not_the_last(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("by", "best"), [("accuracy", 2), ("loss", 4)])
+def test_the_best_state_is_kept_not_the_last(tmp_path: Path, by: str, best: int) -> None:
     model = spf.SoftPromptModel(build("llama"))
     parameter = model.add_prompt("p", init=torch.zeros(2, 32))
-    best = BestPrompts(model, tmp_path)
-    scores = [(0.5, 1.0), (0.8, 0.9), (0.8, 0.5), (0.8, 0.6), (0.7, 0.1)]
+    states = BestPrompts(model, tmp_path, by)
+    scores = [(0.5, 1.0), (0.8, 0.9), (0.8, 0.5), (0.8, 0.6), (0.7, 0.1), (0.6, 0.3)]
     for step, (accuracy, loss) in enumerate(scores):
         with torch.no_grad():
             parameter.fill_(step)
-        best.update("p", {"accuracy": accuracy, "loss": loss}, step)
-    again = BestPrompts(model, tmp_path)  # as after an interruption
-    assert again.restore("p") == {"accuracy": 0.8, "loss": 0.5}
-    assert (parameter == 2).all() and again.found["p"]["step"] == 2
+        states.update("p", {"accuracy": accuracy, "loss": loss}, step)
+    again = BestPrompts(model, tmp_path, by)  # as after an interruption
+    assert again.restore("p") == dict(zip(("accuracy", "loss"), scores[best], strict=True))
+    assert (parameter == best).all() and again.found["p"]["step"] == best
     assert not again.update("p", {"accuracy": 0.8, "loss": 0.5}, 9)
 
 
@@ -251,7 +252,7 @@ def test_metrics_tell_settings_and_history(tmp_path: Path) -> None:
     assert [point["step"] for point in metrics["history"]] == [2, 4, 6, 8, 10]
     seconds = [point["seconds"] for point in metrics["history"]]
     assert seconds == sorted(seconds) and seconds[-1] < result.tuning_seconds
-    assert metrics["after"]["accuracy"] == max(point["accuracy"] for point in metrics["history"])
+    assert metrics["after"]["loss"] == min(point["loss"] for point in metrics["history"])
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,15 @@ FILE = "best.json"
 
 
 class BestPrompts:
-    """Keeps, for each prompt, the values with the best held-out score: accuracy, then loss; or the loss alone."""
+    """Keeps, for each prompt, the values with the best held-out score.
 
-    def __init__(self, model: SoftPromptModel, folder: Path) -> None:
+    Args:
+        by: "loss", or "accuracy" and then loss; scores without an accuracy go by loss.
+    """
+
+    def __init__(self, model: SoftPromptModel, folder: Path, by: str = "loss") -> None:
         self.model = model
+        self.by = by
         self.folder = folder
         file = folder / FILE
         self.found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
@@ -27,7 +32,7 @@ class BestPrompts:
     def update(self, name: str, scores: dict[str, float], step: int) -> bool:
         """Keeps a prompt's present values if they score better than all before; whether they do."""
         before = self.found.get(name)
-        if before is not None and not rank(scores) > rank(before["scores"]):
+        if before is not None and not rank(scores, self.by) > rank(before["scores"], self.by):
             return False
         self.model.save_pretrained(self.folder, [name])
         self.found[name] = {"step": step, "scores": scores}
@@ -47,6 +52,8 @@ class BestPrompts:
         return scores
 
 
-def rank(scores: dict[str, float]) -> tuple[float, ...]:
+def rank(scores: dict[str, float], by: str) -> tuple[float, ...]:
     """Larger is better."""
-    return (scores["accuracy"], -scores["loss"]) if "accuracy" in scores else (-scores["loss"],)
+    if by == "accuracy" and "accuracy" in scores:
+        return (scores["accuracy"], -scores["loss"])
+    return (-scores["loss"],)

@@ -157,7 +157,8 @@ class _Run:
         self.model, self.tokenizer, self.jobs, self.output = model, tokenizer, jobs, output
         self.settings, self.console = settings, console
         self.checkpoints = output / "checkpoints"
-        self.metric = "accuracy" if all(job.task.kind == "classification" for job in jobs) else "loss"
+        of_labels = all(job.task.kind == "classification" for job in jobs)
+        self.metric = settings.best_by if of_labels else "loss"
         self.before: list[dict[str, float]] = []
 
     def last_checkpoint(self, resume: bool) -> str | None:
@@ -222,7 +223,7 @@ class _Run:
         trained = {name: self.model.prompts[name].requires_grad for name in others}
         for name in others:
             self.model.prompts.freeze_prompt(name)
-        self.best = BestPrompts(self.model, self.checkpoints / "best")
+        self.best = BestPrompts(self.model, self.checkpoints / "best", self.settings.best_by)
         self.history: list[list[dict[str, float]]] = [[] for _ in self.jobs]
         trainer = self.trainer = PromptTrainer(
             self.model,
