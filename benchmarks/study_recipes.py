@@ -22,7 +22,8 @@ from typing import Any
 
 FIELDS = [
     "study", "model", "domain", "variant", "settings", "seed", "steps", "best_step", "validation_accuracy",
-    "test_accuracy", "test_low", "test_high", "test_loss", "last_test_accuracy", "trained_numbers", "train_seconds", "curve",
+    "test_accuracy", "test_low", "test_high", "test_loss", "last_test_accuracy", "trained_numbers", "train_seconds",
+    "curve",
 ]  # fmt: skip
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
@@ -48,6 +49,7 @@ def studies() -> dict[str, list[dict[str, Any]]]:
     starts = ("vocabulary", "class_labels", "random")
     return {
         "default": runs("movies", {"default": {}}, (0, 1, 2)),
+        "default_rate": runs("movies", {f"{rate:g}": {"learning_rate": rate} for rate in (3e-3, 3e-2)}, (0, 1)),
         "learning_rate": short(rates),
         "init": short(
             {init: {"init": init} for init in starts} | {"tweets text": {"init": "text", "init_text": TWEETS_TEXT}}

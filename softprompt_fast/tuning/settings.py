@@ -50,8 +50,8 @@ class TuningSettings:
     eval_every: int | None = None
     """Steps between evaluations, which also decide what is best; None: five per run."""
     best_by: str = "loss"
-    """What the best state has of the held-out rows: the lowest "loss", or the highest "accuracy" (coarse: of 200 rows the
-    standard error is 2 to 3 points), then the lowest loss. The loss of a classification is that among the labels."""
+    """What makes a state the best on the held-out rows: the lowest "loss" (among the labels, for a classification), or
+    the highest "accuracy", which is coarse: of 200 rows its standard error is 2 to 3 points."""
     patience: int | None = None
     """Early stopping: evaluations in a row without a better score before the run ends; None: never."""
     max_grad_norm: float = 1.0
