@@ -24,13 +24,17 @@ def test_gradcheck(backend: str, case: Case) -> None:
         for values in (case.prompts, case.embedding)
     )
 
-    def vectors(prompts: Tensor, embedding: Tensor) -> Tensor:
-        case.prompts, case.embedding = prompts, embedding
+    inputs: tuple[Tensor, ...] = (prompts, embedding)
+    if case.token_factors is not None:
+        inputs += tuple(x.double().contiguous().clone().requires_grad_() for x in case.token_factors)
+
+    def vectors(prompts: Tensor, embedding: Tensor, *factors: Tensor) -> Tensor:
+        case.prompts, case.embedding, case.token_factors = prompts, embedding, factors or None  # type: ignore[assignment]
         return case.run(_library._ops).inputs_embeds
 
     assume(case.input_ids.numel() > 0)
     with using(_library._ops):
-        assert torch.autograd.gradcheck(vectors, (prompts, embedding))
+        assert torch.autograd.gradcheck(vectors, inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,6 +80,7 @@ def shared() -> Callable[..., Case]:
             torch.rand(rows, tokens) < 0.8,
             None,
             {"layout": layout},
+            (torch.randn(2, 12, 3), torch.randn(2, 3, dim)),
         )
 
     return make
@@ -135,9 +140,9 @@ def test_no_gradient_without_need(shared: Callable[..., Case]) -> None:
 def test_padding_idx_gets_no_gradient(shared: Callable[..., Case], backend: str, native_ops: bool, layout: str) -> None:
     ops = _library._ops if native_ops else None
     case = shared(layout)
-    _, free = gradients(case, ops)
+    _, free, _ = gradients(case, ops)
     case.options["padding_idx"] = 7
-    _, held = gradients(case, ops)
+    _, held, _ = gradients(case, ops)
     assert free[7].any() and not held[7].any()
     assert torch.equal(torch.cat([free[:7], free[8:]]), torch.cat([held[:7], held[8:]]))
 

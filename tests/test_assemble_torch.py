@@ -60,7 +60,7 @@ def test_opcheck_backward(native: _library.Ops, layout: str, prompt_dtype: torch
         native.prompt_backward,
         (grad, batch.prompt_slots, torch.tensor(ids), torch.tensor(OFFSETS), len(prompts), prompt_dtype),
     )
-    torch.library.opcheck(native.embedding_backward, (grad, input_ids, batch.token_slots, 11, 4, 0.5))
+    torch.library.opcheck(native.embedding_backward, (grad, input_ids, batch.token_slots, 11, 4, 0.5, prompt_dtype))
 
 
 @pytest.mark.parametrize("mask_format", MASK_FORMATS)
