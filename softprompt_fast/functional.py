@@ -81,6 +81,30 @@ def _update_rows(token_slots: Tensor, known: Tensor, row_prompts: Tensor | None,
     return torch.where(updated, first * reach + rank, prompts * reach)
 
 
+class _Product(torch.autograd.Function):
+    """[N, U, r] @ [N, r, D] in the factors' own dtype, forward and backward, under autocast too."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with _without_autocast(a.device.type):
+            return torch.bmm(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        with _without_autocast(a.device.type):
+            for_a = torch.bmm(grad, b.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+            for_b = torch.bmm(a.transpose(1, 2), grad) if ctx.needs_input_grad[1] else None
+        return for_a, for_b
+
+
+def _without_autocast(device_type: str) -> Any:
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+
+
 def assemble(
     input_ids: Tensor,
     embedding: Tensor,
@@ -255,10 +279,8 @@ def assemble(
 def _token_update(a: Tensor, b: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """[N, U, D], what is added to the first U tokens of a row; no more of it than a row can have."""
     wide = torch.promote_types(dtype, torch.float32)
-    device = a.device.type
-    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with plain:
-        return a[:, :tokens].to(wide) @ b.to(wide)
+    product: Tensor = _Product.apply(a[:, :tokens].to(wide), b.to(wide))
+    return product
 
 
 def _run(

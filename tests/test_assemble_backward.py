@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from op_cases import Case, cases, expected_gradients, gradients, prompt_without_room, same_bits, threads, using
+from op_cases import (
+    Case,
+    cases,
+    expected_gradients,
+    gradients,
+    output_gradient,
+    prompt_without_room,
+    same_bits,
+    threads,
+    using,
+)
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -44,6 +54,21 @@ def test_equal_the_twins_autograd(native: _library.Ops, layout: str, case: Case)
     case.options["layout"] = layout
     for ours, twin in zip(gradients(case, native), gradients(case, None), strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
+
+
+@settings(max_examples=100)
+@given(case=cases(dtypes=(torch.float32, torch.float64), special=False))
+def test_of_token_factors_equal_the_twins_autograd(native: _library.Ops, case: Case) -> None:
+    update = case.token_update()
+    assume(update is not None and update.numel() > 0)
+    grad, found = output_gradient(case), []
+    for ops in (native, None):
+        factors = tuple(factor.detach().requires_grad_() for factor in case.token_factors or ())
+        with using(ops):
+            embeds = replace(case, token_factors=factors).run(ops).inputs_embeds
+            found.append(torch.autograd.grad(embeds, factors, grad))
+    for ours, twin in zip(*found, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5 * float(twin.abs().max()) if twin.numel() else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -122,6 +147,28 @@ def test_computes_only_the_gradient_that_is_needed(shared: Callable[..., Case], 
     assert calls == ["assemble", "prompt_backward" if wanted == "prompts" else "embedding_backward"]
     other = case.embedding if wanted == "prompts" else case.prompts
     assert leaf.grad is not None and other.grad is None
+
+
+def test_computes_the_gradient_of_token_factors_alone(shared: Callable[..., Case], calls: list[str]) -> None:
+    case = shared()
+    assert case.token_factors is not None
+    a, b = case.token_factors
+    b.requires_grad_()
+    case.run(_library._ops).inputs_embeds.sum().backward()
+    assert calls == ["assemble", "embedding_backward"]
+    assert b.grad is not None and a.grad is None and case.prompts.grad is None
+
+
+@pytest.mark.parametrize("native_ops", [True, False])
+def test_a_token_that_does_not_exist_gives_its_update_no_gradient(backend: str, native_ops: bool) -> None:
+    a, b = torch.ones(1, 3, 1, requires_grad=True), torch.ones(1, 1, 2)
+    with using(_library._ops if native_ops else None):
+        embeds = spf.assemble(
+            torch.tensor([[0, 9, 1]]), torch.randn(2, 2), torch.randn(1, 2), [0, 1], token_factors=(a, b), check=False
+        ).inputs_embeds
+    assert not embeds[0, 2].any()
+    (grad,) = torch.autograd.grad(embeds.sum(), a)
+    assert grad.flatten().tolist() == [2, 0, 2]
 
 
 def test_no_gradient_without_need(shared: Callable[..., Case]) -> None:
