@@ -143,8 +143,8 @@ def assemble(
         prompt_ids: [B], the prompt of each row, -1 for none. May be left out if there is exactly one prompt.
         attention_mask: [B, T] of 1 (token) and 0 (padding), any boolean, integer or float dtype. None: all ones.
         labels: [B, T] int64 or int32, carried along; -100 is put on prompts and padding.
-        token_factors: (a [N, U, r], b [N, r, D]), float32 or the embedding's dtype: ``(a[n] @ b[n])[t]`` is added to the
-            vector of the real token number t, t < U, of each row of prompt n; not to other tokens, nor in rows without
+        token_factors: (a [N, U, r], b [N, r, D]), float32 or the embedding's dtype: ``(a[n] @ b[n])[t]`` is added to
+            the vector of real token number t, t < U, of each row of prompt n; not to later tokens, nor in rows without
             a prompt. Multiplied out and added in float32 (float64 for float64), rounded once. DePT, arXiv 2309.05173.
         layout: "padded" ([B, S, D], S = longest prompt + T) or "packed" ([1, K, D]).
         padding_side: where padding of the padded layout stands.
@@ -241,7 +241,7 @@ def assemble(
     embeds, mask, positions, new_labels, token_slots, prompt_slots, row_ids, status = _run(
         prompts,
         embedding,
-        None if token_factors is None else _token_update(*token_factors, tokens, embedding.dtype),
+        None if token_factors is None else token_update(*token_factors, tokens, embedding.dtype),
         -1 if padding_idx is None else padding_idx,
         arguments,
     )
@@ -276,7 +276,7 @@ def assemble(
     )
 
 
-def _token_update(a: Tensor, b: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+def token_update(a: Tensor, b: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
     """[N, U, D], what is added to the first U tokens of a row; no more of it than a row can have."""
     wide = torch.promote_types(dtype, torch.float32)
     product: Tensor = _Product.apply(a[:, :tokens].to(wide), b.to(wide))

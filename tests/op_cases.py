@@ -90,7 +90,7 @@ class Case:
         """[N, U, D]: what the factors say."""
         if self.token_factors is None:
             return None
-        return functional._token_update(*self.token_factors, self.input_ids.shape[1], self.embedding.dtype)
+        return functional.token_update(*self.token_factors, self.input_ids.shape[1], self.embedding.dtype)
 
     def prompt_of(self, row: int) -> int:
         if self.prompt_ids is None:
@@ -285,7 +285,7 @@ def gradients(case: Case, ops: _library.Ops | None, grad: Tensor | None = None) 
     """Of prompts, embedding and, if there is one, the token update."""
     update = case.token_update()
     leaves = tuple(x.detach().requires_grad_() for x in (case.prompts, case.embedding, update) if x is not None)
-    as_leaf = mock.patch.object(functional, "_token_update", lambda *_: leaves[2])
+    as_leaf = mock.patch.object(functional, "token_update", lambda *_: leaves[2])
     with using(ops), poisoned(), as_leaf:
         embeds = replace(case, prompts=leaves[0], embedding=leaves[1]).run(ops).inputs_embeds
         grad = output_gradient(case) if grad is None else grad
