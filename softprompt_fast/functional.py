@@ -287,17 +287,17 @@ def _run(
     prompts: Tensor, embedding: Tensor, token_update: Tensor | None, padding_idx: int, arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
     ops = _library.ops_for(prompts.device)
-    input_ids, prompt_offsets, *rest = arguments
+    input_ids, prompt_offsets, *rest = (*arguments, token_update)
     if ops is None:
         if 0 <= padding_idx < embedding.shape[0] and embedding.requires_grad:
             frozen = torch.arange(embedding.shape[0], device=embedding.device)[:, None] == padding_idx
             embedding = torch.where(frozen, embedding.detach(), embedding)
-        return reference.assemble(input_ids, embedding, prompts, prompt_offsets, *rest, token_update)
+        return reference.assemble(input_ids, embedding, prompts, prompt_offsets, *rest)
     if torch.is_grad_enabled() and (
         prompts.requires_grad or embedding.requires_grad or (token_update is not None and token_update.requires_grad)
     ):
         return _Assemble.apply(prompts, embedding, token_update, padding_idx, arguments)
-    return ops.assemble(input_ids, embedding, prompts, prompt_offsets, *rest, token_update)
+    return ops.assemble(input_ids, embedding, prompts, prompt_offsets, *rest)
 
 
 def _known(values: Tensor | Sequence[int], argument: str, needed: bool) -> list[int] | None:
