@@ -287,7 +287,8 @@ def _run(
     prompts: Tensor, embedding: Tensor, token_update: Tensor | None, padding_idx: int, arguments: tuple[Any, ...]
 ) -> tuple[Tensor, ...]:
     ops = _library.ops_for(prompts.device)
-    input_ids, prompt_offsets, *rest = (*arguments, token_update)
+    input_ids, prompt_offsets = arguments[:2]
+    rest: list[Any] = [*arguments[2:], token_update]
     if ops is None:
         if 0 <= padding_idx < embedding.shape[0] and embedding.requires_grad:
             frozen = torch.arange(embedding.shape[0], device=embedding.device)[:, None] == padding_idx

@@ -329,11 +329,13 @@ def expected_gradients(case: Case) -> tuple[Tensor, ...]:
 
 
 def bit_patterns(dtype: torch.dtype) -> Case:
-    """Every pattern of 16 bits as an embedding that is scaled, many of 32 bits as prompts that are converted."""
+    """Every pattern of 16 bits as an embedding that is scaled, half of them with an update added, many of 32 bits as
+    prompts that are converted."""
     embedding = torch.arange(2**16).to(torch.int16).view(dtype).view(64, 1024)
     prompts = torch.randint(-(2**31), 2**31, (1000, 1024)).to(torch.int32).view(torch.float32)
     options = {"embedding_scale": 0.37}
-    return Case(torch.arange(64)[None], embedding, prompts, [0, 1000], None, None, None, options)
+    factors = torch.randn(1, 32, 3), torch.randn(1, 3, 1024)
+    return Case(torch.arange(64)[None], embedding, prompts, [0, 1000], None, None, None, options, factors)
 
 
 def prompt_without_room(layout: str) -> Case:
