@@ -150,6 +150,8 @@ def test_never_waits_for_the_gpu(ops: _library.Ops, options: dict[str, Any]) -> 
     batch = Batch()
     if options.get("layout") == "packed":
         options = options | {"lengths": batch.lengths}
+    factors = torch.randn(2, 9, 3, device=DEVICE, requires_grad=True), torch.randn(2, 3, 40, device=DEVICE)
+    options = options | {"token_factors": factors}
     batch.assemble(**options).inputs_embeds.sum().backward()  # memory and libraries are ready after this
     expected = batch.assemble(**options, check=True)
     with no_synchronisation():
