@@ -181,14 +181,14 @@ class FastSoftPrompt(nn.Module):
         Args:
             name: letters, digits, ``_`` and ``-``; it becomes a folder's name on disk.
             init: "random", "vocabulary", "text", "class_labels", a tensor [P, D], a path, or the name of a prompt of
-                this bank to start from; see :func:`softprompt_fast.initialize.initial_prompt` for all arguments.
+                this bank (without a token update) to start from; see :func:`softprompt_fast.initialize.initial_prompt` for all arguments.
         """
         check_name(name)
         if name in self._names:
             raise ValueError(f"`name` must be new, but the bank has a prompt {name!r}; remove_prompt it first")
         source: str | Tensor | PathLike[str] = init
         if isinstance(init, str) and init not in METHODS and init in self._names:
-            source = self[init].detach()
+            source = self.without_token_update(init, "`init`").detach()
         table = None if embedding is None else embedding_table(embedding)
         values = initial_prompt(
             source,

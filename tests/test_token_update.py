@@ -350,6 +350,8 @@ def test_no_reader_of_prompts_drops_an_update(tmp_path: Path) -> None:
     for read in (read_prompt, read_vectors, tuned.read_prompt, lambda path: tuned.add_prompt("x", init=path)):
         with pytest.raises(ValueError, match="has a token update"):
             read(folder)
+    with pytest.raises(ValueError, match="prompt 'near' must not have a token update: `init` takes prompts alone"):
+        tuned.add_prompt("x", init="near")
     with pytest.raises(ValueError, match="must hold a prompt alone, but has a token update too"):
         read_vectors(folder / "adapter_model.safetensors")
     assert "x" not in tuned.prompts
