@@ -181,7 +181,8 @@ class FastSoftPrompt(nn.Module):
         Args:
             name: letters, digits, ``_`` and ``-``; it becomes a folder's name on disk.
             init: "random", "vocabulary", "text", "class_labels", a tensor [P, D], a path, or the name of a prompt of
-                this bank (without a token update) to start from; see :func:`softprompt_fast.initialize.initial_prompt` for all arguments.
+                this bank, without a token update, to start from; see
+                :func:`softprompt_fast.initialize.initial_prompt` for all arguments.
         """
         check_name(name)
         if name in self._names:

@@ -127,6 +127,7 @@ def test_shared_text_is_folded_with_its_update(common: int) -> None:
         ids[row, int(mask[row].argmax()) + common] = 40 + row
     outputs = [model(ids, mask, labels=ids, prompt_ids=ROWS, return_logits=True) for model in (tuned, plain)]
     assert relative(outputs[0].logits, outputs[1].logits) < 1e-5
+    assert all(model.execution_report().execution == "shared" for model in (tuned, plain))
     packs = [m.shared.pack(m.prompts, ids, mask, ROWS, None).layout.slots for m in (tuned, plain)]
     assert packs[1] - packs[0] == 2 * common
     grads = [torch.autograd.grad(output.loss, list(tuned.prompts.parameters())) for output in outputs]
