@@ -226,8 +226,8 @@ def cases(
         "embedding_scale": pick(1.0, 1.0, 0.5, 25.298221281347036, -3.0),
     }
     token_factors = None
-    if draw(flip):
-        reach, rank = pick(3, max_tokens, 1, 0, max_tokens + 2), pick(2, 1, 0, 5)
+    if pick(True, True, False):
+        reach, rank = pick(3, 1, max_tokens, 2, 0, max_tokens + 2), pick(2, 1, 5, 0)
         a = _vectors(len(lengths) * reach, rank, pick(torch.float32, dtype), random, special)
         b = _vectors(len(lengths) * rank, dim, pick(torch.float32, dtype), random, special)
         a = _strided(a, draw(ARRANGEMENTS))

@@ -111,6 +111,14 @@ def shared() -> Callable[..., Case]:
     return make
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_sums_equal_their_definition(shared: Callable[..., Case], layout: str, dtype: torch.dtype) -> None:
+    case = shared(layout, dtype)
+    for ours, expected in zip(gradients(case, _library._ops), expected_gradients(case), strict=True):
+        assert same_bits(ours, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_on_every_run(shared: Callable[..., Case], layout: str, dtype: torch.dtype) -> None:
