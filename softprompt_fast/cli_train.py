@@ -52,6 +52,10 @@ def train(
     reparameterization: Annotated[str, typer.Option(help="none, residual or low-rank; folded when saved.")] = "none",
     rank: Annotated[int, typer.Option(min=1, help="Of low-rank.")] = 8,
     bottleneck: Annotated[int, typer.Option(min=1, help="Width inside residual.")] = 128,
+    token_update_rank: Annotated[
+        int | None, typer.Option(min=1, help="DePT: rank of an update of the text's token embeddings; none by default.")
+    ] = None,
+    token_update_learning_rate: Annotated[float, typer.Option(help="Of that update.")] = 1e-3,
     # Several prompts at once.
     members: Annotated[int, typer.Option(min=1, help="Prompts of an ensemble, tuned at once.")] = 1,
     member_init: Annotated[
@@ -114,6 +118,8 @@ def train(
         reparameterization=reparameterization,
         rank=rank,
         bottleneck=bottleneck,
+        token_update_rank=token_update_rank,
+        token_update_learning_rate=token_update_learning_rate,
         placement=placement,
         seed=seed,
     )

@@ -195,6 +195,16 @@ def test_the_best_state_is_kept_not_the_last(tmp_path: Path, by: str, best: int)
     assert not again.update("p", {"accuracy": 0.8, "loss": 0.5}, 9)
 
 
+def test_a_token_update_is_trained_at_its_own_rate_and_saved(tmp_path: Path) -> None:
+    slow, _ = tuned_with(tmp_path / "slow", token_update_rank=3, token_update_learning_rate=1e-9, steps=20)
+    model, result = tuned_with(tmp_path / "fast", token_update_rank=3, token_update_learning_rate=0.05, steps=20)
+    (_, b), (_, still) = model.prompts.token_update("p"), slow.prompts.token_update("p")
+    assert b.shape == (3, 32) and b.abs().max() > 1e-2 and still.abs().max() < 1e-6
+    again = spf.SoftPromptModel.from_pretrained(build("llama"), tmp_path / "fast", ["p"])
+    found = evaluate(again, tiny_tokenizer(), Task.load(result.folder), reviews(24))
+    assert found["loss"] == pytest.approx(result.after["loss"], abs=1e-5)
+
+
 # --- first values and place ---
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..model import SoftPromptModel
+from ..peft_format import read_updated_prompt
 
 FILE = "best.json"
 
@@ -41,13 +41,17 @@ class BestPrompts:
         os.replace(partial, self.folder / FILE)
         return True
 
-    def values(self, name: str) -> Tensor:
-        return self.model.read_prompt(self.folder / name)
-
     @torch.no_grad()
     def restore(self, name: str) -> dict[str, float]:
         """Copies the best values into the model's prompt, an ordinary parameter by now; returns their scores."""
-        self.model.prompts[name].copy_(self.values(name))
+        factors = self.model.prompts.token_update(name)
+        if factors is None:
+            self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name))
+        else:
+            values, best, _ = read_updated_prompt(self.folder / name)
+            self.model.prompts[name].copy_(values)
+            for factor, found in zip(factors, best, strict=True):
+                factor.copy_(found)
         scores: dict[str, float] = self.found[name]["scores"]
         return scores
 

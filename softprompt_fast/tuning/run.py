@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from ..architecture import is_encoder_decoder
+from ..deep_prompt import DeepPromptModel
 from ..model import SoftPromptModel
 from ..reparameterize import fold
 from ..task import Task
@@ -211,7 +212,19 @@ class _Run:
         for job in self.jobs:
             if job.task.prompt not in self.model.prompts:
                 add_prompt(self.model, self.tokenizer, job.task, job.settings or self.settings)
+                if self.settings.token_update_rank is not None:
+                    self._add_token_update(job)
             set_form(self.model, self.tokenizer, job.task.prompt, self.settings, shared)
+
+    def _add_token_update(self, job: TuningJob) -> None:
+        """Of the places that training texts have."""
+        if isinstance(self.model, DeepPromptModel):
+            raise ValueError(
+                f"`token_update_rank` must be None for deep prompts, got {self.settings.token_update_rank}"
+            )
+        longest = max(len(f["input_ids"]) for f in self.features if f["prompt"] == job.task.prompt)
+        rank = min(self.settings.token_update_rank or 1, longest)
+        self.model.prompts.add_token_update(job.task.prompt, longest, rank, seed=self.settings.seed)
 
     def tune(self, last: str | None, report_to: Sequence[str], callbacks: Sequence[Any]) -> list[TuningResult]:
         from transformers import EarlyStoppingCallback
@@ -233,6 +246,7 @@ class _Run:
             eval_dataset=self.features[:1],  # scored by the evaluator instead
             evaluator=self._evaluate,
             losses=self.losses,
+            update_learning_rate=self.settings.token_update_learning_rate,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)

@@ -67,6 +67,9 @@ class TuningSettings:
     """Of "low-rank"."""
     bottleneck: int = 128
     """Width inside "residual"."""
+    token_update_rank: int | None = None
+    """DePT: rank of a low-rank update of the text's token embeddings, by place, beside the prompt; None: none."""
+    token_update_learning_rate: float = 1e-3
     placement: str = "before_bos"
     """Of the prompt; "after_bos" saves BOS's vector as the prompt's first one."""
     seed: int = 0
@@ -85,10 +88,10 @@ class TuningSettings:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("batch_size", "gradient_accumulation_steps", "rank", "bottleneck"):
             _check(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer")
-        for name in ("num_virtual_tokens", "steps", "eval_every", "patience"):
+        for name in ("num_virtual_tokens", "steps", "eval_every", "patience", "token_update_rank"):
             value = getattr(self, name)
             _check(value is None or (isinstance(value, int) and value >= 1), self, name, "a positive integer or None")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "token_update_learning_rate", "max_grad_norm"):
             _check(getattr(self, name) > 0, self, name, "positive")
         for name in ("epochs", "norm_bound"):
             value = getattr(self, name)

@@ -223,7 +223,7 @@ def _settings(found: Comparison) -> str:
     parts = [
         f'<p class="note">{", ".join(TRAINED)}: AdamW, cosine down to 0 after a warm-up of a twentieth of the steps; '
         "cross entropy among the label words where each is one token, else among all tokens; the checkpoint with the "
-        f"best validation score is kept. Defaults of the loop: {escape(loop)}.</p>"
+        f"lowest validation loss is kept. Defaults of the loop: {escape(loop)}.</p>"
     ]
     rows = []
     for s in found.summaries:
