@@ -1,0 +1,100 @@
+"""A search's plan and result for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..run import describe
+from .budget import Plan
+from .result import FILE, Candidate, SearchResult
+from .significance import ALPHA, Difference
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    table = Table("rung", "candidates", "steps each", "steps up to its end", "held-out rows", title="Plan")
+    for number, rung in enumerate(plan.rungs, 1):
+        table.add_row(*map(str, (number, rung.candidates, rung.steps, rung.total_steps, rung.rows)))
+    console.print(table)
+    console.print(
+        f"a full run: {plan.full_steps} steps; the search: about {plan.most_steps} steps, estimated cost "
+        f"{plan.cost:.2f} full runs, limit {plan.budget:g} of either",
+        highlight=False,
+    )
+
+
+def print_result(found: SearchResult, console: Console) -> None:
+    console.print(_table(found))
+    best, chosen = found.best, found.recommended
+    console.print(f"without a prompt: {describe(found.before)}", highlight=False)
+    for line in verdict(found):
+        console.print(line, highlight=False)
+    for role, scores in found.test.items():
+        console.print(f"{role}, on rows that chose nothing: {describe(scores)}", highlight=False)
+    console.print(
+        f"{found.steps} steps, {found.seconds:.0f} s: {found.seconds / found.full_run_seconds:.1f} times the estimated "
+        f"{found.full_run_seconds:.0f} s of a full run",
+        highlight=False,
+    )
+    trained = chosen.last.total_steps
+    if trained < found.plan.full_steps or best is not chosen:
+        console.print(f"train it anew: softprompt-fast train ... {found.options()}", highlight=False)
+    console.print(f"saved in {escape(str(found.folder))}, all of it in {FILE}", highlight=False, soft_wrap=True)
+
+
+def verdict(found: SearchResult) -> list[str]:
+    """What is recommended and why, in sentences."""
+    best, chosen = found.best, found.recommended
+    steps = chosen.last.total_steps
+    lines = [f"recommended: {_candidate(chosen)} (as saved: {steps} steps): {describe(chosen.last.scores)}"]
+    if found.comparison is None:
+        lines.append("it scores best, and no shorter prompt that got as far was without significant difference")
+    else:
+        lines.append(f"best: {_candidate(best)}: {describe(best.last.scores)}")
+        lines.append(
+            f"the recommended one is worse by {_difference(found.comparison)}: not significant at {ALPHA:g}, which is "
+            "not to say equal"
+        )
+    lines.append("these rows chose the prompts, so their scores are a little too good")
+    return lines
+
+
+def _table(found: SearchResult) -> Table:
+    several = len({c.learning_rate for c in found.candidates}) > 1
+    columns = ["tokens", *(["learning rate"] if several else []), "steps", "rows", found.metric, "95 % interval"]
+    table = Table(*columns, "worse than the rung's best by", "s / 1,000 rows", "training s", title="Candidates")
+    for candidate in found.candidates:
+        last, metric = candidate.last, found.metric
+        low, high = last.scores.get(f"{metric}_low"), last.scores.get(f"{metric}_high")
+        against = "best"
+        if last.against_best is not None:
+            values = {key: value for key, value in last.against_best.items() if key != "significantly_worse"}
+            difference = Difference(**values)
+            against = _difference(difference) + (" *" if difference.significantly_worse else "")
+        mark = " <- recommended" if candidate is found.recommended else ""
+        table.add_row(
+            str(candidate.num_virtual_tokens) + mark,
+            *([f"{candidate.learning_rate:.2g}"] if several else []),
+            str(last.total_steps),
+            f"{last.scores['rows']:.0f}",
+            f"{last.scores[metric]:.3f}",
+            "" if low is None or high is None else f"{low:.3f} to {high:.3f}",
+            against,
+            f"{1000 * last.scoring_seconds / last.scores['rows']:.2f}",
+            f"{sum(rung.training_seconds for rung in candidate.rungs):.1f}",
+        )
+    table.caption = f"* significant at {ALPHA:g}, two-sided; compared within a rung, on the same rows"
+    return table
+
+
+def _candidate(candidate: Candidate) -> str:
+    count = candidate.num_virtual_tokens
+    return f"{count} token{'s' if count > 1 else ''} at learning rate {candidate.learning_rate:.2g}"
+
+
+def _difference(difference: Difference) -> str:
+    interval = ""
+    if difference.low is not None and difference.high is not None:
+        interval = f" ({difference.low:.3f} to {difference.high:.3f})"
+    return f"{difference.worse_by:.3f}{interval}, p = {difference.p_value:.2g}"
