@@ -92,10 +92,10 @@ def _cost(panel: Any, found: SearchResult) -> None:
     for candidate in found.candidates:
         for rung in candidate.rungs:
             scoring[candidate.num_virtual_tokens].append(1000 * rung.scoring_seconds / rung.scores["rows"])
-            training[candidate.num_virtual_tokens].append(rung.training_seconds / rung.steps)
-    panel.plot(lengths, [float(np.median(scoring[n])) for n in lengths], "o-", color=BLUE, label="scoring 1,000 rows")
-    panel.plot(lengths, [float(np.median(training[n])) for n in lengths], "s--", color=RED, label="a training step")
+            training[candidate.num_virtual_tokens].append(1000 * rung.training_seconds / rung.steps / found.rows_per_step)
+    panel.plot(lengths, [float(np.median(scoring[n])) for n in lengths], "o-", color=BLUE, label="scoring")
+    panel.plot(lengths, [float(np.median(training[n])) for n in lengths], "s--", color=RED, label="training")
     panel.set_ylim(bottom=0)
-    panel.set_title("measured cost", fontsize=9)
-    panel.set_ylabel("seconds", fontsize=8)
+    panel.set_title("measured seconds per 1,000 rows", fontsize=9)
+    panel.set_ylabel("seconds per 1,000 rows", fontsize=8)
     panel.legend(fontsize=7, frameon=False, loc="best")

@@ -79,6 +79,8 @@ class SearchResult:
     """Of the whole search, interruptions left out; scores on test rows not counted."""
     full_run_seconds: float
     """Estimate for one full run of the recommended length, from this search's own steps and evaluations."""
+    rows_per_step: int
+    """Of each candidate."""
 
     @property
     def metric(self) -> str:

@@ -192,6 +192,7 @@ class _Search:
             sum(rung.steps for c in self.candidates for rung in c.rungs),
             seconds,
             full,
+            self.settings.batch_size * self.settings.gradient_accumulation_steps,
         )
         result.write(self.output)
         save_figure(search_figure(result), self.output / FIGURE)

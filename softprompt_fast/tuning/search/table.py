@@ -26,7 +26,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 def print_result(found: SearchResult, console: Console) -> None:
     console.print(_table(found))
-    best, chosen = found.best, found.recommended
+    chosen = found.recommended
     console.print(f"without a prompt: {describe(found.before)}", highlight=False)
     for line in verdict(found):
         console.print(line, highlight=False)
@@ -37,9 +37,8 @@ def print_result(found: SearchResult, console: Console) -> None:
         f"{found.full_run_seconds:.0f} s of a full run",
         highlight=False,
     )
-    trained = chosen.last.total_steps
-    if trained < found.plan.full_steps or best is not chosen:
-        console.print(f"train it anew: softprompt-fast train ... {found.options()}", highlight=False)
+    if chosen.last.total_steps < found.plan.full_steps:
+        console.print(f"a full run of it: softprompt-fast train ... {found.options()}", highlight=False, soft_wrap=True)
     console.print(f"saved in {escape(str(found.folder))}, all of it in {FILE}", highlight=False, soft_wrap=True)
 
 
@@ -62,29 +61,30 @@ def verdict(found: SearchResult) -> list[str]:
 
 def _table(found: SearchResult) -> Table:
     several = len({c.learning_rate for c in found.candidates}) > 1
-    columns = ["tokens", *(["learning rate"] if several else []), "steps", "rows", found.metric, "95 % interval"]
-    table = Table(*columns, "worse than the rung's best by", "s / 1,000 rows", "training s", title="Candidates")
+    table = Table(title=f"Candidates (-> recommended; scores: held-out {found.metric})", padding=(0, 1, 0, 0))
+    columns = ["tokens", *(["rate"] if several else []), "steps", "rows", "score", "95 % interval", "worse by", "p"]
+    for column in (*columns, "ms/row", "train s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for candidate in found.candidates:
         last, metric = candidate.last, found.metric
         low, high = last.scores.get(f"{metric}_low"), last.scores.get(f"{metric}_high")
-        against = "best"
+        worse, p = "best", ""
         if last.against_best is not None:
-            values = {key: value for key, value in last.against_best.items() if key != "significantly_worse"}
-            difference = Difference(**values)
-            against = _difference(difference) + (" *" if difference.significantly_worse else "")
-        mark = " <- recommended" if candidate is found.recommended else ""
+            worse = f"{last.against_best['worse_by']:.3f}"
+            p = f"{last.against_best['p_value']:.2g}" + ("*" if last.against_best["significantly_worse"] else " ")
         table.add_row(
-            str(candidate.num_virtual_tokens) + mark,
+            ("-> " if candidate is found.recommended else "") + str(candidate.num_virtual_tokens),
             *([f"{candidate.learning_rate:.2g}"] if several else []),
             str(last.total_steps),
             f"{last.scores['rows']:.0f}",
             f"{last.scores[metric]:.3f}",
-            "" if low is None or high is None else f"{low:.3f} to {high:.3f}",
-            against,
+            "" if low is None or high is None else f"{low:.3f}-{high:.3f}",
+            worse,
+            p,
             f"{1000 * last.scoring_seconds / last.scores['rows']:.2f}",
             f"{sum(rung.training_seconds for rung in candidate.rungs):.1f}",
         )
-    table.caption = f"* significant at {ALPHA:g}, two-sided; compared within a rung, on the same rows"
+    table.caption = f"worse than the best of its last rung, on the same rows; * significant at {ALPHA:g}, two-sided"
     return table
 
 
