@@ -123,7 +123,9 @@ def search(
     except KeyboardInterrupt:
         console.print("interrupted; go on with the same command and --resume")
         raise typer.Exit(130) from None
-    console.print(f"use it: softprompt-fast predict --prompt {output / name} --data ...", highlight=False, soft_wrap=True)
+    console.print(
+        f"use it: softprompt-fast predict --prompt {output / name} --data ...", highlight=False, soft_wrap=True
+    )
 
 
 def _rates(text: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""Successive halving (Jamieson and Talwalkar 2016) within a fixed budget: how many candidates, steps and rows a rung has.
+"""Successive halving (Jamieson and Talwalkar 2016) within a budget: how many candidates, steps and rows a rung has.
 
 Every rung gets an equal share of what is left, after what scoring the last one on all rows costs is laid aside. Both
 limits, steps and estimated cost, hold whichever candidates go on: the plan takes the costliest.

@@ -16,7 +16,7 @@ SPREAD = 1.06
 
 def search_figure(found: SearchResult) -> Any:
     """One point per candidate and rung, with its 95 % interval; measured seconds of scoring and of training."""
-    figure = new_figure(10, 4.0)
+    figure = new_figure(10, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     rungs = len(found.plan.rungs)
     for number in range(1, rungs + 1):
@@ -29,11 +29,11 @@ def search_figure(found: SearchResult) -> Any:
         markersize=15,
         markerfacecolor="none",
         markeredgecolor=RED,
-        label=f"recommended: {chosen.num_virtual_tokens} tokens",
+        label=f"recommended: {chosen.num_virtual_tokens}",
     )
     left.axhline(found.before[metric], color=GREY, linestyle=":", linewidth=1, label="without a prompt")
     left.set_title(f"held-out {metric}, 95 % intervals", fontsize=9)
-    left.legend(fontsize=7, frameon=False, loc="best")
+    left.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
     _cost(right, found)
     ticks = sorted({c.num_virtual_tokens for c in found.candidates})
     for panel in (left, right):
@@ -92,7 +92,9 @@ def _cost(panel: Any, found: SearchResult) -> None:
     for candidate in found.candidates:
         for rung in candidate.rungs:
             scoring[candidate.num_virtual_tokens].append(1000 * rung.scoring_seconds / rung.scores["rows"])
-            training[candidate.num_virtual_tokens].append(1000 * rung.training_seconds / rung.steps / found.rows_per_step)
+            training[candidate.num_virtual_tokens].append(
+                1000 * rung.training_seconds / rung.steps / found.rows_per_step
+            )
     panel.plot(lengths, [float(np.median(scoring[n])) for n in lengths], "o-", color=BLUE, label="scoring")
     panel.plot(lengths, [float(np.median(training[n])) for n in lengths], "s--", color=RED, label="training")
     panel.set_ylim(bottom=0)

@@ -54,11 +54,11 @@ def search(
     console: Console | None = None,
     **changes: Any,
 ) -> SearchResult:
-    """Tries prompt lengths by successive halving; saves the shortest prompt that is not significantly worse than the best.
+    """Tries prompt lengths by successive halving; saves the shortest that is not significantly worse than the best.
 
-    Leaves in ``output``: ``<prompt>/`` (the recommended one, as :func:`tune` saves it), ``search.json``, ``search.svg``,
-    ``trials/`` (every candidate's prompt and row scores after each rung) and ``study.jsonl``, an Optuna journal. The
-    model holds the recommended prompt at the end.
+    Leaves in ``output``: ``<prompt>/`` (the recommended one, as :func:`tune` saves it), ``search.json``,
+    ``search.svg``, ``trials/`` (every candidate's prompt and row scores after each rung) and ``study.jsonl``, an Optuna
+    journal. The model holds the recommended prompt at the end.
 
     Args:
         model: plain prompts, or a :class:`DeepPromptModel`; has no prompt of the task's name yet.
@@ -72,7 +72,8 @@ def search(
 
     Raises:
         ImportError: Optuna is not installed.
-        FileExistsError, FileNotFoundError: there is a search in ``output`` though ``resume`` was not asked for, or none.
+        FileExistsError: ``output`` already has a search, and ``resume`` was not asked for.
+        FileNotFoundError: ``resume`` without a search.
         KeyboardInterrupt: at Ctrl-C; what was finished is kept for ``resume``.
     """
     settings = checked_settings((settings or TuningSettings()).with_changes(changes))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..scoring import Z, RowScores
+from ..scoring import RowScores, Z
 
 ALPHA = 0.05
 """A difference with a smaller p-value, two-sided, is called significant."""

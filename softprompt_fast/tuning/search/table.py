@@ -62,7 +62,7 @@ def verdict(found: SearchResult) -> list[str]:
 def _table(found: SearchResult) -> Table:
     several = len({c.learning_rate for c in found.candidates}) > 1
     table = Table(title=f"Candidates (-> recommended; scores: held-out {found.metric})", padding=(0, 1, 0, 0))
-    columns = ["tokens", *(["rate"] if several else []), "steps", "rows", "score", "95 % interval", "worse by", "p"]
+    columns = ["tokens", *(["rate"] if several else []), "steps", "rows", "score", "95 %", "worse by", "p"]
     for column in (*columns, "ms/row", "train s"):
         table.add_column(column, justify="right", no_wrap=True)
     for candidate in found.candidates:
@@ -78,13 +78,13 @@ def _table(found: SearchResult) -> Table:
             str(last.total_steps),
             f"{last.scores['rows']:.0f}",
             f"{last.scores[metric]:.3f}",
-            "" if low is None or high is None else f"{low:.3f}-{high:.3f}",
+            "" if low is None or high is None else f"{low:.2f}-{high:.2f}",
             worse,
             p,
             f"{1000 * last.scoring_seconds / last.scores['rows']:.2f}",
             f"{sum(rung.training_seconds for rung in candidate.rungs):.1f}",
         )
-    table.caption = f"worse than the best of its last rung, on the same rows; * significant at {ALPHA:g}, two-sided"
+    table.caption = f"compared with the best of its last rung on the same rows; *: significant at {ALPHA:g}"
     return table
 
 
