@@ -55,6 +55,9 @@ def verdict(found: SearchResult) -> list[str]:
             f"the recommended one is worse by {_difference(found.comparison)}: not significant at {ALPHA:g}, which is "
             "not to say equal"
         )
+    worse = chosen.last.scores[found.metric] - found.before[found.metric]
+    if (-worse if found.metric == "accuracy" else worse) >= 0:
+        lines.append("it does not score above the model without a prompt: try more steps or other learning rates")
     lines.append("these rows chose the prompts, so their scores are a little too good")
     return lines
 
