@@ -1,7 +1,9 @@
 """Successive halving (Jamieson and Talwalkar 2016) within a budget: how many candidates, steps and rows a rung has.
 
-Every rung gets an equal share of what is left, after what scoring the last one on all rows costs is laid aside. Both
-limits, steps and estimated cost, hold whichever candidates go on: the plan takes the costliest.
+The first rung gets two shares, every other one: after few steps prompts mostly differ in how far they got, and a long
+one that only began to learn can score below a short one that changed little. What scoring the last rung on all rows
+costs is laid aside first. Both limits, steps and estimated cost, hold whichever candidates go on: the plan takes the
+costliest.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ LEAST_STEPS = 4
 LEAST_ROWS = 20
 REDUCTION = 3
 """A rung keeps a third."""
+FIRST_SHARES = 2
+"""Shares of the first of several rungs."""
 LAST = 2
 """Candidates of the last rung."""
 EVALUATIONS = 5
@@ -122,17 +126,19 @@ class Budget:
         """
         left, costs = len(self.sizes) - self._rung, self.costs
         last = left == 1
+        own = FIRST_SHARES if self._rung == 0 else 1
+        part = own / (own + left - 1)  # of what is left
         rows, share = costs.rows, self.cost_limit - self.cost_spent
         if not last:
             finalists = sorted(self.lengths)[-self.sizes[-1] :]
-            share = (share - sum(costs.scoring(length, costs.rows) for length in finalists)) / left
+            share = (share - sum(costs.scoring(length, costs.rows) for length in finalists)) * part
             per_row = sum(costs.scoring(length, 1) for length in lengths)
             rows = min(rows, max(LEAST_ROWS, math.floor(SCORING_SHARE * share / per_row)))
         scoring = sum(costs.scoring(length, rows) for length in lengths)
         per_step = sum(costs.step(length) for length in lengths)
         steps = min(
             math.floor((share - scoring) / per_step),
-            (self.steps_limit - self.steps_spent) // left // len(lengths),
+            math.floor((self.steps_limit - self.steps_spent) * part) // len(lengths),
             self.full_steps - self.level,
         )
         if steps < min(LEAST_STEPS, self.full_steps - self.level):

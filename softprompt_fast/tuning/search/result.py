@@ -141,15 +141,8 @@ def judge(candidates: list[Candidate]) -> tuple[Candidate, Candidate]:
 
 
 def promote(candidates: list[Candidate], keep: int) -> list[Candidate]:
-    """Who goes on: the best by score, and in any case the shortest that is not significantly worse.
-
-    Of ``keep`` = 2 the second place goes to that one alone: if it is the best itself, nobody shares its steps.
-    """
+    """Who goes on: the best by score, and in any case the shortest that is not significantly worse."""
     order = ranked(candidates)
     _, shortest = judge(candidates)
-    chosen = order[: keep - 1]
-    if shortest not in chosen:
-        chosen.append(shortest)
-    elif keep > 2:
-        chosen = order[:keep]
-    return sorted(chosen, key=lambda c: candidates.index(c))
+    chosen = order[:keep] if shortest in order[:keep] else [*order[: keep - 1], shortest]
+    return sorted(chosen, key=candidates.index)

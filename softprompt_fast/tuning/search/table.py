@@ -48,7 +48,9 @@ def verdict(found: SearchResult) -> list[str]:
     steps = chosen.last.total_steps
     lines = [f"recommended: {_candidate(chosen)} (as saved: {steps} steps): {describe(chosen.last.scores)}"]
     if found.comparison is None:
-        lines.append("it scores best, and no shorter prompt that got as far was without significant difference")
+        shorter = min(c.num_virtual_tokens for c in found.candidates) < chosen.num_virtual_tokens
+        behind = ", and shorter ones were significantly worse, or fell behind after fewer steps" if shorter else ""
+        lines.append(f"it scores best{behind}")
     else:
         lines.append(f"best: {_candidate(best)}: {describe(best.last.scores)}")
         lines.append(
