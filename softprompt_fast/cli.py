@@ -161,13 +161,8 @@ class progress_bar:
         self._bar.stop()
 
 
-from . import (  # noqa: E402 - they add their commands to `app`
-    cli_analysis,  # noqa: F401
-    cli_compare,  # noqa: F401
-    cli_inference,  # noqa: F401
-    cli_search,  # noqa: F401
-    cli_train,  # noqa: F401
-)
+# They add their commands to `app`.
+from . import cli_analysis, cli_compare, cli_inference, cli_search, cli_train  # noqa: E402, F401
 
 if __name__ == "__main__":
     main()

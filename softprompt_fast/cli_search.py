@@ -17,7 +17,7 @@ from .cli_analysis import (
     ResponseColumn,
     Template,
     TextColumn,
-    _task,
+    task_of_options,
 )
 
 
@@ -57,6 +57,7 @@ def search(
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant; anew in every rung.")] = "cosine",
     batch_size: BatchSize = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
+    best_by: Annotated[str, typer.Option(help="Candidates rank by the lowest loss, or the highest accuracy.")] = "loss",
     reparameterization: Annotated[str, typer.Option(help="none, residual or low-rank; folded when saved.")] = "none",
     rank: Annotated[int, typer.Option(min=1, help="Of low-rank.")] = 8,
     bottleneck: Annotated[int, typer.Option(min=1, help="Width inside residual.")] = 128,
@@ -80,7 +81,9 @@ def search(
     import_optuna()
     tried, rates = _numbers(lengths, int, "--lengths"), _rates(learning_rates)
     rows = load_rows(data, split)
-    chosen = _task(rows, task, text_column, label_column, prompt_column, response_column, template, label_word)
+    chosen = task_of_options(
+        rows, task, text_column, label_column, prompt_column, response_column, template, label_word
+    )
     chosen.max_length, chosen.model, chosen.prompt = max_length, model, name
     if validation is not None:
         apart = load_rows(validation, split)
@@ -111,6 +114,7 @@ def search(
             schedule=schedule,
             batch_size=batch_size,
             gradient_accumulation_steps=accumulate,
+            best_by=best_by,
             reparameterization=reparameterization,
             rank=rank,
             bottleneck=bottleneck,

@@ -178,14 +178,14 @@ def test_the_best_go_on_and_the_shortest_that_is_not_significantly_worse() -> No
         candidate(i, length, hits(n)) for i, (length, n) in enumerate([(1, 20), (2, 32), (5, 33), (10, 34), (20, 35)])
     )
     alive = [bad, short, middle, good, best]
-    assert judge(alive) == (best, short)
-    assert promote(alive, 3) == [short, good, best] and promote(alive, 2) == [short, best]
+    assert judge(alive, "accuracy") == (best, short)
+    assert promote(alive, 3, "accuracy") == [short, good, best] and promote(alive, 2, "accuracy") == [short, best]
     assert bad.last.against_best is not None and bad.last.against_best["significantly_worse"]
     assert bad.last.against_best["worse_by"] == pytest.approx(15 / 40) and best.last.against_best is None
     alone = [bad, candidate(7, 2, hits(35)), candidate(8, 9, hits(34)), candidate(9, 20, hits(33))]
-    assert promote(alone, 2) == alone[1:3] and promote(alone, 3) == alone[1:]
+    assert promote(alone, 2, "accuracy") == alone[1:3] and promote(alone, 3, "accuracy") == alone[1:]
     equal = [candidate(0, 9, hits(30)), candidate(1, 3, hits(30))]
-    assert judge(equal) == (equal[1], equal[1])
+    assert judge(equal, "loss") == (equal[1], equal[1])
 
 
 # --- searches ---
@@ -368,7 +368,7 @@ def test_optuna_reads_the_study(tmp_path: Path) -> None:
     }
     for candidate in found.candidates:
         trial = study.trials[candidate.number]
-        assert trial.intermediate_values == {rung.total_steps: rung.scores["accuracy"] for rung in candidate.rungs}
+        assert trial.intermediate_values == {rung.total_steps: rung.scores["loss"] for rung in candidate.rungs}
         finished = len(candidate.rungs) == len(found.plan.rungs)
         assert trial.state.name == ("COMPLETE" if finished else "PRUNED")
     assert found.recommended.learning_rate == 0.3  # the other one learns nothing

@@ -71,6 +71,8 @@ class SearchResult:
     """The shortest of the last rung that is not significantly worse than the best."""
     comparison: Difference | None
     """Of the recommended with the best; None: they are one."""
+    best_by: str
+    """What ranks candidates: "loss", or "accuracy" and then loss."""
     test: dict[str, dict[str, float]]
     """Scores of ``recommended`` and ``best`` on rows that chose nothing; empty: no such rows."""
     steps: int
@@ -102,6 +104,7 @@ class SearchResult:
             "alpha": ALPHA,
             "options": self.options(),
             "metric": self.metric,
+            "best_by": self.best_by,
             "before": self.before,
             "test": self.test,
             "steps": self.steps,
@@ -117,17 +120,17 @@ class SearchResult:
         return path
 
 
-def ranked(candidates: list[Candidate]) -> list[Candidate]:
+def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
     """By the scores of their last rung, the best first; of equals, the shorter."""
     return sorted(
         candidates,
-        key=lambda c: (*(-value for value in rank(c.last.scores)), c.num_virtual_tokens, c.learning_rate),
+        key=lambda c: (*(-value for value in rank(c.last.scores, by)), c.num_virtual_tokens, c.learning_rate),
     )
 
 
-def judge(candidates: list[Candidate]) -> tuple[Candidate, Candidate]:
+def judge(candidates: list[Candidate], by: str) -> tuple[Candidate, Candidate]:
     """The best of a rung, and the shortest that is not significantly worse; notes each one's difference to the best."""
-    order = ranked(candidates)
+    order = ranked(candidates, by)
     best = order[0]
     assert best.rows is not None
     good = [best]
@@ -140,9 +143,9 @@ def judge(candidates: list[Candidate]) -> tuple[Candidate, Candidate]:
     return best, min(good, key=lambda c: c.num_virtual_tokens)  # of equally short ones, the first is the best
 
 
-def promote(candidates: list[Candidate], keep: int) -> list[Candidate]:
+def promote(candidates: list[Candidate], keep: int, by: str) -> list[Candidate]:
     """Who goes on: the best by score, and in any case the shortest that is not significantly worse."""
-    order = ranked(candidates)
-    _, shortest = judge(candidates)
+    order = ranked(candidates, by)
+    _, shortest = judge(candidates, by)
     chosen = order[:keep] if shortest in order[:keep] else [*order[: keep - 1], shortest]
     return sorted(chosen, key=candidates.index)

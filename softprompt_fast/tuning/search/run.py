@@ -116,7 +116,7 @@ class _Search:
         self.model, self.tokenizer, self.task, self.output = model, tokenizer, task, output
         self.settings, self.lengths, self.rates, self.console = settings, lengths, rates, console
         self.facts = facts(model, task, train_rows, held_out_rows, settings, lengths, rates, budget)
-        self.metric = "accuracy" if task.kind == "classification" else "loss"
+        self.best_by = settings.best_by if task.kind == "classification" else "loss"
         draws = rates.draws if isinstance(rates, LogRange) else len(rates)
         longest = max(lengths) + (settings.placement == "after_bos")
         costs = measure_costs(model, tokenizer, task, train_rows, held_out_rows, settings, longest)
@@ -130,7 +130,7 @@ class _Search:
 
     def start(self, resume: bool) -> None:
         """The plan, the candidates, and the scores without a prompt."""
-        direction = "maximize" if self.metric == "accuracy" else "minimize"
+        direction = "maximize" if self.best_by == "accuracy" else "minimize"
         self.memory = Memory(self.output, self.facts, direction, resume)
         print_plan(self.plan, self.console)
         drawn = self.memory.ask(self.lengths, self.rates, self.settings.seed)
@@ -155,9 +155,9 @@ class _Search:
             for candidate in alive:
                 self._run(candidate, number + 1, rung)
             if number + 1 == len(sizes):
-                judge(alive)
+                judge(alive, self.best_by)
                 break
-            going_on = promote(alive, sizes[number + 1])
+            going_on = promote(alive, sizes[number + 1], self.best_by)
             for candidate in alive:
                 if candidate not in going_on:
                     self.memory.end(candidate.number, pruned=True)
@@ -169,7 +169,7 @@ class _Search:
         return alive
 
     def finish(self, finalists: list[Candidate], test_rows: Rows) -> SearchResult:
-        best, recommended = judge(finalists)
+        best, recommended = judge(finalists, self.best_by)
         assert best.rows is not None and recommended.rows is not None
         name = self.task.prompt
         self._copy(self._folder(recommended, len(recommended.rungs)) / name, self.output / name)
@@ -189,6 +189,7 @@ class _Search:
             best,
             recommended,
             None if best is recommended else compare(recommended.rows, best.rows),
+            self.best_by,
             self._test(recommended, best, test_rows),
             sum(rung.steps for c in self.candidates for rung in c.rungs),
             seconds,
@@ -216,7 +217,7 @@ class _Search:
             self.console.print(f"{shown}: {scores}, {stored['seconds']:.1f} s", highlight=False)
         candidate.rungs.append(RungResult(**stored))
         candidate.rows = self._read_rows(folder)
-        self.memory.report(candidate.number, rung.total_steps, candidate.last.scores[self.metric])
+        self.memory.report(candidate.number, rung.total_steps, candidate.last.scores[self.best_by])
 
     def _train(self, candidate: Candidate, number: int, rung: Rung, folder: Path) -> RungResult:
         start = time.perf_counter()

@@ -50,9 +50,9 @@ def verdict(found: SearchResult) -> list[str]:
     if found.comparison is None:
         shorter = min(c.num_virtual_tokens for c in found.candidates) < chosen.num_virtual_tokens
         behind = ", and shorter ones were significantly worse, or fell behind after fewer steps" if shorter else ""
-        lines.append(f"it scores best{behind}")
+        lines.append(f"it has {_first(found)}{behind}")
     else:
-        lines.append(f"best: {_candidate(best)}: {describe(best.last.scores)}")
+        lines.append(f"{_first(found)}: {_candidate(best)}: {describe(best.last.scores)}")
         lines.append(
             f"the recommended one is worse by {_difference(found.comparison)}: not significant at {ALPHA:g}, which is "
             "not to say equal"
@@ -91,6 +91,10 @@ def _table(found: SearchResult) -> Table:
         )
     table.caption = f"compared with the best of its last rung on the same rows; *: significant at {ALPHA:g}"
     return table
+
+
+def _first(found: SearchResult) -> str:
+    return "the lowest held-out loss" if found.best_by == "loss" else "the highest held-out accuracy"
 
 
 def _candidate(candidate: Candidate) -> str:
