@@ -161,7 +161,8 @@ class progress_bar:
         self._bar.stop()
 
 
-from . import cli_analysis, cli_compare, cli_inference, cli_train  # noqa: E402, F401 - they add their commands to `app`
+# They add their commands to `app`.
+from . import cli_analysis, cli_compare, cli_inference, cli_search, cli_train  # noqa: E402, F401
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -41,6 +41,8 @@ class TuningJob:
     held_out_rows: Rows
     settings: TuningSettings | None = None
     """Of its first values; None: the run's."""
+    scorer: Callable[[str | None], dict[str, float]] | None = None
+    """Gives the held-out scores of the prompt of a name, None: of no prompt, in place of :func:`evaluate`."""
 
 
 @dataclass
@@ -200,6 +202,8 @@ class _Run:
         for job in self.jobs:
             self.before.append(
                 evaluate_bare(self.model, self.tokenizer, job.task, job.held_out_rows, self.settings.batch_size)
+                if job.scorer is None
+                else job.scorer(None)
             )
             self.console.print(f"{self._of(job)}without a prompt: {describe(self.before[-1])}", highlight=False)
         set_seed(self.settings.seed)
@@ -316,13 +320,17 @@ class _Run:
         every = []
         for job, history in zip(self.jobs, self.history, strict=True):
             name = job.task.prompt
-            scores = evaluate(
-                self.model,
-                self.tokenizer,
-                job.task,
-                job.held_out_rows,
-                batch_size=self.settings.batch_size,
-                prompt=name,
+            scores = (
+                evaluate(
+                    self.model,
+                    self.tokenizer,
+                    job.task,
+                    job.held_out_rows,
+                    batch_size=self.settings.batch_size,
+                    prompt=name,
+                )
+                if job.scorer is None
+                else job.scorer(name)
             )
             every.append(scores)
             history.append({"step": step, "seconds": seconds} | scores)
