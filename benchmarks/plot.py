@@ -5,6 +5,7 @@ python benchmarks/plot.py            # benchmarks/results/*.csv -> docs/figures/
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,79 @@ def serving(rows: pd.DataFrame) -> Any:
     return figure
 
 
-PLOTS = {"train_cpu": training, "scaling_cpu": scaling, "serve_cpu": serving}
+def rates(rows: pd.DataFrame) -> Any:
+    """Test accuracy over the learning rate, with and without the residual form, of both kinds of model."""
+    parts = [("learning_rate", "SmolLM2-135M, tweets"), ("encoder_rate", "MiniLM and head, movie reviews")]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
+    for panel, (study, title) in zip(panels, parts, strict=True):
+        part = rows[rows["study"] == study].copy()
+        part[["form", "rate"]] = part["variant"].str.split(" ", expand=True)
+        part["rate"] = part["rate"].astype(float)
+        for form, color in (("none", COLORS["padded"]), ("residual", COLORS["shared"])):
+            line = part[part["form"] == form].sort_values("rate")
+            low, high = (abs(line["test_accuracy"] - line[side]) for side in ("test_low", "test_high"))
+            panel.errorbar(line["rate"], line["test_accuracy"], (low, high), fmt="o-", color=color, label=form)
+        steps = part["steps"].iloc[0] if len(part) else 0
+        panel.set(xscale="log", xlabel="learning rate", title=f"{title}, {steps} steps")
+    panels[0].set(ylabel="test accuracy, 95 % interval")
+    panels[0].legend(frameon=False, fontsize=8, title="reparameterization")
+    return figure
+
+
+def variants(rows: pd.DataFrame) -> Any:
+    """Test accuracy of every variant on tweets, beside the default's."""
+    left_out = ("default", "default_rate", "learning_rate")
+    part = rows[(rows["domain"] == "tweets") & ~rows["study"].isin(left_out) & ~rows["study"].str.startswith("encoder")]
+    usual = rows[(rows["study"] == "learning_rate") & (rows["variant"] == "none 0.01")]
+    part = pd.concat([usual.assign(study="default", variant="as it is"), part])
+    figure, panel = plt.subplots(figsize=(9, 1 + 0.2 * len(part)))
+    places = range(len(part))
+    errors = [abs(part["test_accuracy"] - part[side]) for side in ("test_low", "test_high")]
+    colors = [COLORS["shared"] if study == "default" else COLORS["padded"] for study in part["study"]]
+    panel.barh(places, part["test_accuracy"], xerr=errors, color=colors, error_kw={"elinewidth": 0.8})
+    panel.set_yticks(places, [f"{s}: {v}" for s, v in zip(part["study"], part["variant"], strict=True)], fontsize=7)
+    panel.invert_yaxis()
+    if len(usual):
+        panel.axvline(usual["test_accuracy"].iloc[0], color=COLORS["shared"], linewidth=0.8)
+    panel.set(xlim=(0.5, None), xlabel="test accuracy, 95 % interval", title="SmolLM2-135M, tweets, short runs")
+    return figure
+
+
+def convergence(rows: pd.DataFrame) -> Any:
+    """Held-out accuracy over the time of training."""
+    figure, panel = plt.subplots(figsize=(9, 3.2))
+    colors = dict(zip(rows["method"].unique(), (COLORS["shared"], COLORS["padded"], COLORS["peft"]), strict=False))
+    for _, row in rows.iterrows():
+        curve = json.loads(row["curve"])
+        label = row["method"] if row["seed"] == rows["seed"].min() else None
+        panel.plot([p[1] for p in curve], [p[2] for p in curve], "o-", color=colors[row["method"]], label=label)
+    panel.axhline(rows["target"].iloc[0], color="#333333", linewidth=0.8, linestyle=":")
+    panel.set(xlabel="seconds of training, evaluations not counted", ylabel="accuracy", xscale="log")
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+PLOTS = {
+    "train_cpu": ("train_cpu", training),
+    "scaling_cpu": ("scaling_cpu", scaling),
+    "serve_cpu": ("serve_cpu", serving),
+    "recipes_rates": ("recipes_cpu", rates),
+    "recipes_variants": ("recipes_cpu", variants),
+    "convergence_cpu": ("convergence_cpu", convergence),
+}
+"""Figure -> table and function."""
 
 
 def main() -> None:
     plt.rcParams |= {"svg.hashsalt": "softprompt_fast", "axes.spines.top": False, "axes.spines.right": False}
     plt.rcParams["figure.constrained_layout.use"] = True
     FIGURES.mkdir(exist_ok=True)
-    for name, plot in PLOTS.items():
-        source = RESULTS / f"{name}.csv"
+    for name, (table, plot) in PLOTS.items():
+        source = RESULTS / f"{table}.csv"
         if source.is_file():
             figure = plot(pd.read_csv(source))
             figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FIELDS = [
     "test_accuracy", "test_low", "test_high", "test_loss", "last_test_accuracy", "trained_numbers", "train_seconds",
     "curve",
 ]  # fmt: skip
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 1e-2, 1e-1, 1.0)
 SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
 """Of the studies that only compare; the default has 120 steps."""
 TWEETS_TEXT = "Decide whether the following tweet is negative or positive about what it is written about.\n"
@@ -168,10 +168,11 @@ def run_one(run: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         result = tune(tuned, tokenizer, task, train, validation, folder, **settings)
         scores = evaluate(tuned, tokenizer, task, test)
+        compared = run["study"].startswith("default") and result.best_step != result.steps
         last = max(Path(folder, "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         with torch.no_grad():
             tuned.prompts[task.prompt].copy_(tuned.read_prompt(last / task.prompt))
-        last_scores = evaluate(tuned, tokenizer, task, test) if result.best_step != result.steps else scores
+        last_scores = evaluate(tuned, tokenizer, task, test) if compared else scores
     return {
         "study": run["study"],
         "model": SMOLLM2,
