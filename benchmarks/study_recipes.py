@@ -4,7 +4,8 @@
 
 Each run is a process of its own with one thread, so that `--jobs` runs share the cores evenly. Rows of a
 domain are split once: 1,000 test rows, 200 that choose the best state, the rest to train. `train_seconds` leaves the
-evaluations out, and means little where other work ran beside it.
+evaluations out, and means little where other work ran beside it. `other_test_accuracy`: of the last state of a default
+run, of an ensemble's members alone. "transfer" needs STUDY_PROMPTS, a folder with a tuned prompt of each domain.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any
 
 FIELDS = [
     "study", "model", "domain", "variant", "settings", "seed", "steps", "best_step", "validation_accuracy",
-    "test_accuracy", "test_low", "test_high", "test_loss", "last_test_accuracy", "trained_numbers", "train_seconds",
+    "test_accuracy", "test_low", "test_high", "test_loss", "other_test_accuracy", "trained_numbers", "train_seconds",
     "curve",
 ]  # fmt: skip
 RATES = (1e-3, 1e-2, 1e-1, 1.0)
 SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
 """Of the studies that only compare; the default has 120 steps."""
+QUICK: dict[str, Any] = {"steps": 20, "eval_every": 10}
 TWEETS_TEXT = "Decide whether the following tweet is negative or positive about what it is written about.\n"
 
 
@@ -79,6 +81,15 @@ def studies() -> dict[str, list[dict[str, Any]]]:
             "tweets", {f"batch {b}": {"batch_size": b, "steps": 1280 // b, "eval_every": 640 // b} for b in (8, 64)}
         ),
         "length": short({f"{p} tokens": {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
+        "ensemble": short({"3 members": {"members": 3}}),
+        "several": runs(
+            "all", {"4 tasks": SHORT, "4 tasks, 8 of 20 shared": SHORT | {"num_virtual_tokens": 12, "shared_tokens": 8}}
+        ),
+        "transfer": [
+            run
+            for domain, source in (("products", "movies"), ("editorials", "movies"), ("tweets", "products"))
+            for run in runs(domain, {"auto, 20 steps": QUICK, f"from {source}, 20 steps": QUICK | {"from": source}})
+        ],
         "encoder_default": [
             run
             for domain in ("movies", "products", "editorials", "tweets")
@@ -102,14 +113,16 @@ def main() -> None:
         if run["study"].startswith("encoder"):
             from study_encoder import run_encoder
 
-            print(json.dumps(run_encoder(run)))
+            print(json.dumps([run_encoder(run)]))
         else:
             print(json.dumps(run_one(run)))
         return
     done = set()
     if arguments.csv.is_file():
         with arguments.csv.open() as file:
-            done = {(row["study"], row["domain"], row["variant"], row["seed"]) for row in csv.DictReader(file)}
+            rows = list(csv.DictReader(file))
+            done = {(row["study"], row["domain"], row["variant"], row["seed"]) for row in rows}
+            done |= {(row["study"], "all", row["variant"], row["seed"]) for row in rows}
     waiting = [
         {"study": study, **run}
         for study in arguments.studies
@@ -121,77 +134,111 @@ def main() -> None:
             append(arguments.csv, finished.result())
 
 
-def in_process(run: dict[str, Any]) -> dict[str, Any]:
+def in_process(run: dict[str, Any]) -> list[dict[str, Any]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--csv", os.devnull, "--one", json.dumps(run)]
     found = subprocess.run(command, env=environment, capture_output=True, text=True)
     if found.returncode:
         print(f"{run}: failed\n{found.stderr[-2000:]}", file=sys.stderr)
-        return {}
-    row = json.loads(found.stdout.splitlines()[-1])
-    print({key: row[key] for key in ("study", "domain", "variant", "seed", "test_accuracy", "train_seconds")})
-    return row
+        return []
+    rows: list[dict[str, Any]] = json.loads(found.stdout.splitlines()[-1])
+    for row in rows:
+        shown = ("study", "domain", "variant", "seed", "test_accuracy", "train_seconds")
+        print({key: row[key] for key in shown}, flush=True)
+    return rows
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    if not row:
-        return
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
     new = not path.is_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)
         if new:
             writer.writeheader()
-        writer.writerow(row)
+        writer.writerows(rows)
 
 
-def run_one(run: dict[str, Any]) -> dict[str, Any]:
-    """One prompt tuned and scored."""
+def run_one(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prompts tuned in one run and scored: one, the members of an ensemble, or one for each domain."""
     import torch
 
     import softprompt_fast as spf
     from softprompt_fast.deep_prompt import DeepPromptModel
     from softprompt_fast.task import Task
-    from softprompt_fast.tuning import evaluate, load_base_model, tune
-    from softprompt_fast.tuning.demo import LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
+    from softprompt_fast.tuning import (
+        TuningJob,
+        evaluate,
+        evaluate_ensemble,
+        load_base_model,
+        tune_ensemble,
+        tune_tasks,
+    )
+    from softprompt_fast.tuning.demo import DOMAINS, LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
     from softprompt_fast.tuning.models import SMOLLM2
 
     torch.set_num_threads(1)
     settings = dict(run["settings"])
-    deep = settings.pop("deep", False)
-    words = settings.pop("words", LABEL_WORDS)
-    rest, test = balanced(sentiment_rows(run["domain"]), 1000, seed=0)
-    train, validation = balanced(rest, 200, seed=1)
+    deep, words = settings.pop("deep", False), settings.pop("words", LABEL_WORDS)
+    members, shared = settings.pop("members", 1), settings.pop("shared_tokens", 0)
+    if "from" in settings:
+        settings["init"] = str(Path(os.environ["STUDY_PROMPTS"], settings.pop("from")))
+    jobs, tests = [], []
+    for domain in DOMAINS if run["domain"] == "all" else [run["domain"]]:
+        rest, test = balanced(sentiment_rows(domain), 1000, seed=0)
+        train, validation = balanced(rest, 200, seed=1)
+        task = Task("classification", TEMPLATE, "label", words, max_length=128, model=SMOLLM2, prompt=domain)
+        jobs.append(TuningJob(task, train, validation))
+        tests.append(test)
     model, tokenizer = load_base_model(SMOLLM2, device="cpu")
     tuned = (DeepPromptModel if deep else spf.SoftPromptModel)(model)
-    task = Task("classification", TEMPLATE, "label", words, max_length=128, model=SMOLLM2, prompt=run["domain"])
     with tempfile.TemporaryDirectory() as folder:
-        result = tune(tuned, tokenizer, task, train, validation, folder, **settings)
-        scores = evaluate(tuned, tokenizer, task, test)
-        compared = run["study"].startswith("default") and result.best_step != result.steps
-        last = max(Path(folder, "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-        with torch.no_grad():
-            tuned.prompts[task.prompt].copy_(tuned.read_prompt(last / task.prompt))
-        last_scores = evaluate(tuned, tokenizer, task, test) if compared else scores
-    return {
-        "study": run["study"],
-        "model": SMOLLM2,
-        "domain": run["domain"],
-        "variant": run["variant"],
-        "settings": json.dumps(run["settings"]),
-        "seed": run["settings"]["seed"],
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "validation_accuracy": round(result.after["accuracy"], 4),
-        "test_accuracy": round(scores["accuracy"], 4),
-        "test_low": round(scores["accuracy_low"], 4),
-        "test_high": round(scores["accuracy_high"], 4),
-        "test_loss": round(scores["loss"], 4),
-        "last_test_accuracy": round(last_scores["accuracy"], 4),
-        "trained_numbers": tuned.prompts[task.prompt].numel(),
-        "train_seconds": round(result.tuning_seconds - result.evaluation_seconds),
-        "curve": json.dumps([[int(h["step"]), round(h["accuracy"], 3), round(h["loss"], 4)] for h in result.history]),
-    }
+        if members != 1:
+            task = jobs[0].task
+            found = tune_ensemble(
+                tuned, tokenizer, task, jobs[0].train_rows, jobs[0].held_out_rows, folder, members=members, **settings
+            )
+            results = found.members
+            names = [result.folder.name for result in results]
+            scores = [evaluate_ensemble(tuned, tokenizer, task, tests[0], names)]
+            last = [evaluate(tuned, tokenizer, task, tests[0], prompt=name)["accuracy"] for name in names]
+        else:
+            results = tune_tasks(tuned, tokenizer, jobs, folder, shared_tokens=shared, **settings)
+            scores = [
+                evaluate(tuned, tokenizer, job.task, test, prompt=job.task.prompt)
+                for job, test in zip(jobs, tests, strict=True)
+            ]
+            last = []
+            if run["study"].startswith("default"):
+                path = max(Path(folder, "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+                with torch.no_grad():
+                    tuned.prompts[run["domain"]].copy_(tuned.read_prompt(path / run["domain"]))
+                last = [evaluate(tuned, tokenizer, jobs[0].task, tests[0])["accuracy"]]
+    return [
+        {
+            "study": run["study"],
+            "model": SMOLLM2,
+            "domain": job.task.prompt,
+            "variant": run["variant"],
+            "settings": json.dumps(run["settings"]),
+            "seed": run["settings"]["seed"],
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "validation_accuracy": round(result.after["accuracy"], 4),
+            "test_accuracy": round(score["accuracy"], 4),
+            "test_low": round(score["accuracy_low"], 4),
+            "test_high": round(score["accuracy_high"], 4),
+            "test_loss": round(score["loss"], 4),
+            "other_test_accuracy": json.dumps([round(value, 4) for value in last]),
+            "trained_numbers": sum(
+                tuned.prompts[name].numel() for name in tuned.prompts if name.startswith(job.task.prompt)
+            ),
+            "train_seconds": round(result.tuning_seconds - result.evaluation_seconds),
+            "curve": json.dumps(
+                [[int(h["step"]), round(h["accuracy"], 3), round(h["loss"], 4)] for h in result.history]
+            ),
+        }
+        for job, result, score in zip(jobs, results, scores, strict=False)
+    ]
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .settings import DEFAULT_STEPS, instruction
+from .settings import DEFAULT_TOKENS as VIRTUAL_TOKENS
+
 if TYPE_CHECKING:
     from .analysis import Analysis
 
-VIRTUAL_TOKENS = 20
-STEPS = 120
-"""Of the demo: movie reviews with SmolLM2-135M gain little behind 40 steps and are done at 120."""
+STEPS_PER_LABEL = DEFAULT_STEPS // 2
+"""The default steps are those that two labels took (docs/recipes.md)."""
 MOST_STEPS = 3000
 FEW_ROWS = 100
 FEW_PER_CLASS = 10
@@ -60,7 +62,7 @@ def suggest(found: Analysis, tokenizer: Any) -> Recipe:
     choices["steps"] = _steps(found, choices["batch_size"].value)
     if found.kind == "classification":
         choices["label_words"] = _label_words(found, tokenizer)
-    choices["init"] = _init(found, choices)
+    choices["init"] = _init(found, choices, tokenizer)
     return Recipe(choices, _warnings(found, choices["max_length"].value))
 
 
@@ -106,14 +108,16 @@ def _max_length(found: Analysis, virtual_tokens: int) -> Choice:
 
 
 def _steps(found: Analysis, batch_size: int) -> Choice:
-    epochs = math.ceil(3 * _usable(found) / batch_size)
-    if epochs < STEPS:
-        return Choice(STEPS, f"three passes are only {epochs} steps, and a prompt takes about {STEPS} to settle")
-    if epochs > MOST_STEPS:
-        return Choice(
-            MOST_STEPS, f"three passes are {epochs} steps; stop here and go on with --resume if it still gains"
-        )
-    return Choice(epochs, "three passes over the rows")
+    if found.kind == "classification":
+        steps = max(DEFAULT_STEPS, STEPS_PER_LABEL * len(found.classes))
+        reason = f"{STEPS_PER_LABEL} a label: two labels of four domains had settled by {DEFAULT_STEPS}"
+    else:
+        steps, reason = math.ceil(3 * _usable(found) / batch_size), "three passes over the rows"
+        if steps < DEFAULT_STEPS:
+            steps, reason = DEFAULT_STEPS, f"three passes are only {steps} steps"
+    if steps > MOST_STEPS:
+        return Choice(MOST_STEPS, f"{steps} steps ({reason}) are many; go on with --resume if it still gains")
+    return Choice(steps, reason)
 
 
 def _label_words(found: Analysis, tokenizer: Any) -> Choice:
@@ -138,13 +142,16 @@ def _cases(word: str) -> tuple[str, ...]:
     return word, word.lower(), word.capitalize(), word.upper()
 
 
-def _init(found: Analysis, choices: dict[str, Choice]) -> Choice:
+def _init(found: Analysis, choices: dict[str, Choice], tokenizer: Any) -> Choice:
     if found.kind == "generation":
         return Choice("vocabulary", "vectors of common tokens: nearer to what the model knows than noise")
-    words = choices["label_words"].value.values()
-    if all(any(c.isalpha() for c in word) and len(word.strip()) > 1 for word in words):
+    words = choices["label_words"].value
+    if not all(any(c.isalpha() for c in word) and len(word.strip()) > 1 for word in words.values()):
+        return Choice("vocabulary", "the label words say little by themselves (numbers or letters)")
+    text = instruction(words)
+    if len(tokenizer(text, add_special_tokens=False).input_ids) > choices["num_virtual_tokens"].value:
         return Choice("class_labels", "the label words' vectors name the answers (Lester et al. 2021, 3.2)")
-    return Choice("vocabulary", "the label words say little by themselves (numbers or letters)")
+    return Choice("auto", f"a prompt that starts as {text.strip()!r} answers before its first step")
 
 
 def _warnings(found: Analysis, suggested_length: int) -> list[str]:
