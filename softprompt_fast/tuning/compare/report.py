@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..best import rank
 from . import words
-from .settings import LOOP, RATE_SOURCES, TRAINED
+from .settings import DEFAULTS, LOOP, RATE_SOURCES, TRAINED
 from .verdict import RULES
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ def _settings(found: Comparison) -> str:
         )
         shown = {name: value for name, value in detail.items() if name not in ("validation", "text in front")}
         cells = [_name(s), escape(s.description), escape(_joined(s.options)), escape(_joined(shown))]
-        rows.append([*cells, escape(RATE_SOURCES.get(s.method, ""))])
+        rows.append([*cells, escape(_rate_source(s))])
     parts.append(
         _table(
             ["method", "what it is", "settings", "of the first run", "learning rate"], rows, numbers_from=9, raw=True
@@ -257,16 +258,43 @@ def _seed_table(found: Comparison) -> str:
                 str(result["seed"]),
                 result["status"],
                 "" if score is None else f"{score:.4f}",
+                _best_validation(result),
                 words.seconds(result.get("train_seconds")),
                 words.seconds(result.get("inference_seconds")),
                 words.seconds(result.get("wall_seconds")),
             ]
         )
-    heads = ["method", "seed", "status", found.facts["metric"], "training", "test rows in", "whole process"]
+    heads = [
+        "method",
+        "seed",
+        "status",
+        found.facts["metric"],
+        "best on validation",
+        "training",
+        "test rows in",
+        "whole process",
+    ]
     return _table(heads, rows, numbers_from=3)
 
 
 # --- helpers ---
+
+
+def _rate_source(summary: MethodSummary) -> str:
+    """Where a default learning rate comes from."""
+    default = DEFAULTS[summary.method].get("learning_rate")
+    if summary.options.get("learning_rate", default) != default:
+        return "set by the caller"
+    return RATE_SOURCES.get(summary.method, "")
+
+
+def _best_validation(result: Mapping[str, Any]) -> str:
+    """Accuracy or loss of the state that was kept."""
+    history = result.get("detail", {}).get("validation", [])
+    if not history:
+        return ""
+    best = max(history, key=rank)
+    return f"{best.get('accuracy', best['loss']):.4f}"
 
 
 def _name(summary: MethodSummary) -> str:
