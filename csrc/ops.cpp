@@ -79,7 +79,7 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
                    const std::optional<at::Tensor>& prompt_ids, const std::optional<at::Tensor>& attention_mask,
                    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& plan, int64_t slots,
                    int64_t width, int64_t prompt_segments, bool left, int64_t mask_format, bool causal, int64_t window,
-                   double scale) {
+                   double scale, const std::optional<at::Tensor>& token_update) {
   check_matrix(input_ids, "input_ids", input_ids);
   check_matrix(embedding, "embedding", input_ids);
   check_matrix(prompts, "prompts", input_ids);
@@ -116,6 +116,18 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
   } else {
     p.segments = p.rows;
     TORCH_CHECK(slots == p.rows * width, "slots must be rows * width in the padded layout");
+  }
+
+  if (token_update.has_value()) {
+    const at::ScalarType wide = embedding.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    TORCH_CHECK(token_update->dim() == 3 && token_update->size(0) == p.prompt_count && token_update->size(2) == p.dim &&
+                    token_update->is_contiguous() && token_update->scalar_type() == wide &&
+                    token_update->device() == input_ids.device(),
+                "token_update must be [", p.prompt_count, ", U, ", p.dim, "] adjacent ", wide, " on ",
+                input_ids.device(), ", got ", token_update->sizes(), " ", token_update->scalar_type(), " on ",
+                token_update->device());
+    p.update_length = token_update->size(1);
+    if (token_update->numel() > 0) p.token_update = rows_of(token_update->flatten(0, 1), "token_update");
   }
 
   const auto long_options = input_ids.options().dtype(at::kLong);
@@ -179,9 +191,11 @@ at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const
 }
 
 at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& input_ids,
-                              const at::Tensor& token_slots, int64_t vocabulary, int64_t padding_idx, double scale) {
+                              const at::Tensor& token_slots, int64_t vocabulary, int64_t padding_idx, double scale,
+                              at::ScalarType dtype) {
+  TORCH_CHECK(dtype == grad.scalar_type() || dtype == at::kFloat, "dtype must be float32 or that of grad, got ", dtype);
   const at::Tensor flat = grad.reshape({-1, grad.size(-1)}).contiguous();
-  at::Tensor result = at::zeros({vocabulary, flat.size(1)}, flat.options());
+  at::Tensor result = at::zeros({vocabulary, flat.size(1)}, flat.options().dtype(dtype));
   const at::Tensor slots = token_slots.reshape({-1});
   at::Tensor ids = input_ids.reshape({-1}).to(at::kLong);
   ids = at::where(slots.lt(0).logical_or(ids.eq(padding_idx)), vocabulary, ids);  // sorted last, then skipped
@@ -371,7 +385,8 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def(
       "assemble(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor prompt_offsets, Tensor? prompt_ids, "
       "Tensor? attention_mask, Tensor? labels, Tensor? plan, SymInt slots, SymInt width, SymInt prompt_segments, "
-      "bool left, int mask_format, bool causal, int window, float scale) -> (Tensor inputs_embeds, "
+      "bool left, int mask_format, bool causal, int window, float scale, Tensor? token_update=None) -> (Tensor "
+      "inputs_embeds, "
       "Tensor attention_mask, Tensor position_ids, Tensor labels, Tensor token_slots, Tensor prompt_slots, "
       "Tensor row_ids, Tensor status)");
   library.def(
@@ -379,7 +394,7 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
       "ScalarType dtype) -> Tensor");
   library.def(
       "embedding_backward(Tensor grad, Tensor input_ids, Tensor token_slots, SymInt vocabulary, int padding_idx, "
-      "float scale) -> Tensor");
+      "float scale, ScalarType dtype) -> Tensor");
   library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
   library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
   library.def(

@@ -1,5 +1,6 @@
 // What a kernel is told: plain structs without a torch or CUDA type, shared by CPU and CUDA code.
-// Symbols as in docs/architecture.md: B rows, T tokens, D hidden size, V vocabulary, N prompts, R prompt rows.
+// Symbols as in docs/architecture.md: B rows, T tokens, D hidden size, V vocabulary, N prompts, R prompt rows, U tokens
+// that a prompt's update reaches.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +60,9 @@ struct AssembleParams {
   const int64_t* prompt_ids;      // [B]; null: prompt 0 everywhere
   const int64_t* plan;            // null: padded layout
 
+  Rows token_update;      // [N * U, D], float64 if the embedding is, else float32; null: none
+  int64_t update_length;  // U
+
   void* inputs_embeds;    // [slots, D], dtype of embedding
   void* mask_out;         // [slots] or [slots, S]
   int64_t* position_ids;  // [slots]
@@ -78,11 +82,12 @@ struct PromptBackwardParams {
   const int64_t* prompt_offsets;
 };
 
+// Gradient of a table of which each slot holds one row: the embedding, or a token update's vectors.
 struct EmbeddingBackwardParams {
   int64_t dim, tokens;  // tokens: entries of order
   double scale;
   Rows grad;                    // [slots, D]
-  Rows grad_embedding;          // [V, D], zero on entry
+  Rows grad_embedding;          // [V, D], zero on entry; dtype of grad, or float32
   const int64_t* sorted_ids;    // [tokens] ascending; ids >= V are skipped
   const int64_t* sorted_slots;  // [tokens]
 };

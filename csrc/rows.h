@@ -105,6 +105,11 @@ SPF_HOST_DEVICE void find_prompt(const AssembleParams& p, int64_t id, int64_t ro
   segment.prompt_length = last - first;
 }
 
+// The prompt that row `row` of the padded layout asks for.
+SPF_HOST_DEVICE int64_t prompt_of(const AssembleParams& p, int64_t row) {
+  return p.prompt_ids != nullptr ? p.prompt_ids[row] : (p.prompt_count > 0 ? 0 : -1);
+}
+
 SPF_HOST_DEVICE Segment segment_at(const AssembleParams& p, int64_t index) {
   Segment segment;
   if (p.plan == nullptr) {
@@ -113,7 +118,7 @@ SPF_HOST_DEVICE Segment segment_at(const AssembleParams& p, int64_t index) {
     segment.text_row = index;
     segment.position = 0;
     segment.use = index;
-    find_prompt(p, p.prompt_ids != nullptr ? p.prompt_ids[index] : (p.prompt_count > 0 ? 0 : -1), index, segment);
+    find_prompt(p, prompt_of(p, index), index, segment);
     return segment;
   }
   const int64_t* line = p.plan + index * kPlanColumns;
@@ -122,9 +127,16 @@ SPF_HOST_DEVICE Segment segment_at(const AssembleParams& p, int64_t index) {
   segment.position = line[kPlanPosition];
   segment.text_row = index < p.prompt_segments ? -1 : index - p.prompt_segments;
   segment.use = index < p.prompt_segments ? index : -1;
-  // A text segment names its prompt for the reader; the prompt's vectors stand in a segment of their own.
+  // A text segment names its prompt for `first_update`; the prompt's vectors stand in a segment of their own.
   find_prompt(p, segment.text_row < 0 ? line[kPlanPrompt] : -1, index, segment);
   return segment;
+}
+
+// Row of token_update that is added to the first token of a segment's text, -1: none.
+SPF_HOST_DEVICE int64_t first_update(const AssembleParams& p, int64_t index) {
+  if (p.token_update.data == nullptr) return -1;
+  const int64_t id = p.plan == nullptr ? prompt_of(p, index) : p.plan[index * kPlanColumns + kPlanPrompt];
+  return id < 0 || id >= p.prompt_count ? -1 : id * p.update_length;
 }
 
 // What a segment holds once its row's real tokens are counted: [begin, begin + prompt_length + text) is real.

@@ -116,6 +116,28 @@ def check_tensors(
             raise fail_type("labels", "be int64 or int32", labels)
 
 
+def check_token_factors(token_factors: object, embedding: Tensor, prompts: int) -> None:
+    if token_factors is None:
+        return
+    rule = "be a pair of tensors a [N, U, r] and b [N, r, D], or None"
+    if not isinstance(token_factors, (tuple, list)) or not all(isinstance(x, Tensor) for x in token_factors):
+        raise fail_type("token_factors", rule, token_factors)
+    if len(token_factors) != 2 or any(x.dim() != 3 for x in token_factors):
+        raise ValueError(f"assemble: `token_factors` must {rule}, got {' and '.join(map(describe, token_factors))}")
+    a, b = token_factors
+    for argument, factor in (("token_factors[0]", a), ("token_factors[1]", b)):
+        if factor.dtype != embedding.dtype and factor.dtype != torch.float32:
+            raise fail_type(argument, f"be float32 or have the embedding's dtype ({embedding.dtype})", factor)
+        if factor.device != embedding.device:
+            raise fail(argument, f"be on the device of input_ids ({embedding.device})", factor)
+        if factor.shape[0] != prompts:
+            raise fail(argument, f"have a matrix for each of the {prompts} prompts", factor)
+    if b.shape[2] != embedding.shape[1]:
+        raise fail("token_factors[1]", f"have the embedding's hidden size {embedding.shape[1]}", b)
+    if a.shape[2] != b.shape[1]:
+        raise fail("token_factors[1]", f"have the rank {a.shape[2]} of the first factor", b)
+
+
 def _usual(
     input_ids: Tensor, embedding: Tensor, prompts: Tensor, attention_mask: Tensor | None, labels: Tensor | None
 ) -> bool:

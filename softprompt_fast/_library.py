@@ -136,6 +136,7 @@ def _fake_assemble(
     causal: bool,
     window: int,
     scale: float,
+    token_update: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     rows, tokens = input_ids.shape
     lead = (1, slots) if plan is not None else (rows, width)
@@ -180,8 +181,9 @@ def _fake_embedding_backward(
     vocabulary: int,
     padding_idx: int,
     scale: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return grad.new_empty((vocabulary, grad.shape[-1]))
+    return grad.new_empty((vocabulary, grad.shape[-1]), dtype=dtype)
 
 
 def _fake_unpack(packed: list[torch.Tensor], table: torch.Tensor, width: int, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -82,94 +82,6 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU
 
 
 @app.command()
-def train(
-    model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the prompt and its scores go.")] = Path(
-        "prompts"
-    ),
-    task: Annotated[TaskKind, typer.Option(help="Choose a label, or continue with text.")] = TaskKind.classification,
-    name: Annotated[str, typer.Option(help="The prompt's name.")] = "prompt",
-    text_column: Annotated[str, typer.Option(help="Column of the text (classification).")] = "text",
-    label_column: Annotated[str, typer.Option(help="Column of the label (classification).")] = "label",
-    prompt_column: Annotated[str, typer.Option(help="Column of what is asked (generation).")] = "prompt",
-    response_column: Annotated[str, typer.Option(help="Column of the answer (generation).")] = "response",
-    template: Annotated[
-        str | None, typer.Option(help=r"Text the model reads; columns in braces, \n is a line break.")
-    ] = None,
-    label_word: Annotated[
-        list[str] | None, typer.Option(help="LABEL=WORD, once per label; default: the label itself.")
-    ] = None,
-    validation: Annotated[str | None, typer.Option(help="Held-out rows; default: a part of the data.")] = None,
-    held_out: Annotated[float, typer.Option(help="Share (below 1) or number of rows held out.")] = 0.1,
-    split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
-    virtual_tokens: Annotated[int | None, typer.Option("--virtual-tokens", "-P", min=1, help="Default 20.")] = None,
-    init: Annotated[
-        str, typer.Option(help="random, vocabulary, text, class_labels, or a saved prompt.")
-    ] = "vocabulary",
-    init_text: Annotated[str | None, typer.Option(help="Text whose tokens start the prompt (--init text).")] = None,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-2,
-    batch_size: BatchSize = 32,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
-    epochs: Annotated[float, typer.Option(min=0.0)] = 3.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs.")] = None,
-    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="Longest text in tokens.")] = 512,
-    seed: int = 0,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in --output.")] = False,
-    tensorboard: Annotated[bool, typer.Option(help="Log to --output/checkpoints/runs.")] = False,
-    dtype: Dtype = "auto",
-    device: Device = None,
-) -> None:
-    """Tunes a soft prompt on rows of data and keeps the best one."""
-    from .model import SoftPromptModel
-    from .task import classification_task, generation_task
-    from .tuning import load_base_model, load_rows, split_rows, tune
-
-    rows = load_rows(data, split)
-    if template is not None:
-        template = template.replace("\\n", "\n")
-    common: dict[str, Any] = {"max_length": max_length, "model": model, "prompt": name}
-    if task is TaskKind.classification:
-        words = _pairs(label_word) if label_word else None
-        chosen = classification_task(
-            rows, text_column=text_column, label_column=label_column, template=template, label_words=words, **common
-        )
-    else:
-        chosen = generation_task(
-            prompt_column=prompt_column, response_column=response_column, template=template, **common
-        )
-    if validation is not None:
-        held_out_rows = load_rows(validation, split)
-    else:
-        rows, held_out_rows = split_rows(rows, held_out, seed)
-    base, tokenizer = load_base_model(model, dtype, device)
-    result = tune(
-        SoftPromptModel(base),
-        tokenizer,
-        chosen,
-        rows,
-        held_out_rows,
-        output,
-        num_virtual_tokens=virtual_tokens,
-        init=init,
-        init_text=init_text,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulate,
-        epochs=epochs,
-        steps=steps,
-        eval_every=eval_every,
-        seed=seed,
-        resume=resume,
-        report_to=("tensorboard",) if tensorboard else (),
-        console=console,
-    )
-    if result.interrupted:
-        console.print(f"interrupted at step {result.steps}; go on with the same command and --resume")
-
-
-@app.command()
 def evaluate(
     prompt: PromptFolder,
     data: Data,
@@ -216,7 +128,9 @@ def _pairs(values: list[str]) -> dict[str, str]:
 
 
 def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, Any]:
+    from .deep_prompt import DeepPromptModel
     from .model import SoftPromptModel
+    from .peft_format import DEEP, peft_type
     from .tuning import Task, load_base_model
 
     task = Task.load(folder)
@@ -225,7 +139,7 @@ def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None)
         raise ValueError("--model must be given: the prompt does not say which model it was tuned on")
     base, tokenizer = load_base_model(name, dtype, device)
     own = folder if (folder / "task.json").is_file() else folder / task.prompt
-    tuned = SoftPromptModel(base)
+    tuned = (DeepPromptModel if peft_type(own) == DEEP else SoftPromptModel)(base)
     tuned.load_prompt(own, task.prompt)
     return tuned, tokenizer, task
 
@@ -247,7 +161,8 @@ class progress_bar:
         self._bar.stop()
 
 
-from . import cli_analysis, cli_compare, cli_inference  # noqa: E402, F401 - they add their commands to `app`
+# They add their commands to `app`.
+from . import cli_analysis, cli_compare, cli_inference, cli_search, cli_train  # noqa: E402, F401
 
 if __name__ == "__main__":
     main()

@@ -68,7 +68,9 @@ def analyze(
     from .tuning.tables import print_analysis
 
     rows = load_rows(data, split)
-    chosen = _task(rows, task, text_column, label_column, prompt_column, response_column, template, label_word)
+    chosen = task_of_options(
+        rows, task, text_column, label_column, prompt_column, response_column, template, label_word
+    )
     chosen.max_length = max_length
     if validation is not None:
         apart = load_rows(validation, split)
@@ -228,7 +230,9 @@ def similar(
     if own is not None and (own / FILE).is_file():
         chosen = Task.load(own)
     elif rows:
-        chosen = _task(rows, task, text_column, label_column, prompt_column, response_column, template, label_word)
+        chosen = task_of_options(
+            rows, task, text_column, label_column, prompt_column, response_column, template, label_word
+        )
         chosen.max_length = max_length
     tuned, tokenizer, folders = _load_prompts(prompt, model, dtype, device)
     sources = {n: tuned.prompts[n].detach() for n in folders if own is None or folders[n].resolve() != own.resolve()}
@@ -251,7 +255,7 @@ def similar(
 # --- helpers ---
 
 
-def _task(
+def task_of_options(
     rows: list[dict[str, Any]],
     kind: TaskKind,
     text_column: str,
@@ -307,6 +311,7 @@ def _load_prompts(prompt: Path, model: str | None, dtype: str, device: str | Non
     tuned = SoftPromptModel(base)
     for own, folder in folders.items():
         tuned.load_prompt(folder, own)
+        tuned.prompts.without_token_update(own, "this command")
     return tuned, tokenizer, folders
 
 

@@ -20,7 +20,7 @@ from .cli_analysis import (
     Template,
     TextColumn,
     _draw,
-    _task,
+    task_of_options,
 )
 
 
@@ -86,7 +86,9 @@ def compare(
         # Of all rows, whether or not test rows were taken from them.
         count = round(len(rows) * validation_share) if validation_share < 1 else int(validation_share)
         train, validation_rows = split_rows(train, max(1, count), split_seed + 1)
-    chosen = _task(rows, task, text_column, label_column, prompt_column, response_column, template, label_word)
+    chosen = task_of_options(
+        rows, task, text_column, label_column, prompt_column, response_column, template, label_word
+    )
     chosen.max_length, chosen.model = max_length, model
     if instruction is not None:
         instruction = instruction.replace("\\n", "\n")

@@ -45,6 +45,11 @@ def predict(
     batch_size: BatchSize = 32,
     batch_tokens: BatchTokens = 4096,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of tasks that generate text.")] = 64,
+    ensemble: Annotated[bool, typer.Option(help="The folder's prompts decide together on each row.")] = False,
+    combine: Annotated[
+        str | None,
+        typer.Option(help="mean_probability, mean_logit or majority; default: as the folder's ensemble.json says."),
+    ] = None,
     resume: Resume = False,
     engine: Annotated[Engine, typer.Option(help="local, or ray: spread over workers (extra `ray`).")] = Engine.local,
     workers: Annotated[int, typer.Option(min=1, help="Of --engine ray, each with a model of its own.")] = 2,
@@ -63,6 +68,8 @@ def predict(
         "dtype": dtype,
         "device": device,
     }
+    if ensemble and (prompt_column is not None or engine is Engine.ray):
+        raise ValueError("--ensemble must be without --prompt-column and --engine ray")
     if engine is Engine.ray:
         from .inference.ray_engine import RayAnswers
 
@@ -73,6 +80,16 @@ def predict(
         _report(rows, RayAnswers(rows, names, prompt, base, workers, options, settings), output, resume)
         return
     pipe = load_pipeline(prompt, model, **settings)
+    if ensemble:
+        members, how = _members(prompt, pipe.bank.names)
+        _write(
+            rows,
+            [None] * len(rows),
+            lambda part, _: pipe.classify(part, ensemble=members, combine=combine or how),
+            output,
+            resume,
+        )
+        return
     names = _names(rows, prompt_column, pipe.bank.names)
     _write(rows, names, lambda part, used: answer_rows(pipe, part, used, options), output, resume)
 
@@ -153,6 +170,15 @@ def _prompt_names(prompt: Path, model: str | None) -> tuple[list[str], str]:
     if model is None and not found:
         raise ValueError("--model must be given: the prompts do not say which model they were tuned on")
     return [folder.resolve().name for folder in folders], model or found[0]
+
+
+def _members(folder: Path, known: list[str]) -> tuple[list[str], str]:
+    """An ensemble's prompts, and how they decide: as its file says, or all of the folder by mean probability."""
+    file = folder / "ensemble.json"
+    if not file.is_file():
+        return known, "mean_probability"
+    facts = json.loads(file.read_text())
+    return facts["members"], facts["combine"]
 
 
 def _names(rows: Sequence[dict[str, Any]], column: str | None, known: list[str]) -> list[str | None]:

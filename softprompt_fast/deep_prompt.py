@@ -23,7 +23,7 @@ from .inference.continuation import Continuation
 from .initialize import METHODS, initial_prompt
 from .model import SoftPromptModel
 from .peft_format import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
-from .prompt import FastSoftPrompt, PromptIds
+from .prompt import Chosen, FastSoftPrompt, PromptIds
 from .shared_attention import PackedLayout, RowGroup, Unsupported
 from .shared_prompt import SLACK, Report, SharedBatch, SharedPrompt, check_architecture, evaluating, pack_rows
 
@@ -62,7 +62,7 @@ class DeepPrompt(SharedPrompt):
     ) -> SharedBatch:
         """The packed batch of the rows' texts [B, T]. A row's first token is predicted by nothing."""
         rows, tokens = input_ids.shape
-        chosen = bank.choose(prompt_ids, rows)
+        chosen = _plain(bank.choose(prompt_ids, rows))
         if lengths is None:
             lengths = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
         embedding = self.model.get_input_embeddings()
@@ -79,7 +79,15 @@ class DeepPrompt(SharedPrompt):
         positions = batch.position_ids + virtual.to(input_ids.device, non_blocking=True)
         return replace(batch, position_ids=positions, layout=layout)
 
-    def logits_alone(self, prompt: Tensor | None, input_ids: Tensor, places: Tensor, *, gradient: bool) -> Tensor:
+    def logits_alone(
+        self,
+        prompt: Tensor | None,
+        input_ids: Tensor,
+        places: Tensor,
+        *,
+        gradient: bool,
+        update: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself on a cache of its prompt."""
         from transformers import DynamicCache
 
@@ -212,7 +220,7 @@ class DeepPromptModel(SoftPromptModel):
         bank = self.prompts if prompts is None else prompts
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _check_no_empty_row(input_ids, mask)
-        chosen = bank.choose(prompt_ids, len(input_ids))
+        chosen = _plain(bank.choose(prompt_ids, len(input_ids)))
         starts = chosen.offsets
         prefixes = [(starts[n], starts[n + 1] - starts[n]) if n >= 0 else (0, 0) for n in chosen.ids]
         compiled = self.shared.compiled(chosen.tensors)
@@ -245,6 +253,12 @@ class DeepPromptModel(SoftPromptModel):
             ValueError: it was made for a model of another shape.
         """
         return read_prefix(folder, self.shared.shape)[0]
+
+
+def _plain(chosen: Chosen) -> Chosen:
+    if any(update is not None for update in chosen.updates):
+        raise ValueError("`prompts` must not have token updates: deep prompts run without them")
+    return chosen
 
 
 def _check_no_empty_row(input_ids: Tensor, attention_mask: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,41 +19,90 @@ class _Assemble(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, prompts: Tensor, embedding: Tensor, padding_idx: int, arguments: tuple[Any, ...]
+        ctx: Any,
+        prompts: Tensor,
+        embedding: Tensor,
+        token_update: Tensor | None,
+        padding_idx: int,
+        arguments: tuple[Any, ...],
     ) -> tuple[Tensor, ...]:
         # One method, not `setup_context`: with that, PyTorch inspects the signature on every call, for longer than
         # a small batch takes.
         ops = _library.ops_for(prompts.device)
         assert ops is not None
         input_ids, prompt_offsets, prompt_ids, _, _, plan, *_, scale = arguments
-        output = ops.assemble(input_ids, embedding, prompts, *arguments[1:])
+        output = ops.assemble(input_ids, embedding, prompts, *arguments[1:], token_update)
         token_slots, prompt_slots = output[4], output[5]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # else backward gets a tensor of zeros for each of the others
         ctx.prompt_rows, ctx.prompt_dtype = prompts.shape[0], prompts.dtype
         ctx.vocabulary, ctx.scale, ctx.padding_idx = embedding.shape[0], scale, padding_idx
         use_ids = prompt_ids if plan is None else plan[: prompt_slots.shape[0], 2].contiguous()
-        ctx.save_for_backward(prompt_slots, prompt_offsets, use_ids, input_ids, token_slots)
+        ctx.update_shape = None if token_update is None else token_update.shape
+        row_prompts = None if token_update is None else prompt_ids
+        ctx.save_for_backward(prompt_slots, prompt_offsets, use_ids, input_ids, token_slots, row_prompts)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None, None
-        prompt_slots, prompt_offsets, use_ids, input_ids, token_slots = ctx.saved_tensors
+            return None, None, None, None, None
+        prompt_slots, prompt_offsets, use_ids, input_ids, token_slots, row_prompts = ctx.saved_tensors
         ops = _library.ops_for(grad.device)
         assert ops is not None
-        for_prompts = for_embedding = None
+        for_prompts = for_embedding = for_update = None
         if ctx.needs_input_grad[0]:
             for_prompts = ops.prompt_backward(
                 grad, prompt_slots, use_ids, prompt_offsets, ctx.prompt_rows, ctx.prompt_dtype
             )
         if ctx.needs_input_grad[1]:
             for_embedding = ops.embedding_backward(
-                grad, input_ids, token_slots, ctx.vocabulary, ctx.padding_idx, ctx.scale
+                grad, input_ids, token_slots, ctx.vocabulary, ctx.padding_idx, ctx.scale, grad.dtype
             )
-        return for_prompts, for_embedding, None, None
+        if ctx.needs_input_grad[2]:
+            prompts, reach, _ = ctx.update_shape
+            known = (input_ids >= 0) & (input_ids < ctx.vocabulary)  # other tokens are zeros
+            rows = _update_rows(token_slots, known, row_prompts, prompts, reach)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            for_update = ops.embedding_backward(grad, rows, token_slots, prompts * reach, -1, 1.0, wide)
+            for_update = for_update.view(ctx.update_shape)
+        return for_prompts, for_embedding, for_update, None, None
+
+
+def _update_rows(token_slots: Tensor, known: Tensor, row_prompts: Tensor | None, prompts: int, reach: int) -> Tensor:
+    """[B, T]: which row of a token update [N, U, D], seen as [N * U, D], a token got; N * U for none."""
+    placed = token_slots >= 0
+    rank = placed.cumsum(1) - 1
+    first: Tensor | int = 0 if prompts else -1
+    if row_prompts is not None:
+        first = row_prompts[:, None]
+    updated = placed & known & (rank < reach) & (first >= 0) & (first < prompts)
+    return torch.where(updated, first * reach + rank, prompts * reach)
+
+
+class _Product(torch.autograd.Function):
+    """[N, U, r] @ [N, r, D] in the factors' own dtype, forward and backward, under autocast too."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        with _without_autocast(a.device.type):
+            return torch.bmm(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        with _without_autocast(a.device.type):
+            for_a = torch.bmm(grad, b.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+            for_b = torch.bmm(a.transpose(1, 2), grad) if ctx.needs_input_grad[1] else None
+        return for_a, for_b
+
+
+def _without_autocast(device_type: str) -> Any:
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def assemble(
@@ -64,6 +114,7 @@ def assemble(
     attention_mask: Tensor | None = None,
     labels: Tensor | None = None,
     *,
+    token_factors: tuple[Tensor, Tensor] | None = None,
     layout: str = "padded",
     padding_side: str = "right",
     mask_format: str = "2d",
@@ -92,6 +143,9 @@ def assemble(
         prompt_ids: [B], the prompt of each row, -1 for none. May be left out if there is exactly one prompt.
         attention_mask: [B, T] of 1 (token) and 0 (padding), any boolean, integer or float dtype. None: all ones.
         labels: [B, T] int64 or int32, carried along; -100 is put on prompts and padding.
+        token_factors: (a [N, U, r], b [N, r, D]), float32 or the embedding's dtype: ``(a[n] @ b[n])[t]`` is added to
+            the vector of real token number t, t < U, of each row of prompt n; not to later tokens, nor in rows without
+            a prompt. Multiplied out and added in float32 (float64 for float64), rounded once. DePT, arXiv 2309.05173.
         layout: "padded" ([B, S, D], S = longest prompt + T) or "packed" ([1, K, D]).
         padding_side: where padding of the padded layout stands.
         mask_format: "2d" ([B, S], dtype of ``attention_mask``, int64 without one), "4d_bool" or "4d_additive"
@@ -134,6 +188,7 @@ def assemble(
     if offsets is not None:
         _checks.check_offsets(offsets, prompts.shape[0])
     count = (prompt_offsets.shape[0] if isinstance(prompt_offsets, Tensor) else len(prompt_offsets)) - 1
+    _checks.check_token_factors(token_factors, embedding, count)
     if prompt_ids is None and count > 1:
         raise _checks.fail("prompt_ids", f"be given, for there are {count} prompts", prompt_ids)
     ids: list[int] | None = [0 if count else -1] * rows
@@ -184,7 +239,11 @@ def assemble(
         float(embedding_scale),
     )
     embeds, mask, positions, new_labels, token_slots, prompt_slots, row_ids, status = _run(
-        prompts, embedding, -1 if padding_idx is None else padding_idx, arguments
+        prompts,
+        embedding,
+        None if token_factors is None else token_update(*token_factors, tokens, embedding.dtype),
+        -1 if padding_idx is None else padding_idx,
+        arguments,
     )
     if check is None:
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -217,16 +276,28 @@ def assemble(
     )
 
 
-def _run(prompts: Tensor, embedding: Tensor, padding_idx: int, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def token_update(a: Tensor, b: Tensor, tokens: int, dtype: torch.dtype) -> Tensor:
+    """[N, U, D], what is added to the first U tokens of a row; no more of it than a row can have."""
+    wide = torch.promote_types(dtype, torch.float32)
+    product: Tensor = _Product.apply(a[:, :tokens].to(wide), b.to(wide))
+    return product
+
+
+def _run(
+    prompts: Tensor, embedding: Tensor, token_update: Tensor | None, padding_idx: int, arguments: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
     ops = _library.ops_for(prompts.device)
-    input_ids, prompt_offsets, *rest = arguments
+    input_ids, prompt_offsets = arguments[:2]
+    rest: list[Any] = [*arguments[2:], token_update]
     if ops is None:
         if 0 <= padding_idx < embedding.shape[0] and embedding.requires_grad:
             frozen = torch.arange(embedding.shape[0], device=embedding.device)[:, None] == padding_idx
             embedding = torch.where(frozen, embedding.detach(), embedding)
         return reference.assemble(input_ids, embedding, prompts, prompt_offsets, *rest)
-    if torch.is_grad_enabled() and (prompts.requires_grad or embedding.requires_grad):
-        return _Assemble.apply(prompts, embedding, padding_idx, arguments)
+    if torch.is_grad_enabled() and (
+        prompts.requires_grad or embedding.requires_grad or (token_update is not None and token_update.requires_grad)
+    ):
+        return _Assemble.apply(prompts, embedding, token_update, padding_idx, arguments)
     return ops.assemble(input_ids, embedding, prompts, prompt_offsets, *rest)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import architecture, generation
 from .batch import PromptedBatch
-from .peft_format import prompt_folders, read_prompt, write_prompt
+from .peft_format import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
 from .prompt import FastSoftPrompt, PromptIds
 from .shared_prompt import Report, SharedPrompt
 
@@ -406,26 +406,39 @@ class SoftPromptModel(nn.Module):
     # --- files ---
 
     def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
-        """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written."""
+        """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
+
+        PEFT refuses a prompt that has a token update, for it knows none.
+        """
         facts = architecture.peft_config(self.base_model)
         for name in self.prompts.names if names is None else names:
-            write_prompt(Path(directory) / name, self.prompts.values(name), facts)
+            write_prompt(Path(directory) / name, self.prompts.values(name), facts, self.prompts.token_update(name))
 
     def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
-        """Adds the prompt of an adapter folder, ours or PEFT's, ready to be trained further.
+        """Adds the prompt of an adapter folder, ours or PEFT's, with its token update, ready to be trained further.
 
         Args:
             name: None: the folder's name.
         """
-        return self.prompts.add_prompt(name or Path(folder).resolve().name, init=self.read_prompt(folder))
+        name = name or Path(folder).resolve().name
+        if peft_type(folder) != UPDATED:
+            return self.prompts.add_prompt(name, init=self.read_prompt(folder))
+        values, factors, config = read_updated_prompt(folder)
+        parameter = self.prompts.add_prompt(name, init=self._fitting(folder, values, config))
+        self.prompts.set_token_update(name, *factors)
+        return parameter
 
     def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
         """[P, D] float32, the prompt of an adapter folder.
 
         Raises:
-            ValueError: it was made for a model of another size.
+            ValueError: it was made for a model of another size, or has a token update.
         """
         values, config = read_prompt(folder)
+        return self._fitting(folder, values, config)
+
+    def _fitting(self, folder: PathLike[str] | str, values: Tensor, config: dict[str, Any]) -> Tensor:
+        """The values, if they are as wide as this model's prompts."""
         width = self.prompts.embedding_dim
         if values.shape[1] != width:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 The one tensor is ``prompt_embeddings [P, D]`` in float32. PEFT's own encoder-decoder prompts hold ``[2 P, D]``, of
 which its forward pass reads the first P rows; so do we. Of a deep prompt (prefix tuning) it is ``[P, L * 2 * H' * E]``:
-each virtual token's key and value of the first layer, of the second, and so on.
+each virtual token's key and value of the first layer, of the second, and so on. A prompt with a token update (DePT) has
+``token_update_a [U, r]`` and ``token_update_b [r, D]`` beside it; its ``peft_type`` is ours, so that PEFT refuses it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = "prompt_embeddings"
-PLAIN, DEEP = "PROMPT_TUNING", "PREFIX_TUNING"
+FACTORS = ("token_update_a", "token_update_b")
+PLAIN, DEEP, UPDATED = "PROMPT_TUNING", "PREFIX_TUNING", "SOFTPROMPT_FAST_DEPT"
 
 
 def is_prompt_folder(path: Path) -> bool:
@@ -43,14 +45,20 @@ def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
     return folders
 
 
-def write_prompt(folder: PathLike[str] | str, prompt: Tensor, config: dict[str, Any]) -> None:
+def write_prompt(
+    folder: PathLike[str] | str,
+    prompt: Tensor,
+    config: dict[str, Any],
+    token_update: tuple[Tensor, Tensor] | None = None,
+) -> None:
     """Writes an adapter folder; each file appears whole or not at all.
 
     Args:
         prompt: [P, D]
         config: facts of the model, merged into PEFT's fields (``task_type``, ``base_model_name_or_path``, ...).
+        token_update: its factors [U, r] and [r, D], if it has one.
     """
-    fields = {
+    fields: dict[str, Any] = {
         "peft_type": PLAIN,
         "token_dim": prompt.shape[1],
         "prompt_tuning_init": "RANDOM",
@@ -58,7 +66,12 @@ def write_prompt(folder: PathLike[str] | str, prompt: Tensor, config: dict[str, 
         "tokenizer_name_or_path": None,
         "tokenizer_kwargs": None,
     }
-    _write(Path(folder), prompt, fields | config)
+    tensors = {KEY: prompt}
+    if token_update is not None:
+        reach, rank = token_update[0].shape
+        fields |= {"peft_type": UPDATED, "token_update_length": reach, "token_update_rank": rank}
+        tensors |= dict(zip(FACTORS, token_update, strict=True))
+    _write(Path(folder), tensors, fields | config)
 
 
 def write_prefix(
@@ -74,10 +87,10 @@ def write_prefix(
         "encoder_hidden_size": heads * size,
         "prefix_projection": False,
     }
-    _write(Path(folder), prompt, config | fields)
+    _write(Path(folder), {KEY: prompt}, config | fields)
 
 
-def _write(folder: Path, prompt: Tensor, config: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "task_type": None,
@@ -85,14 +98,16 @@ def _write(folder: Path, prompt: Tensor, config: dict[str, Any]) -> None:
         "base_model_name_or_path": None,
         "revision": None,
         "inference_mode": True,
-        "num_virtual_tokens": prompt.shape[0],
+        "num_virtual_tokens": tensors[KEY].shape[0],
         "num_transformer_submodules": 1,
         "num_attention_heads": None,
         "num_layers": None,
     }
-    values = prompt.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    values = {
+        key: tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for key, tensor in tensors.items()
+    }
     partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file({KEY: values}, partial, metadata={"format": "pt"})
+    save_file(values, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS_FILE)
     partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
     partial.write_text(json.dumps(fields | config, indent=2, sort_keys=True) + "\n")
@@ -108,6 +123,10 @@ def read_config(folder: PathLike[str] | str, kind: str | None = PLAIN) -> dict[s
     """The configuration of an adapter folder of this `peft_type`, None: of any; raises as :func:`read_prompt` does."""
     config = _read_json(Path(folder))
     found = config.get("peft_type")
+    if kind is not None and found != kind and found == UPDATED:
+        raise ValueError(
+            f"{folder}: the prompt has a token update, which only SoftPromptModel.load_prompt and from_pretrained read"
+        )
     if kind is not None and found != kind:
         raise ValueError(f"{Path(folder) / CONFIG_FILE}: `peft_type` must be {kind!r}, got {found!r}")
     return config
@@ -134,14 +153,38 @@ def read_prompt(folder: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    values = _read_tensor(folder / WEIGHTS_FILE)
+    return _read_prompt(folder, config), config
+
+
+def read_updated_prompt(folder: PathLike[str] | str) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Any]]:
+    """The prompt [P, D], the factors [U, r] and [r, D] of its token update (float32) and the configuration of a folder.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a prompt with a token update, or a tensor does not fit the others or is not finite.
+    """
+    folder = Path(folder)
+    config = read_config(folder, UPDATED)
+    prompt = _read_prompt(folder, config)
+    a, b = (_read_tensor(folder / WEIGHTS_FILE, key) for key in FACTORS)
+    reach, rank = (config.get(f"token_update_{field}") for field in ("length", "rank"))
+    if list(a.shape) != [reach, rank] or list(b.shape) != [rank, prompt.shape[1]]:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: `{FACTORS[0]}` and `{FACTORS[1]}` must have shapes {[reach, rank]} and "
+            f"{[rank, prompt.shape[1]]}, got {list(a.shape)} and {list(b.shape)}"
+        )
+    return prompt, (a, b), config
+
+
+def _read_prompt(folder: Path, config: dict[str, Any]) -> Tensor:
+    values = _read_tensor(folder / WEIGHTS_FILE, KEY if config.get("peft_type") == UPDATED else None)
     count = config.get("num_virtual_tokens")
     submodules = config.get("num_transformer_submodules") or 1
     if values.dim() != 2 or values.shape[0] not in (count, (count or 0) * submodules):
         raise ValueError(
             f"{folder / WEIGHTS_FILE}: `{KEY}` must have num_virtual_tokens={count} rows, got {list(values.shape)}"
         )
-    return values[:count].contiguous(), config
+    return values[:count].contiguous()
 
 
 def read_prefix(folder: PathLike[str] | str, shape: tuple[int, int, int, int]) -> tuple[Tensor, dict[str, Any]]:
@@ -184,11 +227,17 @@ def read_vectors(path: PathLike[str] | str) -> Tensor:
     return _read_tensor(path)
 
 
-def _read_tensor(path: Path) -> Tensor:
+def _read_tensor(path: Path, key: str | None = None) -> Tensor:
+    """A tensor of a file; None: its only one, or the one named KEY, but not what needs a token update beside it."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
-            key = KEY if KEY in keys else keys[0] if len(keys) == 1 else None
+            if key is None and set(FACTORS) & set(keys):
+                raise ValueError(f"{path} must hold a prompt alone, but has a token update too")
+            if key is None:
+                key = KEY if KEY in keys else keys[0] if len(keys) == 1 else None
+            elif key not in keys:
+                raise ValueError(f"{path} must hold {key!r}, got {keys}")
             if key is None:
                 raise ValueError(f"{path} must hold one tensor, or one named {KEY!r}, got {keys}")
             values: Tensor = file.get_tensor(key)

@@ -31,6 +31,7 @@ def assemble(
     causal: bool,
     window: int,
     scale: float,
+    token_update: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See :func:`softprompt_fast.assemble`; ``plan`` and the sizes are what it works out for an op."""
     rows, tokens = input_ids.shape
@@ -50,10 +51,10 @@ def assemble(
         segments = torch.arange(rows, device=device)
         first_slot, length = segments * width, no_rows + width
         ids = prompt_ids if prompt_ids is not None else no_rows + (0 if count > 0 else -1)
-        text_row, position = segments, no_rows
+        text_row, position, text_prompt = segments, no_rows, ids
     else:
-        first_slot, length, ids, position = plan.unbind(1)
-        ids = ids.clone()
+        first_slot, length, text_prompt, position = plan.unbind(1)
+        ids = text_prompt.clone()
         ids[prompt_segments:] = -1
         text_row = torch.arange(len(plan), device=device) - prompt_segments
     known = (ids >= 0) & (ids < count)
@@ -90,8 +91,15 @@ def assemble(
     known_id = (token_ids >= 0) & (token_ids < len(embedding))
     vectors = embedding.new_zeros((slots, embedding.shape[1]))
     if len(embedding):
-        vectors = F.embedding(torch.where(is_text & known_id, token_ids, 0), embedding)
-        vectors = vectors * scale if scale != 1.0 else vectors
+        found = F.embedding(torch.where(is_text & known_id, token_ids, 0), embedding)
+        vectors = found * scale if scale != 1.0 else found
+        if token_update is not None and token_update.numel():
+            reach = token_update.shape[1]
+            owner = text_prompt[segment]
+            updated = is_text & (owner >= 0) & (owner < count) & (rank < reach)
+            update = F.embedding(torch.where(updated, owner * reach + rank, 0), token_update.flatten(0, 1))
+            moved = (found.to(update.dtype) * scale + update).to(embedding.dtype)
+            vectors = torch.where(updated[:, None], moved, vectors)
         vectors = torch.where((is_text & known_id)[:, None], vectors, 0)
     if len(prompts):
         of_prompt = F.embedding(torch.where(is_prompt, prompt_row[segment] + place, 0), prompts).to(embedding.dtype)

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from . import architecture
 from .embedding import EmbeddingTable, embedding_table
-from .functional import assemble
+from .functional import assemble, token_update
 from .prompt import Chosen, FastSoftPrompt, PromptIds
 from .shared_attention import PackedLayout, RowGroup, Unsupported, install, uninstall
 
@@ -199,7 +199,8 @@ class SharedPrompt:
         if not self.check or kind in self.checked or not input_ids.numel():
             return True
         try:
-            with evaluating(self.model), parametrize.cached():  # without dropout there is one right answer
+            # Without dropout there is one right answer, and no random number is drawn (a resumed run would lack it).
+            with evaluating(self.model), evaluating(bank), parametrize.cached():
                 difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
         except Unsupported as error:
             self.give_up(str(error))
@@ -269,9 +270,18 @@ class SharedPrompt:
         output = self.model(**inputs, use_cache=False)
         return output, output.logits[0][places]
 
-    def logits_alone(self, prompt: Tensor | None, input_ids: Tensor, places: Tensor, *, gradient: bool) -> Tensor:
+    def logits_alone(
+        self,
+        prompt: Tensor | None,
+        input_ids: Tensor,
+        places: Tensor,
+        *,
+        gradient: bool,
+        update: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself, its prompt in front of it."""
-        vectors = embedding_table(self.model.get_input_embeddings())(input_ids)
+        table = embedding_table(self.model.get_input_embeddings())
+        vectors = table(input_ids) if update is None else _updated(table, input_ids, *update).to(table.weight.dtype)
         joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
         if gradient and not joined.requires_grad:  # quantized layers take another way where none is asked for
             joined.requires_grad_()
@@ -375,6 +385,7 @@ def pack_rows(
         chosen.offsets,
         chosen.ids,
         mask,
+        token_factors=chosen.token_factors(),
         layout="packed",
         embedding_scale=table.scale,
         padding_idx=table.padding_idx,
@@ -425,9 +436,10 @@ def _fold_shared_text(
     """Per row, how many of its first tokens all rows of its prompt share; and the prompts with those tokens behind.
 
     Each row keeps a token of its own. Vectors of tokens carry no gradient of the prompt, so the prompt's is as before.
+    A token update is part of the folded vectors, and what is left of it begins behind them.
     """
     folded = [0] * len(chosen.ids)
-    longer = list(chosen.tensors)
+    longer, updates = list(chosen.tensors), list(chosen.updates)
     for n, prompt in enumerate(chosen.tensors):
         members = [row for row, used in enumerate(chosen.ids) if used == n]
         common = min(lengths[row] for row in members) - 1
@@ -439,10 +451,23 @@ def _fold_shared_text(
             first = first[: int(differs[0])] if len(differs) else first
         known = (first >= 0) & (first < len(table.weight))
         if len(first) and known.all():  # an unknown id is left to assemble, which names its place
-            longer[n] = torch.cat([prompt, table(first).detach().to(prompt.dtype)])
+            update = updates[n]
+            if update is None:
+                text = table(first).detach()
+            else:
+                a, b = update
+                text, updates[n] = _updated(table, first, a, b), (a[len(first) :], b)
+            longer[n] = torch.cat([prompt, text.to(prompt.dtype)])
             for row in members:
                 folded[row] = len(first)
-    return folded, Chosen(longer, chosen.ids)
+    return folded, Chosen(longer, chosen.ids, updates)
+
+
+def _updated(table: EmbeddingTable, input_ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """[T] ids of a text from its start -> [T, D] float32 (float64 of float64), with a token update [U, r], [r, D]."""
+    update = token_update(a[None], b[None], len(input_ids), table.weight.dtype)[0]
+    vectors = torch.nn.functional.embedding(input_ids, table.weight).to(update.dtype) * table.scale
+    return vectors + torch.nn.functional.pad(update, (0, 0, 0, len(vectors) - len(update)))
 
 
 def compare_with_rows_alone(
@@ -453,7 +478,8 @@ def compare_with_rows_alone(
     prompt_ids: PromptIds,
 ) -> float:
     """The largest difference between rows run packed and each run alone: of their logits in the middle and at the end,
-    relative to the largest logit, and, where a gradient is recorded, of the prompts' gradients, relative to theirs."""
+    relative to the largest logit, and, where a gradient is recorded, of the prompts' gradients (and of those of their
+    token updates), relative to theirs."""
     rows = input_ids.shape[0]
     some = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long().tolist()
     chosen = bank.choose(prompt_ids, rows)
@@ -462,7 +488,8 @@ def compare_with_rows_alone(
     mask = None if attention_mask is None else attention_mask[some]
     batch = shared.pack(bank, input_ids[some], mask, ids, None)
 
-    trained = [tensor for tensor in chosen.tensors if tensor.requires_grad] if torch.is_grad_enabled() else []
+    parameters = [*chosen.tensors, *(factor for update in chosen.updates if update is not None for factor in update)]
+    trained = [tensor for tensor in parameters if tensor.requires_grad] if torch.is_grad_enabled() else []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         trained = []  # a sharded model's backward needs every rank, whose rows may use fewer prompts
     theirs = [torch.zeros_like(tensor) for tensor in trained]
@@ -472,9 +499,12 @@ def compare_with_rows_alone(
         slots = batch.token_slots[i][real]
         if not len(slots):
             continue
-        prompt = chosen.tensors[chosen.ids[row]] if chosen.ids[row] >= 0 else None
+        prompt = update = None
+        if chosen.ids[row] >= 0:
+            prompt, update = chosen.tensors[chosen.ids[row]], chosen.updates[chosen.ids[row]]
         places = torch.tensor([len(slots) // 2, len(slots) - 1], device=slots.device)
-        logits = shared.logits_alone(prompt, input_ids[row][real], places, gradient=bool(trained)).double()
+        text = input_ids[row][real]
+        logits = shared.logits_alone(prompt, text, places, gradient=bool(trained), update=update).double()
         if logits.requires_grad:  # at once, so that one row's graph is held at a time
             for total, grad in zip(theirs, _gradients(logits, trained), strict=True):
                 total += grad

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast import _library, reference
+from softprompt_fast import _library, functional, reference
 from softprompt_fast._checks import FLOATS, INTEGERS, LAYOUTS, MASK_FORMATS, SIDES
 
 MASKS = (torch.bool, *INTEGERS, *FLOATS)
@@ -61,6 +61,7 @@ class Case:
     attention_mask: Tensor | None
     labels: Tensor | None
     options: dict[str, Any]
+    token_factors: tuple[Tensor, Tensor] | None = None
 
     def run(self, ops: _library.Ops | None, **options: Any) -> spf.PromptedBatch:
         with using(ops), poisoned():
@@ -72,13 +73,29 @@ class Case:
                 self.prompt_ids,
                 self.attention_mask,
                 self.labels,
+                token_factors=self.token_factors,
                 **(self.options | options),
             )
 
     def to(self, device: str) -> Case:
         """The same call with its tensors, and those of its offsets and ids, on a device; strides are kept."""
-        moved = {name: _move(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: _move(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        if self.token_factors is not None:
+            moved["token_factors"] = tuple(_move(factor, device) for factor in self.token_factors)
         return replace(self, **moved)
+
+    def token_update(self) -> Tensor | None:
+        """[N, U, D]: what the factors say."""
+        if self.token_factors is None:
+            return None
+        return functional.token_update(*self.token_factors, self.input_ids.shape[1], self.embedding.dtype)
+
+    def prompt_of(self, row: int) -> int:
+        if self.prompt_ids is None:
+            return 0 if len(self.prompt_offsets) == 2 else -1
+        return int(self.prompt_ids[row])
 
     def real(self) -> list[list[bool]]:
         if self.attention_mask is None:
@@ -208,7 +225,16 @@ def cases(
         "sliding_window": pick(None, 1, 2, 5),
         "embedding_scale": pick(1.0, 1.0, 0.5, 25.298221281347036, -3.0),
     }
-    case = Case(input_ids, embedding, prompts, prompt_offsets, prompt_ids, attention_mask, labels, options)
+    token_factors = None
+    if pick(True, True, False):
+        reach, rank = pick(3, 1, max_tokens, 2, 0, max_tokens + 2), pick(2, 1, 5, 0)
+        a = _vectors(len(lengths) * reach, rank, pick(torch.float32, dtype), random, special)
+        b = _vectors(len(lengths) * rank, dim, pick(torch.float32, dtype), random, special)
+        a = _strided(a, draw(ARRANGEMENTS))
+        token_factors = a.unflatten(0, (len(lengths), reach)), b.unflatten(0, (len(lengths), rank))
+    case = Case(
+        input_ids, embedding, prompts, prompt_offsets, prompt_ids, attention_mask, labels, options, token_factors
+    )
     if draw(flip):
         options["max_prompt_length"] = max(lengths, default=0) + draw(st.integers(0, 2))
     if draw(flip):
@@ -252,20 +278,22 @@ def broken(draw: Callable[..., Any]) -> tuple[Any, ...]:
 def output_gradient(case: Case) -> Tensor:
     """A fixed gradient of ``inputs_embeds``."""
     shape = case.run(None).inputs_embeds.shape
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(case.embedding.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(case.embedding)
 
 
-def gradients(case: Case, ops: _library.Ops | None, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of prompts and embedding."""
-    leaves = case.prompts.detach().requires_grad_(), case.embedding.detach().requires_grad_()
-    with using(ops), poisoned():
+def gradients(case: Case, ops: _library.Ops | None, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Of prompts, embedding and, if there is one, the token update."""
+    update = case.token_update()
+    leaves = tuple(x.detach().requires_grad_() for x in (case.prompts, case.embedding, update) if x is not None)
+    as_leaf = mock.patch.object(functional, "token_update", lambda *_: leaves[2])
+    with using(ops), poisoned(), as_leaf:
         embeds = replace(case, prompts=leaves[0], embedding=leaves[1]).run(ops).inputs_embeds
         grad = output_gradient(case) if grad is None else grad
         found = torch.autograd.grad(embeds, leaves, grad, allow_unused=True)
     return tuple(torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True))
 
 
-def expected_gradients(case: Case) -> tuple[Tensor, Tensor]:
+def expected_gradients(case: Case) -> tuple[Tensor, ...]:
     """The same by definition: sums in ascending rows, in float32 (float64 for float64), rounded once."""
     grad, batch = output_gradient(case).flatten(0, 1), case.run(None)
     offsets = [int(offset) for offset in case.prompt_offsets]
@@ -288,15 +316,26 @@ def expected_gradients(case: Case) -> tuple[Tensor, Tensor]:
             embedding[token] += grad[slot].to(embedding.dtype)
     used = case.input_ids[batch.token_slots >= 0].unique()
     embedding[used] *= case.options.get("embedding_scale", 1.0)
-    return prompts.to(case.prompts.dtype), embedding.to(case.embedding.dtype)
+    expected = prompts.to(case.prompts.dtype), embedding.to(case.embedding.dtype)
+    update = case.token_update()
+    if update is None:
+        return expected
+    update = torch.zeros_like(update)
+    for row, slots in enumerate(batch.token_slots.tolist()):
+        taken = [slot for slot in slots if slot >= 0][: update.shape[1]]
+        for rank, slot in enumerate(taken if case.prompt_of(row) >= 0 else []):
+            update[case.prompt_of(row), rank] += grad[slot].to(update.dtype)
+    return *expected, update
 
 
 def bit_patterns(dtype: torch.dtype) -> Case:
-    """Every pattern of 16 bits as an embedding that is scaled, many of 32 bits as prompts that are converted."""
+    """Every pattern of 16 bits as an embedding that is scaled, half of them with an update added, many of 32 bits as
+    prompts that are converted."""
     embedding = torch.arange(2**16).to(torch.int16).view(dtype).view(64, 1024)
     prompts = torch.randint(-(2**31), 2**31, (1000, 1024)).to(torch.int32).view(torch.float32)
     options = {"embedding_scale": 0.37}
-    return Case(torch.arange(64)[None], embedding, prompts, [0, 1000], None, None, None, options)
+    factors = torch.randn(1, 32, 3), torch.randn(1, 3, 1024)
+    return Case(torch.arange(64)[None], embedding, prompts, [0, 1000], None, None, None, options, factors)
 
 
 def prompt_without_room(layout: str) -> Case:

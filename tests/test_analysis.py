@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_tuning import BAD, GOOD, WORDS, model_folder, reviews, run, tiny_tokenizer  # noqa: F401 - a fixture
+from test_tuning import model_folder  # noqa: F401 - a fixture
 from tiny_models import build
+from tiny_reviews import BAD, GOOD, WORDS, reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast.task import Task, classification_task, generation_task

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from op_cases import Case, cases, expected_gradients, gradients, prompt_without_room, same_bits, threads, using
+from op_cases import (
+    Case,
+    cases,
+    expected_gradients,
+    gradients,
+    output_gradient,
+    prompt_without_room,
+    same_bits,
+    threads,
+    using,
+)
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -24,13 +34,17 @@ def test_gradcheck(backend: str, case: Case) -> None:
         for values in (case.prompts, case.embedding)
     )
 
-    def vectors(prompts: Tensor, embedding: Tensor) -> Tensor:
-        case.prompts, case.embedding = prompts, embedding
+    inputs: tuple[Tensor, ...] = (prompts, embedding)
+    if case.token_factors is not None:
+        inputs += tuple(x.double().contiguous().clone().requires_grad_() for x in case.token_factors)
+
+    def vectors(prompts: Tensor, embedding: Tensor, *factors: Tensor) -> Tensor:
+        case.prompts, case.embedding, case.token_factors = prompts, embedding, factors or None  # type: ignore[assignment]
         return case.run(_library._ops).inputs_embeds
 
     assume(case.input_ids.numel() > 0)
     with using(_library._ops):
-        assert torch.autograd.gradcheck(vectors, (prompts, embedding))
+        assert torch.autograd.gradcheck(vectors, inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -40,6 +54,21 @@ def test_equal_the_twins_autograd(native: _library.Ops, layout: str, case: Case)
     case.options["layout"] = layout
     for ours, twin in zip(gradients(case, native), gradients(case, None), strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
+
+
+@settings(max_examples=100)
+@given(case=cases(dtypes=(torch.float32, torch.float64), special=False))
+def test_of_token_factors_equal_the_twins_autograd(native: _library.Ops, case: Case) -> None:
+    update = case.token_update()
+    assume(update is not None and update.numel() > 0)
+    grad, found = output_gradient(case), []
+    for ops in (native, None):
+        factors = tuple(factor.detach().requires_grad_() for factor in case.token_factors or ())
+        with using(ops):
+            embeds = replace(case, token_factors=factors).run(ops).inputs_embeds
+            found.append(torch.autograd.grad(embeds, factors, grad))
+    for ours, twin in zip(*found, strict=True):
+        torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5 * float(twin.abs().max()) if twin.numel() else 0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,9 +105,18 @@ def shared() -> Callable[..., Case]:
             torch.rand(rows, tokens) < 0.8,
             None,
             {"layout": layout},
+            (torch.randn(2, 12, 3), torch.randn(2, 3, dim)),
         )
 
     return make
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_long_sums_equal_their_definition(shared: Callable[..., Case], layout: str, dtype: torch.dtype) -> None:
+    case = shared(layout, dtype)
+    for ours, expected in zip(gradients(case, _library._ops), expected_gradients(case), strict=True):
+        assert same_bits(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -119,6 +157,28 @@ def test_computes_only_the_gradient_that_is_needed(shared: Callable[..., Case], 
     assert leaf.grad is not None and other.grad is None
 
 
+def test_computes_the_gradient_of_token_factors_alone(shared: Callable[..., Case], calls: list[str]) -> None:
+    case = shared()
+    assert case.token_factors is not None
+    a, b = case.token_factors
+    b.requires_grad_()
+    case.run(_library._ops).inputs_embeds.sum().backward()
+    assert calls == ["assemble", "embedding_backward"]
+    assert b.grad is not None and a.grad is None and case.prompts.grad is None
+
+
+@pytest.mark.parametrize("native_ops", [True, False])
+def test_a_token_that_does_not_exist_gives_its_update_no_gradient(backend: str, native_ops: bool) -> None:
+    a, b = torch.ones(1, 3, 1, requires_grad=True), torch.ones(1, 1, 2)
+    with using(_library._ops if native_ops else None):
+        embeds = spf.assemble(
+            torch.tensor([[0, 9, 1]]), torch.randn(2, 2), torch.randn(1, 2), [0, 1], token_factors=(a, b), check=False
+        ).inputs_embeds
+    assert not embeds[0, 2].any()
+    (grad,) = torch.autograd.grad(embeds.sum(), a)
+    assert grad.flatten().tolist() == [2, 0, 2]
+
+
 def test_no_gradient_without_need(shared: Callable[..., Case]) -> None:
     case = shared()
     assert case.run(_library._ops).inputs_embeds.grad_fn is None
@@ -135,9 +195,9 @@ def test_no_gradient_without_need(shared: Callable[..., Case]) -> None:
 def test_padding_idx_gets_no_gradient(shared: Callable[..., Case], backend: str, native_ops: bool, layout: str) -> None:
     ops = _library._ops if native_ops else None
     case = shared(layout)
-    _, free = gradients(case, ops)
+    _, free, _ = gradients(case, ops)
     case.options["padding_idx"] = 7
-    _, held = gradients(case, ops)
+    _, held, _ = gradients(case, ops)
     assert free[7].any() and not held[7].any()
     assert torch.equal(torch.cat([free[:7], free[8:]]), torch.cat([held[:7], held[8:]]))
 

@@ -61,6 +61,7 @@ def test_equals_the_twin_beyond_the_caches(native: _library.Ops, layout: str, di
         torch.arange(tokens) < lengths,
         torch.randint(500, (rows, tokens)),
         options,
+        (torch.randn(2, 200, 4), torch.randn(2, 4, dim)),
     )
     assert_same(case.run(native), case.run(None))
 

@@ -50,7 +50,9 @@ def test_vectors_and_gradients(native: _library.Ops, device: str) -> None:
     offsets = torch.tensor([0, length], device=device)
     for_prompts = native.prompt_backward(batch.inputs_embeds, batch.prompt_slots, None, offsets, length, torch.bfloat16)
     assert torch.equal(for_prompts, prompts * rows)
-    for_embedding = native.embedding_backward(batch.inputs_embeds, input_ids, batch.token_slots, vocabulary, -1, 1.0)
+    for_embedding = native.embedding_backward(
+        batch.inputs_embeds, input_ids, batch.token_slots, vocabulary, -1, 1.0, torch.bfloat16
+    )
     counts = torch.bincount(input_ids.flatten(), minlength=vocabulary)[:, None]
     assert torch.equal(for_embedding, (embedding.float() * counts).bfloat16())
 

@@ -22,12 +22,6 @@ class Slot:
     row: int = -1
 
 
-def prompt_of(case: Case, row: int) -> int:
-    if case.prompt_ids is None:
-        return 0 if len(case.prompt_offsets) == 2 else -1
-    return int(case.prompt_ids[row])
-
-
 def prompt_slots(case: Case, number: int) -> list[Slot]:
     if number == -1:
         return []
@@ -37,12 +31,16 @@ def prompt_slots(case: Case, number: int) -> list[Slot]:
 
 def text_slots(case: Case, row: int, first_position: int) -> list[Slot]:
     wide = torch.float64 if case.embedding.dtype == torch.float64 else torch.float32
-    slots = []
+    update = case.token_update()
+    slots: list[Slot] = []
     for column, real in enumerate(case.real()[row]):
         if not real:
             continue
         vector = case.embedding[int(case.input_ids[row, column])]
-        vector = (vector.to(wide) * case.options["embedding_scale"]).to(vector.dtype)
+        wider = vector.to(wide) * case.options["embedding_scale"]
+        if update is not None and case.prompt_of(row) != -1 and len(slots) < update.shape[1]:
+            wider = wider + update[case.prompt_of(row), len(slots)]
+        vector = wider.to(vector.dtype)
         label = -100 if case.labels is None else int(case.labels[row, column])
         slots.append(Slot(vector, label, first_position + len(slots), row))
     return slots
@@ -53,7 +51,7 @@ def padded(case: Case) -> list[list[Slot]]:
     rows = []
     used = []
     for row in range(len(case.input_ids)):
-        prompt = prompt_slots(case, prompt_of(case, row))
+        prompt = prompt_slots(case, case.prompt_of(row))
         used.append(len(prompt))
         rows.append(prompt + text_slots(case, row, len(prompt)))
     width = case.input_ids.shape[1] + case.options.get("max_prompt_length", max(used, default=0))
@@ -65,7 +63,7 @@ def padded(case: Case) -> list[list[Slot]]:
 
 def packed(case: Case) -> tuple[list[Slot], list[int]]:
     """The one sequence, and the lengths of its segments."""
-    chosen = [prompt_of(case, row) for row in range(len(case.input_ids))]
+    chosen = [case.prompt_of(row) for row in range(len(case.input_ids))]
     distinct = [n for place, n in enumerate(chosen) if n != -1 and n not in chosen[:place]]
     segments = [prompt_slots(case, n) for n in distinct]
     segments += [text_slots(case, row, len(prompt_slots(case, n))) for row, n in enumerate(chosen)]

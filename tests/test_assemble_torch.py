@@ -19,18 +19,27 @@ OFFSETS, PROMPT_IDS = [0, 3, 5], [1, -1, 0, 1]
 
 
 class Model(nn.Module):
-    """A bank of two prompts before a frozen embedding, and something that reads the result."""
+    """A bank of two prompts before an embedding, updates of their first five tokens, and what reads the result."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, rank: int | None = 2, **options: object) -> None:
         super().__init__()
         self.embedding = nn.Embedding(11, 6)
         self.prompts = nn.Parameter(torch.randn(5, 6))
+        self.a = None if rank is None else nn.Parameter(torch.randn(2, 5, rank))
+        self.b = None if rank is None else nn.Parameter(torch.randn(2, rank, 6))
         self.head = nn.Linear(6, 1)
         self.options = options
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         batch = spf.assemble(
-            input_ids, self.embedding.weight, self.prompts, OFFSETS, PROMPT_IDS, attention_mask, **self.options
+            input_ids,
+            self.embedding.weight,
+            self.prompts,
+            OFFSETS,
+            PROMPT_IDS,
+            attention_mask,
+            token_factors=None if self.a is None else (self.a, self.b),
+            **self.options,
         )
         return self.head(batch.inputs_embeds).tanh() * (batch.position_ids[..., None] + 1)
 
@@ -45,7 +54,12 @@ def inputs(tokens: int = 7) -> tuple[Tensor, Tensor]:
 @settings(max_examples=15)
 @given(cases(special=False))
 def test_opcheck_assemble(native: _library.Ops, case: Case) -> None:
-    torch.library.opcheck(native.assemble, raw_arguments(case))
+    # opcheck itself cannot copy an empty tensor whose rows are further apart than they are long.
+    plain = (
+        torch.empty(x.shape, dtype=x.dtype) if isinstance(x, Tensor) and not x.numel() else x
+        for x in raw_arguments(case)
+    )
+    torch.library.opcheck(native.assemble, tuple(plain))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -60,14 +74,14 @@ def test_opcheck_backward(native: _library.Ops, layout: str, prompt_dtype: torch
         native.prompt_backward,
         (grad, batch.prompt_slots, torch.tensor(ids), torch.tensor(OFFSETS), len(prompts), prompt_dtype),
     )
-    torch.library.opcheck(native.embedding_backward, (grad, input_ids, batch.token_slots, 11, 4, 0.5))
+    torch.library.opcheck(native.embedding_backward, (grad, input_ids, batch.token_slots, 11, 4, 0.5, prompt_dtype))
 
 
 @pytest.mark.parametrize("mask_format", MASK_FORMATS)
-@pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_compiles_without_a_graph_break(backend: str, padding_side: str, mask_format: str) -> None:
+@pytest.mark.parametrize(("padding_side", "rank"), [("left", None), ("right", 2)])
+def test_compiles_without_a_graph_break(backend: str, padding_side: str, rank: int | None, mask_format: str) -> None:
     torch._dynamo.reset()
-    model = Model(padding_side=padding_side, mask_format=mask_format, embedding_scale=2.5)
+    model = Model(rank, padding_side=padding_side, mask_format=mask_format, embedding_scale=2.5)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for tokens in (7, 7, 12, 1):
         ids, mask = inputs(tokens)
@@ -118,10 +132,13 @@ def test_packed_compiles_with_lengths_on_the_host(backend: str) -> None:
 def test_autocast_changes_nothing(backend: str, layout: str) -> None:
     input_ids, mask = inputs()
     embedding, prompts = torch.randn(11, 6), torch.randn(5, 6, requires_grad=True)
+    factors = torch.randn(2, 4, 3, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
 
-    def run() -> tuple[Tensor, Tensor]:
-        embeds = spf.assemble(input_ids, embedding, prompts, OFFSETS, PROMPT_IDS, mask, layout=layout).inputs_embeds
-        return embeds, *torch.autograd.grad(embeds.square().sum(), prompts)
+    def run() -> tuple[Tensor, ...]:
+        embeds = spf.assemble(
+            input_ids, embedding, prompts, OFFSETS, PROMPT_IDS, mask, token_factors=factors, layout=layout
+        ).inputs_embeds
+        return embeds, *torch.autograd.grad(embeds.square().sum(), (prompts, *factors))
 
     plain = run()
     with torch.autocast("cpu", torch.bfloat16):

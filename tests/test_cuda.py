@@ -84,7 +84,8 @@ def test_equals_the_twin_at_the_size_of_a_model(ops: _library.Ops, dtype: torch.
     real = torch.rand(rows, tokens) < 0.8
     ids, embedding, prompts = torch.randint(99, (rows, tokens)), torch.randn(99, dim).to(dtype), torch.randn(300, dim)
     prompt_ids = [row % 3 - 1 for row in range(rows)]
-    case = Case(ids, embedding, prompts, [0, 100, 300], prompt_ids, real, ids, options).to(DEVICE)
+    factors = torch.randn(2, 1000, 8), torch.randn(2, 8, dim)
+    case = Case(ids, embedding, prompts, [0, 100, 300], prompt_ids, real, ids, options, factors).to(DEVICE)
     assert_same(case.run(ops), case.run(None))
 
 
@@ -104,7 +105,8 @@ def test_gradients_equal_their_definition(ops: _library.Ops, dtype: torch.dtype,
 def test_gradients_have_the_same_bits_on_every_run(ops: _library.Ops, layout: str) -> None:
     ids, embedding, prompts = torch.randint(9, (256, 64)), torch.randn(9, 1000).bfloat16(), torch.randn(40, 1000)
     prompt_ids = (torch.arange(256) % 3 - 1).tolist()
-    case = Case(ids, embedding, prompts, [0, 30, 40], prompt_ids, None, None, {"layout": layout}).to(DEVICE)
+    factors = torch.randn(2, 50, 4), torch.randn(2, 4, 1000)
+    case = Case(ids, embedding, prompts, [0, 30, 40], prompt_ids, None, None, {"layout": layout}, factors).to(DEVICE)
     first = gradients(case, ops)
     for _ in range(10):
         assert all(torch.equal(one, other) for one, other in zip(first, gradients(case, ops), strict=True))
@@ -148,6 +150,8 @@ def test_never_waits_for_the_gpu(ops: _library.Ops, options: dict[str, Any]) -> 
     batch = Batch()
     if options.get("layout") == "packed":
         options = options | {"lengths": batch.lengths}
+    factors = torch.randn(2, 9, 3, device=DEVICE, requires_grad=True), torch.randn(2, 3, 40, device=DEVICE)
+    options = options | {"token_factors": factors}
     batch.assemble(**options).inputs_embeds.sum().backward()  # memory and libraries are ready after this
     expected = batch.assemble(**options, check=True)
     with no_synchronisation():

@@ -70,7 +70,8 @@ def test_rows_longer_than_a_tile(emulated: _library.Ops, mask: torch.dtype, layo
     real = torch.rand(rows, tokens) < 0.7
     options = {"layout": layout, "padding_side": "left", "mask_format": "2d"}
     ids, embedding, prompts = torch.randint(9, (rows, tokens)), torch.randn(9, 2), torch.randn(40, 2)
-    case = Case(ids, embedding, prompts, [0, 30, 40], [1, -1, 0], real.to(mask), None, options)
+    factors = torch.randn(2, 1500, 1), torch.randn(2, 1, 2)
+    case = Case(ids, embedding, prompts, [0, 30, 40], [1, -1, 0], real.to(mask), None, options, factors)
     assert_same(case.run(emulated), case.run(None))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_deep_prompt import alone, deep_model
 from test_inference import LABELS
-from test_tuning import tiny_tokenizer
 from tiny_models import build
+from tiny_reviews import tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank, SoftPromptPipeline

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_tuning import reviews, tiny_tokenizer
 from tiny_models import build
+from tiny_reviews import reviews, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast.peft_format import read_prompt

@@ -46,11 +46,13 @@ def prompts_with(value: float) -> torch.Tensor:
 
 IDS = torch.zeros(3, 4, dtype=torch.int64)
 NOWHERE = torch.zeros(3, dtype=torch.int64, device="meta")
+A, B = torch.randn(2, 4, 3), torch.randn(2, 3, 6)
 
 
 def bad(argument: str, value: Any, error: type[Exception], message: str, **others: Any) -> Any:
     """One case; the start of the message is the same for all."""
-    changes = {argument: value, **others}
+    changes = {argument.partition("[")[0]: value, **others}
+    argument = re.escape(argument)
     return pytest.param(
         changes, error, f"assemble: `{argument}` {message}", id=f"{argument} {_checks.describe(value)}"[:60]
     )
@@ -85,6 +87,19 @@ BAD = [
     bad("labels", IDS[:2], ValueError, r".*shape of input_ids \[3, 4\], got int64 \[2, 4\]"),
     bad("labels", IDS.float(), TypeError, r"must be int64 or int32, got float32 \[3, 4\]"),
     bad("labels", [1, 2], TypeError, r"must be a tensor or None, got \[1, 2\] \(list\)"),
+    # Factors of an update of token vectors.
+    bad(
+        "token_factors", torch.randn(2, 4, 1), TypeError, r"must be a pair of tensors .*\[N, r, D\], or None, got float"
+    ),
+    bad("token_factors", ([[0.0]], [[0.0]]), TypeError, r"must be a pair of tensors .*, got \(\["),
+    bad("token_factors", (A,), ValueError, r"must be a pair .*, got float32 \[2, 4, 3\] on cpu"),
+    bad("token_factors", (A[0], B[0]), ValueError, r".*, got float32 \[4, 3\] on cpu and float32 \[3, 6\] on cpu"),
+    bad("token_factors[0]", (A[:1], B), ValueError, r"must have a matrix for each of the 2 prompts, got .*\[1, 4, 3\]"),
+    bad("token_factors[1]", (A, B[:1]), ValueError, r"must have a matrix for each of the 2 prompts, got .*\[1, 3, 6\]"),
+    bad("token_factors[1]", (A, B[:, :2]), ValueError, r"must have the rank 3 of the first factor, got .*\[2, 2, 6\]"),
+    bad("token_factors[1]", (A, B[..., 1:]), ValueError, r"must have the embedding's hidden size 6, got .*\[2, 3, 5\]"),
+    bad("token_factors[0]", (A.half(), B), TypeError, r"must be float32 or .*\(torch.float32\), got float16"),
+    bad("token_factors[1]", (A, B.to("meta")), ValueError, r"must be on the device of input_ids \(cpu\), got .* meta"),
     # Tensors on another device.
     bad("embedding", torch.randn(11, 6).to("meta"), ValueError, r".*device of input_ids \(cpu\), got .* meta"),
     bad("prompts", torch.randn(5, 6).to("meta"), ValueError, r".*device of input_ids \(cpu\), got .* meta"),
@@ -156,7 +171,7 @@ BAD = [
 
 def test_the_good_call_is_good(backend: str) -> None:
     """Otherwise the cases below could fail for another reason than the one they name."""
-    call(lengths=[4, 2, 1], check=True)
+    call(lengths=[4, 2, 1], token_factors=(A, B), check=True)
     call(layout="packed", lengths=[4, 2, 1], check=True)
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_tuning import WORDS, tiny_tokenizer
 from tiny_models import DECODERS, build
+from tiny_reviews import WORDS, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank, SoftPromptPipeline, storage

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from test_tuning import reviews, tiny_tokenizer
 from tiny_models import build
+from tiny_reviews import reviews, tiny_tokenizer
 from typer.testing import CliRunner
 
 import softprompt_fast as spf

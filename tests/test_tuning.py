@@ -17,38 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import build
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from tiny_reviews import reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast import cli
-from softprompt_fast.cli import app
 from softprompt_fast.task import classification_task
 from softprompt_fast.tuning import Task, evaluate, load_base_model, load_rows, predict, split_rows, tune
 from softprompt_fast.tuning.data import Collator, encode
 from softprompt_fast.tuning.evaluation import wilson_interval
-
-GOOD, BAD = ["fine", "great", "lovely"], ["dull", "awful", "poor"]
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *GOOD, *BAD, "film", "plot", "Label", ":", "yes", "no", "very"]
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
-def reviews(count: int = 64) -> list[dict[str, Any]]:
-    """Texts whose one telling word decides the label; lengths differ."""
-    rows = []
-    for i in range(count):
-        word = (GOOD if i % 2 else BAD)[i // 2 % 3]
-        rows.append({"text": f"film plot {'very ' * (i % 4)}{word}", "label": "yes" if i % 2 else "no"})
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +44,6 @@ def data(tmp_path: Path) -> Path:
 
 def train_command(model: Path, data: Path, output: Path, *more: str) -> list[str]:
     return ["train", "--model", str(model), "--data", str(data), "--output", str(output), "--dtype", "float32", *more]
-
-
-def run(*arguments: str) -> Any:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 def test_train_evaluate_predict_from_the_command_line(model_folder: Path, data: Path, tmp_path: Path) -> None:

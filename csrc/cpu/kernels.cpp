@@ -25,6 +25,17 @@ void convert_row(Out* out, const In* in, int64_t dim, wide_t<Out> scale) {
   for (int64_t d = 0; d < dim; ++d) out[d] = Narrow<Out>::from(static_cast<wide_t<Out>>(widen(in[d])) * scale);
 }
 
+// out = in * scale + update, rounded to W in between: as two loops, so that no compiler fuses them into one rounding.
+template <class Out, class In, class W>
+void convert_updated_row(Out* out, const In* in, const W* update, W* scaled, int64_t dim, W scale) {
+  if (scale == W(1)) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = Narrow<Out>::from(static_cast<W>(widen(in[d])) + update[d]);
+    return;
+  }
+  convert_row(scaled, in, dim, scale);
+  for (int64_t d = 0; d < dim; ++d) out[d] = Narrow<Out>::from(scaled[d] + update[d]);
+}
+
 template <class Out, class In>
 void copy_row(Out* out, const In* in, int64_t dim, bool streaming) {
   if constexpr (std::is_same_v<Out, In>) {
@@ -72,6 +83,7 @@ class Writer {
     std::vector<int64_t> columns, sources;  // of the row's real tokens; of their vectors
     columns.reserve(static_cast<size_t>(p.tokens));
     sources.reserve(static_cast<size_t>(p.tokens));
+    std::vector<W> scaled(p.token_update.data != nullptr ? static_cast<size_t>(p.dim) : 0);
     Finished finished;
     for (int64_t index = segment_of(p, first); index < p.segments; ++index) {
       Segment segment = segment_at(p, index);
@@ -96,13 +108,16 @@ class Writer {
       const int64_t text_begin = layout.begin + segment.prompt_length;
       write_zeros(segment.slot + begin, segment.slot + std::min(end, layout.begin));
       write_prompt(segment, layout, std::max(begin, layout.begin), std::min(end, text_begin), finished);
-      write_text(segment.slot + std::max(begin, text_begin), sources);
+      const int64_t first_text = std::max(begin, text_begin);
+      write_text(segment.slot + first_text, sources, first_update(p, index), first_text - text_begin, scaled.data());
       write_zeros(segment.slot + std::max(begin, layout.end), segment.slot + end);
     }
     if (streaming) finish_streaming();
   }
 
  private:
+  using W = wide_t<E>;
+
   // A prompt that this call has written whole, in the output's dtype.
   struct Finished {
     int64_t prompt_row = -1, prompt_length = 0, slot = 0;
@@ -146,13 +161,24 @@ class Writer {
       finished = {segment.prompt_row, segment.prompt_length, segment.slot + begin};
   }
 
-  void write_text(int64_t slot, const std::vector<int64_t>& sources) const {
+  // Tokens of a segment from its rank `first`, to whose rank 0 row `first_row` of the update belongs (-1: none);
+  // `scaled` is room for one vector.
+  void write_text(int64_t slot, const std::vector<int64_t>& sources, int64_t first_row, int64_t first,
+                  W* scaled) const {
     const size_t count = sources.size();
+    const W* update = nullptr;  // of rank `first`
+    if (first_row >= 0)
+      update = static_cast<const W*>(p.token_update.data) + (first_row + first) * p.token_update.stride;
+    const int64_t updated = update == nullptr ? 0 : p.update_length - first;  // tokens from `first` that have one
     for (size_t i = 0; i < count; ++i, ++slot) {
       if (i + kAhead < count && sources[i + kAhead] >= 0)
         prefetch(token_at(sources[i + kAhead]), p.dim * static_cast<int64_t>(sizeof(E)));
       if (sources[i] < 0) {
         write_zeros(slot, slot + 1);
+      } else if (static_cast<int64_t>(i) < updated) {
+        convert_updated_row(vector_at(slot), token_at(sources[i]),
+                            update + static_cast<int64_t>(i) * p.token_update.stride, scaled, p.dim,
+                            static_cast<W>(p.scale));
       } else if (p.scale == 1.0) {
         copy_row(vector_at(slot), token_at(sources[i]), p.dim, streaming);
       } else {
@@ -239,10 +265,11 @@ void prompt_backward(const PromptBackwardParams& p) {
 }
 
 void embedding_backward(const EmbeddingBackwardParams& p) {
-  dispatch(p.grad.type, [&](auto type) {
+  dispatch_pair(p.grad.type, p.grad_embedding.type, [&](auto grad_type, auto type) {
+    using G = typename decltype(grad_type)::type;
     using E = typename decltype(type)::type;
     using W = wide_t<E>;
-    const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(E));
+    const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(G));
     at::parallel_for(0, p.tokens, grain(bytes), [&](int64_t first, int64_t last) {
       std::vector<W> sum(static_cast<size_t>(p.dim));
       for (int64_t i = first; i < last; ++i) {
@@ -251,7 +278,7 @@ void embedding_backward(const EmbeddingBackwardParams& p) {
         if (id < 0 || id >= p.grad_embedding.count || (i > 0 && p.sorted_ids[i - 1] == id)) continue;
         std::fill(sum.begin(), sum.end(), W(0));
         for (int64_t j = i; j < p.tokens && p.sorted_ids[j] == id; ++j) {
-          const E* grad = static_cast<const E*>(p.grad.data) + p.sorted_slots[j] * p.grad.stride;
+          const G* grad = static_cast<const G*>(p.grad.data) + p.sorted_slots[j] * p.grad.stride;
           for (int64_t d = 0; d < p.dim; ++d) sum[static_cast<size_t>(d)] += static_cast<W>(widen(grad[d]));
         }
         E* out = const_cast<E*>(static_cast<const E*>(p.grad_embedding.data)) + id * p.grad_embedding.stride;

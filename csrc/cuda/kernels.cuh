@@ -41,7 +41,7 @@ inline Launch plan_assemble(const AssembleParams& p, int max_threads = kMaxThrea
   const int64_t size = size_of(p.embedding.type);
   const Rows out{p.inputs_embeds, p.embedding.type, p.slots, p.dim};
   Launch launch;
-  launch.elements = aligned_elements(size, p.dim, {&out, &p.embedding, &p.prompts});
+  launch.elements = aligned_elements(size, p.dim, {&out, &p.embedding, &p.prompts, &p.token_update});
   launch.threads = max_threads;
   // Every block counts its row's real tokens: a tile writes several times what its block reads for that.
   const int64_t scan = p.attention_mask.data == nullptr ? 0 : 4 * p.tokens * p.attention_mask.bytes;
@@ -66,6 +66,34 @@ SPF_HOST_DEVICE void move(Out* out, const In* in, wide_t<Out> scale) {
 #pragma unroll
   for (int i = 0; i < N; ++i) to.at[i] = Narrow<Out>::from(static_cast<wide_t<Out>>(widen(from.at[i])) * scale);
   *reinterpret_cast<Pack<Out, N>*>(out) = to;
+}
+
+// a * b, rounded: never fused with a sum behind it, which the twin rounds apart.
+SPF_HOST_DEVICE float rounded_product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  volatile float product = a * b;
+  return product;
+#endif
+}
+SPF_HOST_DEVICE double rounded_product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  volatile double product = a * b;
+  return product;
+#endif
+}
+
+template <class T, int N>
+SPF_HOST_DEVICE void move_updated(T* out, const T* in, const wide_t<T>* update, wide_t<T> scale) {
+  const Pack<T, N> from = *reinterpret_cast<const Pack<T, N>*>(in);
+  const Pack<wide_t<T>, N> added = *reinterpret_cast<const Pack<wide_t<T>, N>*>(update);
+  Pack<T, N> to;
+#pragma unroll
+  for (int i = 0; i < N; ++i) to.at[i] = Narrow<T>::from(rounded_product(widen(from.at[i]), scale) + added.at[i]);
+  *reinterpret_cast<Pack<T, N>*>(out) = to;
 }
 
 template <class T, int N>
@@ -108,6 +136,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
   __shared__ int64_t counts[kMaxThreads + 1];
   __shared__ int64_t columns[kMaxTile];
   __shared__ int64_t sources[kMaxTile];
+  __shared__ int64_t update;  // row of token_update for the text's first token, -1: none
 
   const int64_t tiles = p.width > 0 ? (p.width + tile - 1) / tile : 1;
   const int64_t index = static_cast<int64_t>(blockIdx.x) / tiles;
@@ -124,6 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
   int64_t count = 0;
   for (int64_t t = from; t < to; ++t) count += is_real(p, segment.text_row, t) ? 1 : 0;
   counts[thread] = count;
+  if (thread == 0 && p.token_update.data != nullptr) update = first_update(p, index);
   __syncthreads();
   if (thread == 0) {
     int64_t sum = 0;
@@ -164,7 +194,11 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
     E* write = out + s * p.dim + d;
     if (source >= 0) {
       const E* read = static_cast<const E*>(p.embedding.data) + source * p.embedding.stride + d;
-      if (scaled) {
+      const int64_t rank = first_rank + s;
+      if (p.token_update.data != nullptr && update >= 0 && rank < p.update_length) {
+        const wide_t<E>* add = static_cast<const wide_t<E>*>(p.token_update.data) + (update + rank) * p.dim + d;
+        move_updated<E, N>(write, read, add, scale);
+      } else if (scaled) {
         move<E, E, N>(write, read, scale);
       } else {
         move<E, N>(write, read);
@@ -231,7 +265,7 @@ inline Launch plan_embedding_backward(const EmbeddingBackwardParams& p, int max_
 }
 
 // One block per run of equal ids, found by its first entry.
-template <class E>
+template <class G, class E>
 __global__ void __launch_bounds__(kMaxThreads) embedding_backward_kernel(EmbeddingBackwardParams p) {
   const int64_t first = blockIdx.x, id = p.sorted_ids[first];
   if (id < 0 || id >= p.grad_embedding.count || (first > 0 && p.sorted_ids[first - 1] == id)) return;
@@ -240,7 +274,7 @@ __global__ void __launch_bounds__(kMaxThreads) embedding_backward_kernel(Embeddi
   for (int64_t d = threadIdx.x; d < p.dim; d += blockDim.x) {
     W sum = 0;
     for (int64_t i = first; i < p.tokens && p.sorted_ids[i] == id; ++i)
-      sum += static_cast<W>(widen(static_cast<const E*>(p.grad.data)[p.sorted_slots[i] * p.grad.stride + d]));
+      sum += static_cast<W>(widen(static_cast<const G*>(p.grad.data)[p.sorted_slots[i] * p.grad.stride + d]));
     out[d] = Narrow<E>::from(sum * static_cast<W>(p.scale));
   }
 }
@@ -399,8 +433,9 @@ template <class Go>
 void run_embedding_backward(const EmbeddingBackwardParams& p, const Go& go) {
   const Launch launch = plan_embedding_backward(p, go.max_threads());
   if (launch.blocks == 0) return;
-  dispatch(p.grad.type,
-           [&](auto type) { go.run(embedding_backward_kernel<typename decltype(type)::type>, launch, p); });
+  dispatch_pair(p.grad.type, p.grad_embedding.type, [&](auto grad, auto type) {
+    go.run(embedding_backward_kernel<typename decltype(grad)::type, typename decltype(type)::type>, launch, p);
+  });
 }
 
 }  // namespace softprompt_fast::cuda

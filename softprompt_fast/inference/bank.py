@@ -123,7 +123,7 @@ class PromptBank:
                 self.uncompiled = f"the budget of {budget} bytes holds no virtual token ({self.bytes_per_token} bytes)"
         if prompts is not None:
             for name in prompts:
-                self.add(name, prompts[name])
+                self.add(name, prompts.without_token_update(name, "PromptBank"))
 
     # --- what is in it ---
 

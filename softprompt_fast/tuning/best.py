@@ -8,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..model import SoftPromptModel
+from ..peft_format import read_updated_prompt
 
 FILE = "best.json"
 
 
 class BestPrompts:
-    """Keeps, for each prompt, the values with the best held-out score: accuracy, then loss; or the loss alone."""
+    """Keeps, for each prompt, the values with the best held-out score.
 
-    def __init__(self, model: SoftPromptModel, folder: Path) -> None:
+    Args:
+        by: "loss", or "accuracy" and then loss; scores without an accuracy go by loss.
+    """
+
+    def __init__(self, model: SoftPromptModel, folder: Path, by: str = "loss") -> None:
         self.model = model
+        self.by = by
         self.folder = folder
         file = folder / FILE
         self.found: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
@@ -27,7 +32,7 @@ class BestPrompts:
     def update(self, name: str, scores: dict[str, float], step: int) -> bool:
         """Keeps a prompt's present values if they score better than all before; whether they do."""
         before = self.found.get(name)
-        if before is not None and not rank(scores) > rank(before["scores"]):
+        if before is not None and not rank(scores, self.by) > rank(before["scores"], self.by):
             return False
         self.model.save_pretrained(self.folder, [name])
         self.found[name] = {"step": step, "scores": scores}
@@ -36,17 +41,23 @@ class BestPrompts:
         os.replace(partial, self.folder / FILE)
         return True
 
-    def values(self, name: str) -> Tensor:
-        return self.model.read_prompt(self.folder / name)
-
     @torch.no_grad()
     def restore(self, name: str) -> dict[str, float]:
         """Copies the best values into the model's prompt, an ordinary parameter by now; returns their scores."""
-        self.model.prompts[name].copy_(self.values(name))
+        factors = self.model.prompts.token_update(name)
+        if factors is None:
+            self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name))
+        else:
+            values, best, _ = read_updated_prompt(self.folder / name)
+            self.model.prompts[name].copy_(values)
+            for factor, found in zip(factors, best, strict=True):
+                factor.copy_(found)
         scores: dict[str, float] = self.found[name]["scores"]
         return scores
 
 
-def rank(scores: dict[str, float]) -> tuple[float, ...]:
+def rank(scores: dict[str, float], by: str) -> tuple[float, ...]:
     """Larger is better."""
-    return (scores["accuracy"], -scores["loss"]) if "accuracy" in scores else (-scores["loss"],)
+    if by == "accuracy" and "accuracy" in scores:
+        return (scores["accuracy"], -scores["loss"])
+    return (-scores["loss"],)

@@ -81,6 +81,11 @@ def evaluate(
     if task.kind == "generation":
         return _response_loss(model, tokenizer, task, rows, batch_size, prompt, progress)
     predictions = predict(model, tokenizer, task, rows, batch_size=batch_size, prompt=prompt, progress=progress)
+    return classification_scores(task, rows, predictions)
+
+
+def classification_scores(task: Task, rows: Rows, predictions: Rows) -> dict[str, float]:
+    """Scores of predictions as ``predict`` gives them."""
     truth = [str(row[task.target_column]) for row in rows]
     for label in truth:
         if label not in task.label_words:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from ..architecture import is_encoder_decoder
+from ..deep_prompt import DeepPromptModel
 from ..model import SoftPromptModel
 from ..reparameterize import fold
 from ..task import Task
@@ -25,7 +26,7 @@ from .data import Collator, Rows, encode, pad_token_id
 from .evaluation import evaluate
 from .objective import choose_loss
 from .prepare import add_prompt, set_form
-from .settings import TuningSettings
+from .settings import DEFAULT_STEPS, TuningSettings
 
 METRICS = "metrics.json"
 
@@ -40,6 +41,8 @@ class TuningJob:
     held_out_rows: Rows
     settings: TuningSettings | None = None
     """Of its first values; None: the run's."""
+    scorer: Callable[[str | None], dict[str, float]] | None = None
+    """Gives the held-out scores of the prompt of a name, None: of no prompt, in place of :func:`evaluate`."""
 
 
 @dataclass
@@ -74,6 +77,7 @@ def tune(
     *,
     resume: bool = False,
     report_to: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
     **changes: Any,
 ) -> TuningResult:
@@ -86,6 +90,7 @@ def tune(
         held_out_rows: scored during the run; they decide which state is best.
         resume: go on from the last checkpoint in ``output``.
         report_to: of transformers, such as ("tensorboard",).
+        callbacks: more of transformers' ``TrainerCallback``.
         changes: settings by name, such as ``learning_rate=3e-3``.
 
     Raises:
@@ -94,7 +99,16 @@ def tune(
     """
     jobs = [TuningJob(task, train_rows, held_out_rows)]
     (result,) = tune_tasks(
-        model, tokenizer, jobs, output, settings, resume=resume, report_to=report_to, console=console, **changes
+        model,
+        tokenizer,
+        jobs,
+        output,
+        settings,
+        resume=resume,
+        report_to=report_to,
+        callbacks=callbacks,
+        console=console,
+        **changes,
     )
     return result
 
@@ -109,6 +123,7 @@ def tune_tasks(
     shared_tokens: int = 0,
     resume: bool = False,
     report_to: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     console: Console | None = None,
     **changes: Any,
 ) -> list[TuningResult]:
@@ -129,7 +144,7 @@ def tune_tasks(
     run = _Run(model, tokenizer, list(jobs), Path(output), settings, console or Console(stderr=True))
     last = run.last_checkpoint(resume)
     run.prepare(shared_tokens)
-    return run.tune(last, report_to)
+    return run.tune(last, report_to, callbacks)
 
 
 class _Run:
@@ -145,7 +160,8 @@ class _Run:
         self.model, self.tokenizer, self.jobs, self.output = model, tokenizer, jobs, output
         self.settings, self.console = settings, console
         self.checkpoints = output / "checkpoints"
-        self.metric = "accuracy" if all(job.task.kind == "classification" for job in jobs) else "loss"
+        of_labels = all(job.task.kind == "classification" for job in jobs)
+        self.metric = settings.best_by if of_labels else "loss"
         self.before: list[dict[str, float]] = []
 
     def last_checkpoint(self, resume: bool) -> str | None:
@@ -186,6 +202,8 @@ class _Run:
         for job in self.jobs:
             self.before.append(
                 evaluate_bare(self.model, self.tokenizer, job.task, job.held_out_rows, self.settings.batch_size)
+                if job.scorer is None
+                else job.scorer(None)
             )
             self.console.print(f"{self._of(job)}without a prompt: {describe(self.before[-1])}", highlight=False)
         set_seed(self.settings.seed)
@@ -198,9 +216,21 @@ class _Run:
         for job in self.jobs:
             if job.task.prompt not in self.model.prompts:
                 add_prompt(self.model, self.tokenizer, job.task, job.settings or self.settings)
+                if self.settings.token_update_rank is not None:
+                    self._add_token_update(job)
             set_form(self.model, self.tokenizer, job.task.prompt, self.settings, shared)
 
-    def tune(self, last: str | None, report_to: Sequence[str]) -> list[TuningResult]:
+    def _add_token_update(self, job: TuningJob) -> None:
+        """Of the places that training texts have."""
+        if isinstance(self.model, DeepPromptModel):
+            raise ValueError(
+                f"`token_update_rank` must be None for deep prompts, got {self.settings.token_update_rank}"
+            )
+        longest = max(len(f["input_ids"]) for f in self.features if f["prompt"] == job.task.prompt)
+        rank = min(self.settings.token_update_rank or 1, longest)
+        self.model.prompts.add_token_update(job.task.prompt, longest, rank, seed=self.settings.seed)
+
+    def tune(self, last: str | None, report_to: Sequence[str], callbacks: Sequence[Any]) -> list[TuningResult]:
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -210,7 +240,7 @@ class _Run:
         trained = {name: self.model.prompts[name].requires_grad for name in others}
         for name in others:
             self.model.prompts.freeze_prompt(name)
-        self.best = BestPrompts(self.model, self.checkpoints / "best")
+        self.best = BestPrompts(self.model, self.checkpoints / "best", self.settings.best_by)
         self.history: list[list[dict[str, float]]] = [[] for _ in self.jobs]
         trainer = self.trainer = PromptTrainer(
             self.model,
@@ -220,6 +250,7 @@ class _Run:
             eval_dataset=self.features[:1],  # scored by the evaluator instead
             evaluator=self._evaluate,
             losses=self.losses,
+            update_learning_rate=self.settings.token_update_learning_rate,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -228,6 +259,8 @@ class _Run:
         trainer.add_callback(RichProgress(self.console, lambda: trainer.tokens_seen))
         if self.settings.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
+        for callback in callbacks:
+            trainer.add_callback(callback)
         self.start = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=last)
@@ -247,7 +280,7 @@ class _Run:
         settings, prompts = self.settings, len(self.jobs)
         rows = settings.batch_size * prompts
         per_epoch = -(-len(self.features) // (rows * settings.gradient_accumulation_steps))
-        total = settings.steps if settings.steps is not None else max(1, round(per_epoch * settings.epochs))
+        total = settings.steps or (round(per_epoch * settings.epochs) if settings.epochs else DEFAULT_STEPS) or 1
         every = settings.eval_every or max(1, total // 5)
         on_cpu = self.model.device.type == "cpu"
         return TrainingArguments(
@@ -287,13 +320,17 @@ class _Run:
         every = []
         for job, history in zip(self.jobs, self.history, strict=True):
             name = job.task.prompt
-            scores = evaluate(
-                self.model,
-                self.tokenizer,
-                job.task,
-                job.held_out_rows,
-                batch_size=self.settings.batch_size,
-                prompt=name,
+            scores = (
+                evaluate(
+                    self.model,
+                    self.tokenizer,
+                    job.task,
+                    job.held_out_rows,
+                    batch_size=self.settings.batch_size,
+                    prompt=name,
+                )
+                if job.scorer is None
+                else job.scorer(name)
             )
             every.append(scores)
             history.append({"step": step, "seconds": seconds} | scores)

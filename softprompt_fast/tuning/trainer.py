@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from ..model import SoftPromptModel
+from ..prompt import UPDATE_A, UPDATE_B
 from .objective import AnswerLoss, MixedLoss
 
 Evaluator = Callable[[], dict[str, float]]
@@ -28,6 +29,7 @@ class PromptTrainer(Trainer):
     Args:
         evaluator: gives the scores of the current prompts; replaces Trainer's own evaluation loop.
         losses: the loss of each task; a batch with ``groups`` says which task its rows are of, else there is one.
+        update_learning_rate: of the prompts' token updates; None: that of the prompts.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class PromptTrainer(Trainer):
         *args: Any,
         evaluator: Evaluator | None = None,
         losses: Sequence[AnswerLoss] = (),
+        update_learning_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         self.evaluator = evaluator
         self.losses = losses
+        self.update_learning_rate = update_learning_rate
         self.tokens_seen = 0
         self.evaluation_seconds = 0.0
         super().__init__(model, *args, **kwargs)
@@ -55,6 +59,23 @@ class PromptTrainer(Trainer):
         self.log(dict(scores))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Token updates, where there are any, have a learning rate of their own and no weight decay."""
+        trained = [(n, p) for n, p in self._prompts_model().prompts.named_parameters() if p.requires_grad]
+        updates = [p for n, p in trained if n.startswith((UPDATE_A, UPDATE_B))]
+        if self.optimizer is not None or not updates or self.update_learning_rate is None:
+            return super().create_optimizer(*args, **kwargs)
+        others = [p for n, p in trained if not n.startswith((UPDATE_A, UPDATE_B))]
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = kind(
+            [
+                {"params": others, "weight_decay": self.args.weight_decay},
+                {"params": updates, "weight_decay": 0.0, "lr": self.update_learning_rate},
+            ],
+            **options,
+        )
+        return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.tokens_seen += sum(inputs["lengths"]) if "lengths" in inputs else inputs["input_ids"].numel()

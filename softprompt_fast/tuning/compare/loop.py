@@ -83,8 +83,8 @@ def train(
         if scores.accuracy is not None:
             facts["accuracy"] = scores.accuracy
         history.append(facts)
-        if best is None or rank(facts) > best:
-            best, best_step = rank(facts), step
+        if best is None or rank(facts, "loss") > best:
+            best, best_step = rank(facts, "loss"), step
             keep()
         print(f"step {step}: {facts}", flush=True)
         model.train()

@@ -171,8 +171,8 @@ def _cost_notes(found: Comparison) -> str:
         "Operations: matrix products of a forward pass, two per weight and token, and attention, for a row alone; the "
         "last column where keys and values of what stands in front are kept between rows. LoRA is not merged, as for "
         "many adapters on one model; merged it costs what zero-shot does.",
-        "1,000 rows in: tokenising included. All methods but peft-prompt are scored by softprompt_fast, which runs "
-        "what rows share once per batch and no padding; peft-prompt by PEFT's own forward call.",
+        "1,000 rows in: tokenising included; by softprompt_fast, which runs what rows share once per batch and no "
+        "padding; linear-probe and peft-prompt by plain forward calls on padded batches.",
         "peft-prompt is trained as PEFT's users run it (every row carries the prompt, all logits); lora and full with "
         "logits at the answer only; prompt by softprompt_fast.",
     ]
@@ -224,7 +224,7 @@ def _settings(found: Comparison) -> str:
     parts = [
         f'<p class="note">{", ".join(TRAINED)}: AdamW, cosine down to 0 after a warm-up of a twentieth of the steps; '
         "cross entropy among the label words where each is one token, else among all tokens; the checkpoint with the "
-        f"best validation score is kept. Defaults of the loop: {escape(loop)}.</p>"
+        f"lowest validation loss is kept. Defaults of the loop: {escape(loop)}.</p>"
     ]
     rows = []
     for s in found.summaries:
@@ -262,6 +262,8 @@ def _seed_table(found: Comparison) -> str:
                 words.seconds(result.get("train_seconds")),
                 words.seconds(result.get("inference_seconds")),
                 words.seconds(result.get("wall_seconds")),
+                words.seconds(result.get("processor_seconds")),
+                words.seconds(result.get("inference_processor_seconds")),
             ]
         )
     heads = [
@@ -293,7 +295,7 @@ def _best_validation(result: Mapping[str, Any]) -> str:
     history = result.get("detail", {}).get("validation", [])
     if not history:
         return ""
-    best = max(history, key=rank)
+    best = max(history, key=lambda scores: rank(scores, "loss"))
     return f"{best.get('accuracy', best['loss']):.4f}"
 
 

@@ -1,0 +1,126 @@
+"""Ensembles: several prompts of one task, tuned in one run, that decide together.
+
+Lester et al. 2021 (arXiv 2104.08691, section 6): one frozen model, m prompts, one vote each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from ..inference.combine import COMBINATIONS, combine_members
+from ..model import SoftPromptModel
+from ..task import Task
+from .data import Rows
+from .evaluation import classification_scores, predict
+from .run import TuningJob, TuningResult, describe, tune_tasks
+from .settings import TuningSettings
+
+FILE = "ensemble.json"
+
+
+@dataclass
+class EnsembleResult:
+    """What came of a run."""
+
+    members: list[TuningResult]
+    combine: str
+    scores: dict[str, float]
+    """Held-out scores of the members' common decision, each member at its best state."""
+    file: Path
+    """Names the members and how they are combined, for ``softprompt-fast predict --ensemble``."""
+
+
+def tune_ensemble(
+    model: SoftPromptModel,
+    tokenizer: Any,
+    task: Task,
+    train_rows: Rows,
+    held_out_rows: Rows,
+    output: PathLike[str] | str,
+    settings: TuningSettings | None = None,
+    *,
+    members: int | Sequence[str] = 5,
+    combine: str = "mean_probability",
+    resume: bool = False,
+    report_to: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
+    console: Console | None = None,
+    **changes: Any,
+) -> EnsembleResult:
+    """Tunes m prompts ``<task.prompt>-0`` .. ``-<m-1>`` of one task at once, in mixed batches.
+
+    Args:
+        members: m, which differ in the seed of their first values and in the rows of their steps; or an initialisation
+            for each.
+        combine: as in :meth:`SoftPromptPipeline.classify`.
+        settings, changes: of all members, as in :func:`tune`.
+
+    Raises:
+        ValueError: a task that is no classification, fewer than two members.
+    """
+    settings = (settings or TuningSettings()).with_changes(changes)
+    if task.kind != "classification":
+        raise ValueError(f"`task` must be a classification, for text is not averaged, got {task.kind!r}")
+    if combine not in COMBINATIONS:
+        raise ValueError(f"`combine` must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    inits = [settings.init] * members if isinstance(members, int) else list(members)
+    if len(inits) < 2:
+        raise ValueError(f"`members` must be at least 2, got {members}")
+    jobs = [
+        TuningJob(
+            replace(task, prompt=f"{task.prompt}-{i}"),
+            train_rows,
+            held_out_rows,
+            replace(settings, init=init, seed=settings.seed + i),
+        )
+        for i, init in enumerate(inits)
+    ]
+    console = console or Console(stderr=True)
+    results = tune_tasks(
+        model,
+        tokenizer,
+        jobs,
+        output,
+        settings,
+        resume=resume,
+        report_to=report_to,
+        callbacks=callbacks,
+        console=console,
+    )
+    names = [job.task.prompt for job in jobs]
+    scores = evaluate_ensemble(
+        model, tokenizer, task, held_out_rows, names, combine=combine, batch_size=settings.batch_size
+    )
+    alone = sum(result.after["accuracy"] for result in results) / len(results)
+    console.print(f"together: {describe(scores)}; one alone: {alone:.3f} on average", highlight=False)
+    file = Path(output) / FILE
+    facts = {"members": names, "combine": combine, "scores": scores, "mean_accuracy_of_members": alone}
+    file.write_text(json.dumps(facts, indent=2) + "\n")
+    return EnsembleResult(results, combine, scores, file)
+
+
+def evaluate_ensemble(
+    model: SoftPromptModel,
+    tokenizer: Any,
+    task: Task,
+    rows: Rows,
+    prompts: Sequence[str],
+    *,
+    combine: str = "mean_probability",
+    batch_size: int = 32,
+) -> dict[str, float]:
+    """Scores of several prompts' common decision on labelled rows, as ``evaluate`` gives them for one."""
+    each = [predict(model, tokenizer, task, rows, batch_size=batch_size, prompt=name) for name in prompts]
+    logits = np.log(
+        np.asarray([[[p["scores"][label] for label in task.labels] for p in one] for one in each]).clip(1e-30)
+    )  # [m, rows, C]
+    decisions = [combine_members(task.labels, logits[:, i], combine) for i in range(len(rows))]
+    return classification_scores(task, rows, decisions)
