@@ -14,10 +14,12 @@ from .cli_analysis import (
     LabelColumn,
     LabelWords,
     MaxLength,
+    Picture,
     PromptColumn,
     ResponseColumn,
     Template,
     TextColumn,
+    _draw,
     task_of_options,
 )
 
@@ -56,6 +58,7 @@ def compare(
     max_validation: Annotated[int | None, typer.Option(min=1, help="The same for validation rows.")] = None,
     max_test: Annotated[int | None, typer.Option(min=1, help="The same for test rows.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Results; run again to go on.")] = Path("compare"),
+    figure: Picture = None,
     name: Annotated[str | None, typer.Option(help="What the data are called in the tables; default: the file.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes at once; more than one blur the times.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads per process.")] = None,
@@ -68,6 +71,7 @@ def compare(
     from .tuning import load_rows, split_rows
     from .tuning.compare import METHODS, parse_options
     from .tuning.compare import compare as run
+    from .tuning.compare.drawing import overview_figure
     from .tuning.compare.tables import print_comparison
 
     rows = load_rows(data, split)
@@ -117,6 +121,7 @@ def compare(
         raise typer.Exit(130) from None
     print_comparison(found, Console())
     console.print(f"wrote {output / 'report.html'}, results.json, results.csv", highlight=False)
+    _draw(lambda: overview_figure(found), figure)
     if all(summary.score is None for summary in found.summaries):
         raise typer.Exit(1)
 

@@ -125,7 +125,7 @@ def test_trained_methods_learn_and_keep_their_best(method: str, tmp_path: Path) 
     assert scores.loss < bare["loss"] or method == "linear-probe"
     assert scores.accuracy >= (0.95 if method in ("lora", "full") else 0.6), scores.accuracy
     history = ready.detail["validation"]
-    best = max(history, key=lambda facts: (facts["accuracy"], -facts["loss"]))
+    best = min(history, key=lambda facts: facts["loss"])
     again = ready.score(SPLITS["validation"])
     assert (again.accuracy, again.loss) == pytest.approx((best["accuracy"], best["loss"]), abs=1e-4)
     assert ready.train_seconds > 0 and ready.evaluation_seconds > 0
@@ -155,6 +155,7 @@ def _linear_layers(model: Any) -> list[torch.nn.Linear]:
 def test_full_fine_tuning_of_a_half_precision_model_keeps_master_weights(tmp_path: Path) -> None:
     work = work_of("full", tmp_path, steps=5, learning_rate=1e-5)
     work.model.to(torch.bfloat16)
+    work.model.is_quantized = True  # as one de-quantised from a file says
     small = work.model.model.norm.weight  # 1.0: an update of 1e-5 is lost in bfloat16
     seen: list[torch.Tensor] = []
     handle = small.register_hook(lambda gradient: seen.append(small.detach().clone()))
@@ -204,7 +205,7 @@ def test_the_probe_reads_the_last_state_and_chooses_c_on_validation_rows(tmp_pat
     assert scores.predicted is not None
     assert [TASK.labels[i] for i in scores.predicted] == list(expected.predict(scaler.transform(test)))
     found = RUNNERS["linear-probe"](work_of("linear-probe", tmp_path, C=[1e-6, 1.0])).detail
-    best = max(found["validation"], key=lambda facts: (facts["accuracy"], -facts["loss"]))
+    best = min(found["validation"], key=lambda facts: facts["loss"])
     assert found["C"] == best["C"]
 
 
@@ -631,7 +632,7 @@ METHODS_RUN = ["zero-shot", "prompt", "lora"]
 def test_the_command_line_compares_records_failures_and_resumes(compared: Callable[..., tuple[Path, Any]]) -> None:
     command = ["--methods", ",".join(METHODS_RUN), "--set", "lora.target_modules=NONSENSE", "--name", "films & <plots>"]
     out, shown = compared(*command)
-    assert "[3/3] lora, seed 0: error: ValueError" in shown.output
+    assert "[3/3] lora, seed 0: error: " in shown.output and "Target modules NONSENSE" in shown.output
     found = json.loads((out / "results.json").read_text())
     methods = {method["method"]: method for method in found["methods"]}
     assert methods["lora"]["status"] == "failed" and "NONSENSE" in methods["lora"]["reasons"][0]
@@ -649,6 +650,7 @@ def test_the_command_line_compares_records_failures_and_resumes(compared: Callab
         SPLITS["test"],
     )
     assert (again["accuracy"], again["loss"]) == pytest.approx((methods["prompt"]["score"], methods["prompt"]["loss"]))
+    assert stored["processor_seconds"] > 0 < stored["inference_processor_seconds"]
     assert stored["memory_training"] > 50e6 and stored["inference_seconds"] > 0 and stored["prefix_tokens"] == 4
     with (out / "results.csv").open() as file:
         lines = list(csv.DictReader(file))

@@ -71,7 +71,7 @@ def full(work: Work) -> Ready:
     """All weights in float32, products in bfloat16 where the model came in half precision and the machine has it."""
     model = work.model
     dtype = model.dtype
-    model.float()
+    _cast_weights(model, torch.float32)
     model.requires_grad_(True)
     autocast = torch.bfloat16 if dtype != torch.float32 and _has_bfloat16(model.device) else None
     work.artifacts.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def full(work: Work) -> Ready:
     _load_weights(model, best)
     shutil.rmtree(work.artifacts)
     count = _trainable(model)
-    model.to(dtype)  # as it would be stored and served
+    _cast_weights(model, dtype)  # as it would be stored and served
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
     ready = _ready(work, trained, model, Packed(SoftPromptModel(model), work.tokenizer), stored)
     ready.trainable_parameters = count
@@ -167,6 +167,13 @@ def _load_weights(model: Any, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(name))
+
+
+@torch.no_grad()
+def _cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """In place: ``model.float()`` refuses models that came from quantised files. Tied weights stay tied."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -66,7 +66,8 @@ def _scores(panel: Any, shown: Sequence[MethodSummary], metric: str) -> None:
             panel.plot(summary.scores, [place] * len(summary.scores), "o", color=GREY, markersize=3, zorder=3)
         panel.plot([summary.score], [place], "o", color=color, markersize=6, zorder=4)
     _names(panel, shown)
-    panel.set_xlabel(f"{metric} on the test rows, 95 % interval; grey: single seeds", fontsize=8)
+    several = any(len(summary.scores) > 1 for summary in shown)
+    panel.set_xlabel(f"{metric} on the test rows, 95 % interval{'; grey: single seeds' if several else ''}", fontsize=8)
     panel.grid(axis="x", linewidth=0.3)
 
 
@@ -98,7 +99,10 @@ def _bars(panel: Any, shown: Sequence[MethodSummary], values: Sequence[float], t
         panel.set_xlim(min(positive) / 3, max(positive) * 8)
     elif positive:
         panel.set_xlim(0, max(positive) * 1.25)
-    panel.bar_label(bars, [label(value) if value > 0 else "none" for value in values], padding=3, fontsize=7)
+    panel.bar_label(bars, [label(value) if value > 0 else "" for value in values], padding=3, fontsize=7)
+    for place, value in enumerate(values):
+        if value <= 0:  # has no place on a logarithmic axis
+            panel.text(0.01, place, "none", transform=panel.get_yaxis_transform(), va="center", fontsize=7)
     _names(panel, shown)
     panel.set_title(title, fontsize=9)
     panel.set_xticks([])

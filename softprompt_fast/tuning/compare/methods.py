@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ...model import SoftPromptModel
+from ...task import FILE as TASK_FILE
 from ...task import Task
 from ..data import Rows
 from ..scoring import RowScores
@@ -123,7 +124,6 @@ def prompt(work: Work) -> Ready:
         console=Console(stderr=True),
     )
     shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
-    files = ("adapter_config.json", "adapter_model.safetensors")
     backend = Packed(tuned, work.tokenizer, work.task.prompt)
     encoder = Encoder(work.task, work.tokenizer)
     values = tuned.prompts[work.task.prompt]
@@ -131,7 +131,7 @@ def prompt(work: Work) -> Ready:
         lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
         prefix_tokens=len(values),
         trainable_parameters=sum(p.numel() for p in tuned.prompts.parameters() if p.requires_grad),
-        stored_bytes=sum((result.folder / file).stat().st_size for file in files),
+        stored_bytes=size_of(result.folder) - (result.folder / TASK_FILE).stat().st_size,  # others store no task
         train_seconds=result.tuning_seconds - result.evaluation_seconds,
         evaluation_seconds=result.evaluation_seconds,
         detail={

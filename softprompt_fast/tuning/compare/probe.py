@@ -56,7 +56,7 @@ class Probe:
 def fit_probe(
     model: Any, tokenizer: Any, task: Task, splits: Mapping[str, Rows], options: Mapping[str, Any], batch_size: int
 ) -> Probe:
-    """Standardised features; the C with the best validation accuracy, the smaller loss where two are alike."""
+    """Standardised features; the C with the lowest validation loss, which also chooses the checkpoints of others."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -81,8 +81,8 @@ def fit_probe(
         accuracy = scores.accuracy
         assert accuracy is not None
         searched.append({"C": value, "accuracy": accuracy, "loss": scores.loss})
-        found.append((accuracy, -scores.loss, value, pipeline))
-    _, _, chosen, pipeline = max(found, key=lambda one: one[:2])
+        found.append((scores.loss, value, pipeline))
+    _, chosen, pipeline = min(found, key=lambda one: one[0])
     return Probe(features, pipeline, task, chosen, searched, evaluation_seconds)
 
 

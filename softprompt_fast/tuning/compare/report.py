@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..best import rank
 from . import words
-from .settings import LOOP, RATE_SOURCES, TRAINED
+from .settings import DEFAULTS, LOOP, RATE_SOURCES, TRAINED
 from .verdict import RULES
 
 if TYPE_CHECKING:
@@ -170,8 +171,8 @@ def _cost_notes(found: Comparison) -> str:
         "Operations: matrix products of a forward pass, two per weight and token, and attention, for a row alone; the "
         "last column where keys and values of what stands in front are kept between rows. LoRA is not merged, as for "
         "many adapters on one model; merged it costs what zero-shot does.",
-        "1,000 rows in: tokenising included. All methods but peft-prompt are scored by softprompt_fast, which runs "
-        "what rows share once per batch and no padding; peft-prompt by PEFT's own forward call.",
+        "1,000 rows in: tokenising included; by softprompt_fast, which runs what rows share once per batch and no "
+        "padding; linear-probe and peft-prompt by plain forward calls on padded batches.",
         "peft-prompt is trained as PEFT's users run it (every row carries the prompt, all logits); lora and full with "
         "logits at the answer only; prompt by softprompt_fast.",
     ]
@@ -232,7 +233,7 @@ def _settings(found: Comparison) -> str:
         )
         shown = {name: value for name, value in detail.items() if name not in ("validation", "text in front")}
         cells = [_name(s), escape(s.description), escape(_joined(s.options)), escape(_joined(shown))]
-        rows.append([*cells, escape(RATE_SOURCES.get(s.method, ""))])
+        rows.append([*cells, escape(_rate_source(s))])
     parts.append(
         _table(
             ["method", "what it is", "settings", "of the first run", "learning rate"], rows, numbers_from=9, raw=True
@@ -257,16 +258,45 @@ def _seed_table(found: Comparison) -> str:
                 str(result["seed"]),
                 result["status"],
                 "" if score is None else f"{score:.4f}",
+                _best_validation(result),
                 words.seconds(result.get("train_seconds")),
                 words.seconds(result.get("inference_seconds")),
                 words.seconds(result.get("wall_seconds")),
+                words.seconds(result.get("processor_seconds")),
+                words.seconds(result.get("inference_processor_seconds")),
             ]
         )
-    heads = ["method", "seed", "status", found.facts["metric"], "training", "test rows in", "whole process"]
+    heads = [
+        "method",
+        "seed",
+        "status",
+        found.facts["metric"],
+        "best on validation",
+        "training",
+        "test rows in",
+        "whole process",
+    ]
     return _table(heads, rows, numbers_from=3)
 
 
 # --- helpers ---
+
+
+def _rate_source(summary: MethodSummary) -> str:
+    """Where a default learning rate comes from."""
+    default = DEFAULTS[summary.method].get("learning_rate")
+    if summary.options.get("learning_rate", default) != default:
+        return "set by the caller"
+    return RATE_SOURCES.get(summary.method, "")
+
+
+def _best_validation(result: Mapping[str, Any]) -> str:
+    """Accuracy or loss of the state that was kept."""
+    history = result.get("detail", {}).get("validation", [])
+    if not history:
+        return ""
+    best = max(history, key=lambda scores: rank(scores, "loss"))
+    return f"{best.get('accuracy', best['loss']):.4f}"
 
 
 def _name(summary: MethodSummary) -> str:
