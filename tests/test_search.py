@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_tuning import BAD, GOOD, model_folder, reviews, run, tiny_tokenizer  # noqa: F401 - a fixture
+from test_tuning import model_folder  # noqa: F401 - a fixture
 from tiny_models import build
+from tiny_reviews import BAD, GOOD, reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast import cli
