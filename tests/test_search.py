@@ -16,8 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_tuning import BAD, GOOD, model_folder, reviews, run, tiny_tokenizer  # noqa: F401 - a fixture
+from test_tuning import model_folder  # noqa: F401 - a fixture
 from tiny_models import build
+from tiny_reviews import BAD, GOOD, reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast import cli
@@ -427,6 +428,7 @@ def test_every_kind_of_prompt_and_task_can_be_searched(tmp_path: Path, kind: str
         ({"learning_rates": [0.0]}, "`learning_rates` must be one or more positive"),
         ({"num_virtual_tokens": 3}, "`num_virtual_tokens` must be None in a search, for `lengths` say it"),
         ({"eval_every": 3}, "`eval_every` must be None in a search"),
+        ({"token_update_rank": 2}, "`token_update_rank` must be None in a search"),
         ({"epochs": 1.0, "steps": None}, "`epochs` must be None in a search"),
         ({"init": torch.ones(2, 32)}, r"`init` must be one of .* got tensor \[2, 32\]"),
         ({"held_out": reviews(1)}, "`held_out_rows` must hold at least 2 rows, got 1"),

@@ -36,6 +36,7 @@ def checked_settings(settings: TuningSettings) -> TuningSettings:
         ("epochs", "`steps` are counted"),
         ("eval_every", "candidates are scored at the end of each rung"),
         ("patience", "candidates are scored at the end of each rung"),
+        ("token_update_rank", "candidates are scored as prompts alone"),
     ):
         if getattr(settings, name) is not None:
             raise ValueError(f"`{name}` must be None in a search, for {instead}; got {getattr(settings, name)!r}")
