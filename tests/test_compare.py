@@ -35,10 +35,10 @@ from softprompt_fast.tuning.compare.methods import RUNNERS, NotApplicable, Work
 from softprompt_fast.tuning.compare.run import Comparison, write_files
 from softprompt_fast.tuning.compare.scores import score_rows
 from softprompt_fast.tuning.compare.settings import Job, resolve_options
-from softprompt_fast.tuning.compare.statistics import bootstrap_interval, holm, mcnemar, paired_permutation
 from softprompt_fast.tuning.compare.summary import MethodSummary, summarise
 from softprompt_fast.tuning.compare.verdict import verdict
 from softprompt_fast.tuning.scoring import score_prompts
+from softprompt_fast.tuning.statistics import bootstrap_interval, holm, mcnemar, paired_permutation
 
 TASK = classification_task(reviews())
 ANSWERS = generation_task(prompt_column="text", response_column="label")

@@ -30,9 +30,10 @@ from softprompt_fast.tuning.search import run as search_module
 from softprompt_fast.tuning.search.budget import LEAST_STEPS, Budget, Costs, make_plan, rung_sizes
 from softprompt_fast.tuning.search.figure import search_figure
 from softprompt_fast.tuning.search.result import judge, promote
-from softprompt_fast.tuning.search.significance import compare, mcnemar
+from softprompt_fast.tuning.search.significance import compare
 from softprompt_fast.tuning.search.study import JOURNAL, Memory
 from softprompt_fast.tuning.search.table import verdict
+from softprompt_fast.tuning.statistics import mcnemar_of_counts
 
 TASK = classification_task(reviews(), prompt="p")
 FAST: dict[str, Any] = {"steps": 40, "batch_size": 8, "learning_rate": 0.1, "lengths": [1, 2, 3, 4]}
@@ -127,10 +128,10 @@ def losses_of(losses: list[float], weights: list[float] | None = None) -> RowSco
 
 def test_mcnemar_against_values_computed_by_hand() -> None:
     # 2 * (C(10,0) + C(10,1) + C(10,2)) / 2^10 and so on
-    assert mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert mcnemar(2, 8) == mcnemar(8, 2)
-    assert mcnemar(6, 0) == pytest.approx(2 / 64) and mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert mcnemar(3, 3) == mcnemar(0, 0) == 1.0
+    assert mcnemar_of_counts(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar_of_counts(2, 8) == mcnemar_of_counts(8, 2)
+    assert mcnemar_of_counts(6, 0) == pytest.approx(2 / 64) and mcnemar_of_counts(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar_of_counts(3, 3) == mcnemar_of_counts(0, 0) == 1.0
 
 
 def test_prompts_are_compared_row_by_row() -> None:

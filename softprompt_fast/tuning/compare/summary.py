@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import wilson_interval
+from ..statistics import Array, bootstrap_interval, holm, mcnemar, paired_permutation
 from .settings import DESCRIPTIONS, WITHOUT_SEED
-from .statistics import Array, bootstrap_interval, holm, mcnemar, paired_permutation
 
 REFERENCE = "prompt"
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..scoring import RowScores, Z
+from ..statistics import mcnemar_of_counts
 
 ALPHA = 0.05
 """A difference with a smaller p-value, two-sided, is called significant."""
@@ -54,20 +55,13 @@ def compare(scores: RowScores, reference: RowScores) -> Difference:
     return _accuracies(lost, gained, len(scores.losses))
 
 
-def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p-value (McNemar 1947): rows that only one of the two gets right, split by a fair coin."""
-    from scipy.stats import binomtest
-
-    return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-
-
 def _accuracies(lost: int, gained: int, rows: int) -> Difference:
     """The interval is Agresti and Min's (2005): half a row more in each cell of the table, so it never has width 0."""
     difference = lost - gained
     half = Z * math.sqrt(lost + gained + 1 - difference * difference / (rows + 2)) / (rows + 2)
     centre = difference / (rows + 2)
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return Difference(difference / rows, low, high, mcnemar(lost, gained), MCNEMAR, rows)
+    return Difference(difference / rows, low, high, mcnemar_of_counts(lost, gained), MCNEMAR, rows)
 
 
 def _losses(differences: Tensor, weights: Tensor) -> Difference:

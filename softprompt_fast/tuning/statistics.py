@@ -46,12 +46,14 @@ def bootstrap_interval(values: Array, weights: Array | None = None, *, seed: int
 
 
 def mcnemar(first: Array, second: Array) -> float:
-    """Exact two-sided p of the rows that only one of two methods gets right."""
+    """Exact two-sided p of two methods' right answers [rows], boolean (McNemar 1947)."""
     first, second = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    only_first, only_second = int((first & ~second).sum()), int((~first & second).sum())
-    if only_first + only_second == 0:
-        return 1.0
-    return float(stats.binomtest(only_first, only_first + only_second, 0.5).pvalue)
+    return mcnemar_of_counts(int((first & ~second).sum()), int((~first & second).sum()))
+
+
+def mcnemar_of_counts(lost: int, gained: int) -> float:
+    """The same of the rows that only one of the two gets right: a fair coin would split them."""
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def paired_permutation(first: Array, second: Array, *, seed: int = 0) -> float:
