@@ -39,7 +39,7 @@ def save_figure(figure: Any, path: PathLike[str] | str) -> Path:
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"a figure's file must end with .svg, .png or .pdf, got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "softprompt_fast"}):
+    with matplotlib.rc_context({"svg.hashsalt": "softprompt_fast", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
 
