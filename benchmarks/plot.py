@@ -134,7 +134,8 @@ PLOTS = {
 
 
 def main() -> None:
-    plt.rcParams |= {"svg.hashsalt": "softprompt_fast", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams |= {"svg.hashsalt": "softprompt_fast", "svg.fonttype": "none"}
+    plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
     plt.rcParams["figure.constrained_layout.use"] = True
     FIGURES.mkdir(exist_ok=True)
     for name, (table, plot) in PLOTS.items():
