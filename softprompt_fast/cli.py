@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     help="Tune and use soft prompts for frozen language models.", no_args_is_help=True, add_completion=False
@@ -33,7 +34,7 @@ def main() -> None:
         if os.environ.get("SOFTPROMPT_FAST_TRACEBACK"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-        console.print(f"[bold red]error:[/bold red] {text}", highlight=False)
+        console.print(f"[bold red]error:[/bold red] {escape(str(text))}", highlight=False)
         console.print("SOFTPROMPT_FAST_TRACEBACK=1 shows where it was raised.", style="dim")
         sys.exit(1)
 

@@ -188,7 +188,7 @@ def _names(rows: Sequence[dict[str, Any]], column: str | None, known: list[str])
         return [known[0]] * len(rows)
     if column not in rows[0]:
         raise ValueError(f"no column {column!r} in the data, which has {list(rows[0])}")
-    return [str(row[column]) if row[column] else None for row in rows]
+    return [None if row[column] is None or row[column] == "" else str(row[column]) for row in rows]
 
 
 def _write(

@@ -140,7 +140,7 @@ def train(
         return replace(found, max_length=max_length, model=model, prompt=name)
 
     jobs = [
-        TuningJob(the_task(own, own_name), own, apart)
+        TuningJob(the_task(own + apart, own_name), own, apart)
         for own_name, own, apart in _by_task(rows, held_out_rows, task_column, name)
     ]
     base, tokenizer = load_base_model(model, dtype, device)

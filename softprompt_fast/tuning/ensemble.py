@@ -97,7 +97,7 @@ def tune_ensemble(
     )
     names = [job.task.prompt for job in jobs]
     scores = evaluate_ensemble(
-        model, tokenizer, task, held_out_rows, names, combine=combine, batch_size=settings.batch_size
+        model, tokenizer, jobs[0].task, held_out_rows, names, combine=combine, batch_size=settings.batch_size
     )
     alone = sum(result.after["accuracy"] for result in results) / len(results)
     console.print(f"together: {describe(scores)}; one alone: {alone:.3f} on average", highlight=False)

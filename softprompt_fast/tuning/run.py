@@ -291,7 +291,7 @@ class _Run:
             optim={"adamw": "adamw_torch", "adafactor": "adafactor"}[settings.optimizer],
             learning_rate=settings.learning_rate,
             lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-            warmup_steps=max(1, total // 20),
+            warmup_steps=total // 20,
             weight_decay=settings.decay_to_initial,
             max_grad_norm=settings.max_grad_norm,
             eval_strategy="steps",

@@ -124,6 +124,7 @@ def prompt(work: Work) -> Ready:
         console=Console(stderr=True),
     )
     shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
+    tuned.eval()  # training leaves a base with dropout in training mode
     backend = Packed(tuned, work.tokenizer, work.task.prompt)
     encoder = Encoder(work.task, work.tokenizer)
     values = tuned.prompts[work.task.prompt]
