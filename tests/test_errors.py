@@ -14,6 +14,8 @@ from torch import nn
 import softprompt_fast as spf
 from softprompt_fast import _checks, _library
 
+torch.manual_seed(0)  # values stand in the names of the tests, which all workers must know alike
+
 NAN, INF = float("nan"), float("inf")
 
 
