@@ -118,6 +118,8 @@ def run_peft(
     from transformers import set_seed
 
     ours = method != "peft"
+    # The weights came de-quantised; Trainer goes by this flag and would refuse.
+    model.is_quantized, model.hf_quantizer = False, None
     scored = spf.SoftPromptModel(load_base_model(SMOLLM2, device="cpu")[0])
     settings = TuningSettings(seed=seed)
     add_prompt(scored, tokenizer, task, settings)

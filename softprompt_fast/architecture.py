@@ -85,3 +85,13 @@ def peft_config(model: Any) -> dict[str, Any]:
         "num_attention_heads": getattr(config, "num_attention_heads", None),
         "num_layers": getattr(config, "num_hidden_layers", None),
     }
+
+
+def context_length(config: Any) -> int | None:
+    """Positions that a model has; None where they are relative and the configuration sets no limit."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(getattr(config, name, None), int):
+            return int(getattr(config, name))
+    return None

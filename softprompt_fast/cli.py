@@ -88,16 +88,29 @@ def evaluate(
     data: Data,
     model: OptionalModel = None,
     split: str = "train",
+    ensemble: Annotated[bool, typer.Option(help="The folder's prompts decide together.")] = False,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Scores a tuned prompt on labelled rows; prints JSON."""
+    """Scores a tuned prompt, or an ensemble, on labelled rows; prints JSON."""
     from .tuning import evaluate as score
-    from .tuning import load_rows
+    from .tuning import evaluate_ensemble, load_rows
 
-    tuned, tokenizer, task = _load_tuned(prompt, model, dtype, device)
     rows = load_rows(data, split)
+    if ensemble:
+        from .cli_inference import ensemble_members
+        from .peft_format import prompt_folders
+
+        folders = prompt_folders(prompt)
+        members, how = ensemble_members(prompt, [folder.resolve().name for folder in folders])
+        tuned, tokenizer, task = _load_tuned(prompt / members[0], model, dtype, device)
+        for name in members[1:]:
+            tuned.load_prompt(prompt / name, name)
+        found = evaluate_ensemble(tuned, tokenizer, task, rows, members, combine=how, batch_size=batch_size)
+        print(json.dumps(found, indent=2))
+        return
+    tuned, tokenizer, task = _load_tuned(prompt, model, dtype, device)
     with progress_bar(len(rows)) as advance:
         print(json.dumps(score(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance), indent=2))
 
@@ -129,17 +142,15 @@ def _pairs(values: list[str]) -> dict[str, str]:
 
 
 def _load_tuned(folder: Path, model: str | None, dtype: str, device: str | None) -> tuple[Any, Any, Any]:
+    from .cli_inference import _prompt_names
     from .deep_prompt import DeepPromptModel
     from .model import SoftPromptModel
     from .peft_format import DEEP, peft_type
     from .tuning import Task, load_base_model
 
     task = Task.load(folder)
-    name = model or task.model
-    if name is None:
-        raise ValueError("--model must be given: the prompt does not say which model it was tuned on")
-    base, tokenizer = load_base_model(name, dtype, device)
     own = folder if (folder / "task.json").is_file() else folder / task.prompt
+    base, tokenizer = load_base_model(_prompt_names(own, model)[1], dtype, device)
     tuned = (DeepPromptModel if peft_type(own) == DEEP else SoftPromptModel)(base)
     tuned.load_prompt(own, task.prompt)
     return tuned, tokenizer, task

@@ -236,6 +236,13 @@ def similar(
         chosen.max_length = max_length
     tuned, tokenizer, folders = _load_prompts(prompt, model, dtype, device)
     sources = {n: tuned.prompts[n].detach() for n in folders if own is None or folders[n].resolve() != own.resolve()}
+    for n in sources:
+        if (
+            chosen is not None
+            and (folders[n] / FILE).is_file()
+            and Task.load(folders[n]).special_tokens != chosen.special_tokens
+        ):
+            raise ValueError(f"--prompt must hold prompts on the target's side of BOS, got {n!r} on the other")
     with progress_bar(len(rows) * (1 + len(sources))) as advance:
         found = rank(
             tuned,
@@ -303,9 +310,15 @@ def _load_prompts(prompt: Path, model: str | None, dtype: str, device: str | Non
     """A model with the prompts of a folder, its tokenizer, and the prompts' folders."""
     from .cli_inference import _prompt_names
     from .model import SoftPromptModel
+    from .peft_format import DEEP, peft_type
     from .tuning import load_base_model
 
     folders = _folders(prompt)
+    deep = [own for own, folder in folders.items() if peft_type(folder) == DEEP]
+    if deep:
+        raise ValueError(
+            f"--prompt must hold plain prompts, vectors like those of tokens, got deep ones: {', '.join(deep)}"
+        )
     _, name = _prompt_names(prompt, model)
     base, tokenizer = load_base_model(name, dtype, device)
     tuned = SoftPromptModel(base)

@@ -81,7 +81,7 @@ def predict(
         return
     pipe = load_pipeline(prompt, model, **settings)
     if ensemble:
-        members, how = _members(prompt, pipe.bank.names)
+        members, how = ensemble_members(prompt, pipe.bank.names)
         _write(
             rows,
             [None] * len(rows),
@@ -172,7 +172,7 @@ def _prompt_names(prompt: Path, model: str | None) -> tuple[list[str], str]:
     return [folder.resolve().name for folder in folders], model or found[0]
 
 
-def _members(folder: Path, known: list[str]) -> tuple[list[str], str]:
+def ensemble_members(folder: Path, known: list[str]) -> tuple[list[str], str]:
     """An ensemble's prompts, and how they decide: as its file says, or all of the folder by mean probability."""
     file = folder / "ensemble.json"
     if not file.is_file():

@@ -48,6 +48,7 @@ def train(
         str, typer.Option(help="auto, random, vocabulary, text, class_labels, or a saved prompt to start from.")
     ] = "auto",
     init_text: Annotated[str | None, typer.Option(help="Text whose tokens start the prompt (--init text).")] = None,
+    init_noise: Annotated[float, typer.Option(min=0.0, help="Noise on the first values, in their own spread.")] = 0.0,
     placement: Annotated[str, typer.Option(help="before_bos or after_bos.")] = "before_bos",
     reparameterization: Annotated[str, typer.Option(help="none, residual or low-rank; folded when saved.")] = "none",
     rank: Annotated[int, typer.Option(min=1, help="Of low-rank.")] = 8,
@@ -82,6 +83,7 @@ def train(
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations.")] = None,
     best_by: Annotated[str, typer.Option(help="The best state has the lowest loss, or the highest accuracy.")] = "loss",
     patience: Annotated[int | None, typer.Option(min=1, help="Evaluations without a gain before it stops.")] = None,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients longer than this are scaled down.")] = 1.0,
     decay_to_initial: Annotated[float, typer.Option(min=0.0, help="Weight decay towards the start.")] = 0.0,
     prompt_dropout: Annotated[float, typer.Option(min=0.0, help="Share of the prompt's numbers dropped.")] = 0.0,
     norm_bound: Annotated[float | None, typer.Option(help="Longest vector, in mean norms of token embeddings.")] = None,
@@ -100,6 +102,7 @@ def train(
         num_virtual_tokens=virtual_tokens,
         init=init,
         init_text=init_text,
+        init_noise=init_noise,
         objective=objective,
         label_smoothing=label_smoothing,
         optimizer=optimizer,
@@ -112,6 +115,7 @@ def train(
         eval_every=eval_every,
         best_by=best_by,
         patience=patience,
+        max_grad_norm=max_grad_norm,
         decay_to_initial=decay_to_initial,
         prompt_dropout=prompt_dropout,
         norm_bound=norm_bound,
@@ -123,6 +127,8 @@ def train(
         placement=placement,
         seed=seed,
     )
+    if member_init and members not in (1, len(member_init)):
+        raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
     several = member_init or members
     if task_column is not None and several != 1:
         raise ValueError("--members must be 1 with --task-column: an ensemble is of one task")
@@ -171,6 +177,9 @@ def _by_task(
     for row in (rows[0], held_out_rows[0]):
         if column not in row:
             raise ValueError(f"no column {column!r} in the data, which has {list(row)}")
+    unknown = {str(row[column]) for row in held_out_rows} - {str(row[column]) for row in rows}
+    if unknown:
+        raise ValueError(f"the held-out rows must be of tasks that are trained, got {', '.join(sorted(unknown))}")
     found = []
     for task in dict.fromkeys(str(row[column]) for row in rows):
         own, apart = ([row for row in part if str(row[column]) == task] for part in (rows, held_out_rows))

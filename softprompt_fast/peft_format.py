@@ -221,8 +221,8 @@ def read_vectors(path: PathLike[str] | str) -> Tensor:
         return read_prompt(path)[0]
     if not path.is_file():
         raise ValueError(
-            "`init` must be random, vocabulary, text, class_labels, a tensor, or the path of a prompt, "
-            f"got {str(path)!r}"
+            "`init` must be random, vocabulary, text, class_labels, a tensor, or the path of a prompt "
+            f"(in tuning also auto), got {str(path)!r}"
         )
     return _read_tensor(path)
 

@@ -45,6 +45,9 @@ class Task:
             raise ValueError(f"`template` must name at least one column in braces, got {self.template!r}")
         if self.kind == "classification" and len(set(self.label_words.values())) < 2:
             raise ValueError(f"`label_words` must give at least two different words, got {self.label_words}")
+        empty = [label for label, word in self.label_words.items() if not word]
+        if empty:
+            raise ValueError(f"`label_words` must give a word for each label, got none for {empty}")
         if self.max_length < 1:
             raise ValueError(f"`max_length` must be positive, got {self.max_length}")
 
@@ -109,7 +112,7 @@ def classification_task(
     if label_words is None:
         if rows and label_column not in rows[0]:
             raise ValueError(f"no column {label_column!r} in the data, which has {list(rows[0])}")
-        found = sorted({str(row[label_column]) for row in rows})
+        found = sorted({str(row[label_column]) for row in rows if row.get(label_column) is not None})
         if len(found) > 100:
             raise ValueError(f"column {label_column!r} holds {len(found)} different values; is it a label?")
         label_words = {label: f" {label}" for label in found}

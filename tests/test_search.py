@@ -246,7 +246,7 @@ def two_words() -> list[dict[str, Any]]:
 
 def test_a_length_that_fails_is_not_recommended_and_one_that_is_hardly_worse_is(tmp_path: Path) -> None:
     options = {"batch_size": 16, "init": "random", "rows": two_words(), "held_out": two_words()}
-    found = searched(tmp_path / "two", lengths=[1, 4], steps=60, learning_rate=0.03, **options)
+    found = searched(tmp_path / "two", lengths=[1, 4], steps=300, learning_rate=0.03, **options)
     assert found.recommended is found.best and found.best.num_virtual_tokens == 4
     failed = found.candidates[0].last.against_best
     assert failed is not None and failed["significantly_worse"] and failed["low"] > 0
@@ -406,7 +406,7 @@ def test_every_kind_of_prompt_and_task_can_be_searched(tmp_path: Path, kind: str
         options |= {"placement": "after_bos"}
     elif kind == "forms":
         options |= {"reparameterization": "residual", "prompt_dropout": 0.1, "objective": "vocabulary"}
-        options |= {"learning_rate": 0.03}
+        options |= {"learning_rate": 0.03, "steps": 90}
     found = searched(tmp_path, task, model=model, **options)
     chosen = found.recommended
     assert chosen.last.scores["loss"] < found.before["loss"]

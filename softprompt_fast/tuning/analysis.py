@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..architecture import is_encoder_decoder
+from ..architecture import context_length, is_encoder_decoder
 from ..model import SoftPromptModel
 from ..task import Task
 from .duplicates import Duplicates, find_duplicates
@@ -157,16 +157,6 @@ def analyze(
         room = found.context - found.recipe.choices["num_virtual_tokens"].value - found.target.quantiles["max"]
         found.over_context = _share(min(n, task.max_length) > room for n in text)
     return found
-
-
-def context_length(config: Any) -> int | None:
-    """Positions that a model has; None where they are relative and the configuration sets no limit."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None
 
 
 def _token_counts(tokenizer: Any, texts: list[str], *, special: bool = True, drop_eos: bool = False) -> list[int]:

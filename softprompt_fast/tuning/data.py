@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -60,10 +62,20 @@ def split_rows(rows: Rows, held_out: float | int, seed: int = 0) -> tuple[Rows, 
     return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
 
 
+def digest(rows: Rows) -> str:
+    """Tells whether two lists of rows are alike."""
+    text = json.dumps(rows, sort_keys=True, default=str)
+    return f"{len(rows)} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
 def encode_target(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:
     """Token ids of what the model should say; ends with the end-of-sequence token where text is generated."""
     ids = list(tokenizer(task.target(row), add_special_tokens=False).input_ids)
     if encoder_decoder or task.kind == "generation":
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"`tokenizer` must have an end-of-sequence token to end answers, got {type(tokenizer).__name__}"
+            )
         ids.append(tokenizer.eos_token_id)
     return ids[: task.max_length]
 

@@ -24,6 +24,8 @@ from .run import TuningJob, TuningResult, describe, tune_tasks
 from .settings import TuningSettings
 
 FILE = "ensemble.json"
+NOISE = 0.1
+"""``init_noise`` of members that would start alike."""
 
 
 @dataclass
@@ -58,8 +60,8 @@ def tune_ensemble(
     """Tunes m prompts ``<task.prompt>-0`` .. ``-<m-1>`` of one task at once, in mixed batches.
 
     Args:
-        members: m, which differ in the seed of their first values and in the rows of their steps; or an initialisation
-            for each.
+        members: m, which differ in the rows of their steps and in their first values: by the seed's draw, or, where
+            the initialisation draws nothing, by a little noise; or an initialisation for each.
         combine: as in :meth:`SoftPromptPipeline.classify`.
         settings, changes: of all members, as in :func:`tune`.
 
@@ -74,12 +76,14 @@ def tune_ensemble(
     inits = [settings.init] * members if isinstance(members, int) else list(members)
     if len(inits) < 2:
         raise ValueError(f"`members` must be at least 2, got {members}")
+    draws = isinstance(settings.init, str) and settings.init in ("random", "vocabulary")
+    noise = max(settings.init_noise, NOISE) if isinstance(members, int) and not draws else settings.init_noise
     jobs = [
         TuningJob(
             replace(task, prompt=f"{task.prompt}-{i}"),
             train_rows,
             held_out_rows,
-            replace(settings, init=init, seed=settings.seed + i),
+            replace(settings, init=init, seed=settings.seed + i, init_noise=noise if i else settings.init_noise),
         )
         for i, init in enumerate(inits)
     ]

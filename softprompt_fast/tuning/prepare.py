@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from ..deep_prompt import DeepPromptModel
 from ..embedding import embedding_table
 from ..initialize import initial_prompt
 from ..model import SoftPromptModel
+from ..peft_format import read_vectors
 from ..placement import FixedFirst, bos_vector
 from ..reparameterize import LowRank, NormBound, Offset, PromptDropout, ResidualMLP, SharedPart, reparameterize
+from ..task import FILE as TASK_FILE
 from ..task import Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
-
-logger = logging.getLogger("softprompt_fast")
 
 
 def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: TuningSettings) -> None:
@@ -34,6 +35,8 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
         "class_labels": list(task.label_words.values()),
         "seed": settings.seed,
     }
+    if isinstance(init, (str, PathLike)) and _holds_bos(init):
+        init = read_vectors(init)[1:]  # its first vector is BOS's, which stands in the text or is put in front again
     if settings.placement == "after_bos":
         if isinstance(model, DeepPromptModel):
             raise ValueError("`placement` must be 'before_bos' for deep prompts, which hold no token, got 'after_bos'")
@@ -42,7 +45,17 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
             init = model.prompts.values(init)
         values = initial_prompt(init, count, embedding_table(model.get_input_embeddings()), **options)
         init, count = torch.cat([bos[None].to(values), values]), None
-    model.add_prompt(task.prompt, count, init=init, **options)
+    parameter = model.add_prompt(task.prompt, count, init=init, **options)
+    if settings.init_noise:
+        generator = torch.Generator().manual_seed(settings.seed)
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        with torch.no_grad():
+            parameter.add_(noise * parameter.std() * settings.init_noise)
+
+
+def _holds_bos(init: str | PathLike[str]) -> bool:
+    """Whether a saved prompt was tuned behind BOS."""
+    return (Path(init) / TASK_FILE).is_file() and not Task.load(init).special_tokens
 
 
 def _automatic(
@@ -73,10 +86,6 @@ def set_form(
     # After values are read, in this order: each form works on what the one before gives.
     if settings.reparameterization == "low-rank":
         reparameterize(bank, name, LowRank(len(values), values.shape[1], settings.rank))
-        if settings.decay_to_initial:
-            raise ValueError(
-                "`decay_to_initial` must be 0 with reparameterization='low-rank', which keeps near by rank"
-            )
     elif settings.decay_to_initial:
         reparameterize(bank, name, Offset(values))
     if settings.reparameterization == "residual":

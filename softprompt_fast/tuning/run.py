@@ -6,19 +6,24 @@ Several jobs run in one loop: each step is a mixed batch of rows of all of them,
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 
-from ..architecture import is_encoder_decoder
+from ..architecture import context_length, is_encoder_decoder
 from ..deep_prompt import DeepPromptModel
 from ..model import SoftPromptModel
+from ..placement import bos_vector
+from ..prompt import check_name
 from ..reparameterize import fold
 from ..task import Task
 from .best import BestPrompts
@@ -26,7 +31,11 @@ from .data import Collator, Rows, encode, pad_token_id
 from .evaluation import evaluate
 from .objective import choose_loss
 from .prepare import add_prompt, set_form
+from .record import RunRecord, run_facts, step_of
+from .sampler import TaskSampler
 from .settings import DEFAULT_STEPS, TuningSettings
+
+logger = logging.getLogger("softprompt_fast")
 
 METRICS = "metrics.json"
 
@@ -129,7 +138,7 @@ def tune_tasks(
 ) -> list[TuningResult]:
     """Tunes several prompts at once, one per job, in mixed batches; each keeps its own best state.
 
-    A step takes ``batch_size`` rows of each job on average; jobs with fewer rows see theirs more often.
+    A step takes ``batch_size`` rows of each job; jobs with fewer rows see theirs more often.
 
     Args:
         shared_tokens: vectors that all prompts have in common at their start and train together; each saved prompt
@@ -138,13 +147,52 @@ def tune_tasks(
     Other arguments, files and errors as of :func:`tune`.
     """
     settings = (settings or TuningSettings()).with_changes(changes)
+    _check(model, jobs, settings, shared_tokens)
+    if settings.placement == "after_bos":  # texts come without BOS, which the prompt holds
+        jobs = [replace(job, task=replace(job.task, special_tokens=False)) for job in jobs]
+    run = _Run(model, tokenizer, list(jobs), Path(output), settings, shared_tokens, console or Console(stderr=True))
+    with _restored(model, [job.task.prompt for job in jobs]):
+        run.open(resume)
+        run.prepare()
+        return run.tune(report_to, callbacks)
+
+
+def _check(model: SoftPromptModel, jobs: Sequence[TuningJob], settings: TuningSettings, shared_tokens: int) -> None:
+    """What can be refused before anything runs."""
     names = [job.task.prompt for job in jobs]
     if not jobs or len(set(names)) != len(names):
         raise ValueError(f"`jobs` must be one or more with prompts of different names, got {names}")
-    run = _Run(model, tokenizer, list(jobs), Path(output), settings, console or Console(stderr=True))
-    last = run.last_checkpoint(resume)
-    run.prepare(shared_tokens)
-    return run.tune(last, report_to, callbacks)
+    for job in jobs:
+        check_name(job.task.prompt)
+        for argument, rows in (("train_rows", job.train_rows), ("held_out_rows", job.held_out_rows)):
+            if not rows:
+                raise ValueError(f"`{argument}` must hold at least one row, got none for {job.task.prompt!r}")
+    if settings.placement == "after_bos":
+        for holds, rule in (
+            (shared_tokens, "with shared tokens, which would stand between BOS and text twice"),
+            (is_encoder_decoder(model.base_model), "for encoder-decoders"),
+        ):
+            if holds:
+                raise ValueError(f"`placement` must be 'before_bos' {rule}; got 'after_bos'")
+
+
+@contextmanager
+def _restored(model: SoftPromptModel, names: list[str]) -> Iterator[None]:
+    """Freezes the other prompts. Afterwards, whatever happened, they are free, modes as before, and prompts plain."""
+    modes = [(module, module.training) for module in model.modules()]
+    others = {name: model.prompts[name].requires_grad for name in model.prompts if name not in names}
+    for name in others:
+        model.prompts.freeze_prompt(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            if name in model.prompts:
+                fold(model.prompts, name)
+        for name, trained in others.items():
+            model.prompts.freeze_prompt(name, not trained)
+        for module, training in modes:
+            module.training = training
 
 
 class _Run:
@@ -155,40 +203,35 @@ class _Run:
         jobs: list[TuningJob],
         output: Path,
         settings: TuningSettings,
+        shared_tokens: int,
         console: Console,
     ) -> None:
         self.model, self.tokenizer, self.jobs, self.output = model, tokenizer, jobs, output
-        self.settings, self.console = settings, console
-        self.checkpoints = output / "checkpoints"
+        self.settings, self.shared_tokens, self.console = settings, shared_tokens, console
+        self.record = RunRecord(output / "checkpoints")
         of_labels = all(job.task.kind == "classification" for job in jobs)
         self.metric = settings.best_by if of_labels else "loss"
+        self.last: str | None = None
         self.before: list[dict[str, float]] = []
 
-    def last_checkpoint(self, resume: bool) -> str | None:
-        from transformers.trainer_utils import get_last_checkpoint
-
-        last = get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
-        if resume and last is None:
-            raise FileNotFoundError(f"nothing to resume: {self.checkpoints} holds no checkpoint")
-        if not resume and (last is not None or any((self.output / job.task.prompt).exists() for job in self.jobs)):
+    def open(self, resume: bool) -> None:
+        """A new folder, or the last state of the run that is resumed."""
+        found = any((self.output / job.task.prompt).exists() for job in self.jobs)
+        if not resume and (found or self.record.exists()):
             raise FileExistsError(f"{self.output} already holds a run; resume it, or choose another output folder")
-        self.output.mkdir(parents=True, exist_ok=True)
-        return last
+        self.facts = run_facts(self.model, self.jobs, self.settings, self.shared_tokens)
+        if resume:
+            self.last = self.record.resume(self.facts)
 
-    def prepare(self, shared_tokens: int) -> None:
-        """Features of all jobs, scores without a prompt, first values and forms of the prompts."""
+    def prepare(self) -> None:
+        """Features of all jobs, first values and forms of the prompts, scores without a prompt."""
         from transformers import set_seed
 
-        if self.settings.placement == "after_bos":
-            for job in self.jobs:
-                job.task.special_tokens = False
         encoder_decoder = is_encoder_decoder(self.model.base_model)
-        encoded = [encode(j.task, j.train_rows, self.tokenizer, encoder_decoder=encoder_decoder) for j in self.jobs]
-        most = max(map(len, encoded))
         self.features: Rows = []
-        for group, (job, features) in enumerate(zip(self.jobs, encoded, strict=True)):
-            own = [feature | {"prompt": job.task.prompt, "group": group} for feature in features]
-            self.features += (own * -(-most // len(own)))[:most]
+        for group, job in enumerate(self.jobs):
+            found = encode(job.task, job.train_rows, self.tokenizer, encoder_decoder=encoder_decoder)
+            self.features += [feature | {"prompt": job.task.prompt, "group": group} for feature in found]
         self.losses = [
             choose_loss(
                 self.settings.objective,
@@ -199,6 +242,15 @@ class _Run:
             )
             for job in self.jobs
         ]
+        set_seed(self.settings.seed)
+        known = self.model.prompts.names
+        try:
+            self._add_prompts()
+            self._check_room()
+        except Exception:
+            for name in set(self.model.prompts) - set(known):
+                self.model.remove_prompt(name)
+            raise
         for job in self.jobs:
             self.before.append(
                 evaluate_bare(self.model, self.tokenizer, job.task, job.held_out_rows, self.settings.batch_size)
@@ -206,19 +258,46 @@ class _Run:
                 else job.scorer(None)
             )
             self.console.print(f"{self._of(job)}without a prompt: {describe(self.before[-1])}", highlight=False)
-        set_seed(self.settings.seed)
+
+    def _add_prompts(self) -> None:
         shared = None
-        if shared_tokens:
-            source = replace(self.jobs[0].task, prompt="shared")
-            add_prompt(self.model, self.tokenizer, source, replace(self.settings, num_virtual_tokens=shared_tokens))
-            shared = nn.Parameter(self.model.prompts.values("shared"))
-            self.model.remove_prompt("shared")
+        if self.shared_tokens:
+            settings = replace(self.settings, num_virtual_tokens=self.shared_tokens)
+            apart = type(self.model)(self.model.base_model)
+            add_prompt(apart, self.tokenizer, self.jobs[0].task, settings)
+            shared = nn.Parameter(apart.prompts.values(self.jobs[0].task.prompt))
         for job in self.jobs:
-            if job.task.prompt not in self.model.prompts:
+            if job.task.prompt in self.model.prompts:
+                self._check_place(job.task.prompt)
+                logger.info("prompt %r is there already and tuned further; `init` is not used", job.task.prompt)
+            else:
                 add_prompt(self.model, self.tokenizer, job.task, job.settings or self.settings)
                 if self.settings.token_update_rank is not None:
                     self._add_token_update(job)
             set_form(self.model, self.tokenizer, job.task.prompt, self.settings, shared)
+
+    def _check_place(self, name: str) -> None:
+        """That a prompt which is tuned further behind BOS begins with it: its first vector would be lost."""
+        if self.settings.placement == "after_bos":
+            bos = bos_vector(self.model, self.tokenizer)
+            if not torch.equal(self.model.prompts.values(name)[0], bos.to(self.model.prompts[name])):
+                raise ValueError(
+                    f"`placement` must be 'before_bos' for {name!r}, which does not begin with BOS; got 'after_bos'"
+                )
+
+    def _check_room(self) -> None:
+        """That prompt and text fit the context."""
+        context = context_length(self.model.config)
+        if context is None or is_encoder_decoder(self.model.base_model):
+            return
+        for job in self.jobs:
+            longest = max(len(f["input_ids"]) for f in self.features if f["prompt"] == job.task.prompt)
+            tokens = len(self.model.prompts.values(job.task.prompt))
+            if tokens + longest > context:
+                raise ValueError(
+                    f"`max_length` must leave room for {tokens} virtual tokens in the model's context of {context}, "
+                    f"got texts of {longest} tokens for {job.task.prompt!r}"
+                )
 
     def _add_token_update(self, job: TuningJob) -> None:
         """Of the places that training texts have."""
@@ -230,61 +309,66 @@ class _Run:
         rank = min(self.settings.token_update_rank or 1, longest)
         self.model.prompts.add_token_update(job.task.prompt, longest, rank, seed=self.settings.seed)
 
-    def tune(self, last: str | None, report_to: Sequence[str], callbacks: Sequence[Any]) -> list[TuningResult]:
+    def tune(self, report_to: Sequence[str], callbacks: Sequence[Any]) -> list[TuningResult]:
         from transformers import EarlyStoppingCallback
         from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
         from .trainer import GracefulStop, PromptTrainer, RichProgress
 
-        others = [name for name in self.model.prompts if name not in {job.task.prompt for job in self.jobs}]
-        trained = {name: self.model.prompts[name].requires_grad for name in others}
-        for name in others:
-            self.model.prompts.freeze_prompt(name)
-        self.best = BestPrompts(self.model, self.checkpoints / "best", self.settings.best_by)
-        self.history: list[list[dict[str, float]]] = [[] for _ in self.jobs]
+        settings, names = self.settings, [job.task.prompt for job in self.jobs]
+        self.best = BestPrompts(self.model, self.record.folder / "best", settings.best_by)
+        self.history = self.record.history(names, self.last)
+        lengths = [[len(f["input_ids"]) for f in self.features if f["prompt"] == name] for name in names]
+        padded = self.model.execution_report().execution == "padded"
+        sampler = TaskSampler(lengths, settings.batch_size, settings.seed, by_length=padded)
         trainer = self.trainer = PromptTrainer(
             self.model,
-            self._arguments(report_to),
+            self._arguments(report_to, len(sampler)),
             data_collator=Collator(pad_token_id(self.tokenizer)),
             train_dataset=self.features,
             eval_dataset=self.features[:1],  # scored by the evaluator instead
             evaluator=self._evaluate,
             losses=self.losses,
-            update_learning_rate=self.settings.token_update_learning_rate,
+            update_learning_rate=settings.token_update_learning_rate,
+            sampler=sampler,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         stop = GracefulStop(self.console)
         trainer.add_callback(stop)
         trainer.add_callback(RichProgress(self.console, lambda: trainer.tokens_seen))
-        if self.settings.patience is not None:
-            trainer.add_callback(EarlyStoppingCallback(self.settings.patience))
+        if settings.patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(settings.patience))
         for callback in callbacks:
             trainer.add_callback(callback)
+        trainer.accelerator.wait_for_everyone()  # all processes have seen whether there is a run
+        if self.last is None and trainer.is_world_process_zero():
+            self.record.start(self.facts)
+        steps = step_of(self.last)
         self.start = time.perf_counter()
-        try:
-            trainer.train(resume_from_checkpoint=last)
-        finally:
-            stop.restore()
-        seconds = time.perf_counter() - self.start
-        steps = trainer.state.global_step
-        if not self.history[0] or self.history[0][-1]["step"] != steps:
-            self._evaluate()
-        for name, gradient in trained.items():
-            self.model.prompts.freeze_prompt(name, not gradient)
-        return self._finish(seconds, steps, stop.requested)
+        if steps >= trainer.args.max_steps:
+            self.console.print(f"finished already, at step {steps}")
+        else:
+            try:
+                trainer.train(resume_from_checkpoint=self.last)
+            finally:
+                stop.restore()
+            steps = trainer.state.global_step
+            if not self.history[0] or self.history[0][-1]["step"] != steps:
+                self._evaluate()
+        return self._finish(time.perf_counter() - self.start, steps, stop.requested)
 
-    def _arguments(self, report_to: Sequence[str]) -> Any:
+    def _arguments(self, report_to: Sequence[str], rows_per_epoch: int) -> Any:
         from transformers import TrainingArguments
 
         settings, prompts = self.settings, len(self.jobs)
         rows = settings.batch_size * prompts
-        per_epoch = -(-len(self.features) // (rows * settings.gradient_accumulation_steps))
+        per_epoch = -(-rows_per_epoch // (rows * settings.gradient_accumulation_steps))
         total = settings.steps or (round(per_epoch * settings.epochs) if settings.epochs else DEFAULT_STEPS) or 1
         every = settings.eval_every or max(1, total // 5)
         on_cpu = self.model.device.type == "cpu"
         return TrainingArguments(
-            output_dir=str(self.checkpoints),
+            output_dir=str(self.record.folder),
             max_steps=total,
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
@@ -302,7 +386,6 @@ class _Run:
             load_best_model_at_end=True,
             metric_for_best_model=self.metric,
             greater_is_better=self.metric == "accuracy",
-            train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
             disable_tqdm=True,
             logging_steps=max(1, min(10, total // 10)),
@@ -316,7 +399,7 @@ class _Run:
     def _evaluate(self) -> dict[str, float]:
         """Scores every prompt, keeps what is best; their means under plain names, for Trainer and the progress bar."""
         step = self.trainer.state.global_step
-        seconds = time.perf_counter() - self.start - self.trainer.evaluation_seconds
+        seconds = self.record.seconds_before + time.perf_counter() - self.start - self.trainer.evaluation_seconds
         every = []
         for job, history in zip(self.jobs, self.history, strict=True):
             name = job.task.prompt
@@ -335,6 +418,7 @@ class _Run:
             every.append(scores)
             history.append({"step": step, "seconds": seconds} | scores)
             self.best.update(name, scores, step)
+        self.record.write_history([job.task.prompt for job in self.jobs], self.history)
         if len(every) == 1:
             return every[0]
         found = {key: sum(s[key] for s in every) / len(every) for key in every[0] if all(key in s for s in every)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +31,8 @@ class TuningSettings:
     :meth:`FastSoftPrompt.add_prompt` takes, such as the folder of another task's prompt to start from."""
     init_text: str | None = None
     """The text of ``init="text"``."""
+    init_noise: float = 0.0
+    """Spread of noise added to the first values, in their own standard deviations."""
     objective: str = "labels"
     """"labels": cross entropy among the label words, where each is one token; "vocabulary": among all tokens."""
     label_smoothing: float = 0.0
@@ -101,7 +102,15 @@ class TuningSettings:
         _check(self.decay_to_initial >= 0, self, "decay_to_initial", "0 or more")
         for name in ("label_smoothing", "prompt_dropout"):
             _check(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
-        if self.init == "text" and not self.init_text:
+        _check(self.init_noise >= 0, self, "init_noise", "0 or more")
+        if self.reparameterization == "low-rank" and self.decay_to_initial:
+            raise ValueError(
+                f"`decay_to_initial` must be 0 with reparameterization='low-rank', got {self.decay_to_initial}"
+            )
+        text = isinstance(self.init, str) and self.init == "text"
+        if self.init_text is not None and not text:
+            raise ValueError(f"`init_text` must be None unless init='text', got {self.init_text!r}")
+        if text and not self.init_text:
             raise ValueError(f"`init_text` must hold text for init='text', got {self.init_text!r}")
 
     def with_changes(self, changes: Mapping[str, Any]) -> TuningSettings:
@@ -132,7 +141,3 @@ def instruction(label_words: Mapping[str, str]) -> str:
     """A sentence that asks for one of the labels, such as "Decide whether the following text is good or bad."."""
     words = [word.strip() for word in label_words.values()]
     return f"Decide whether the following text is {', '.join(words[:-1])} or {words[-1]}.\n"
-
-
-def is_saved_prompt(init: Any) -> bool:
-    return isinstance(init, (str, PathLike)) and Path(init).exists()

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..model import SoftPromptModel
 from ..prompt import UPDATE_A, UPDATE_B
+from ..reparameterize import Offset
 from .objective import AnswerLoss, MixedLoss
 
 Evaluator = Callable[[], dict[str, float]]
@@ -30,6 +31,7 @@ class PromptTrainer(Trainer):
         evaluator: gives the scores of the current prompts; replaces Trainer's own evaluation loop.
         losses: the loss of each task; a batch with ``groups`` says which task its rows are of, else there is one.
         update_learning_rate: of the prompts' token updates; None: that of the prompts.
+        sampler: of the training rows; None: Trainer's own.
     """
 
     def __init__(
@@ -39,11 +41,13 @@ class PromptTrainer(Trainer):
         evaluator: Evaluator | None = None,
         losses: Sequence[AnswerLoss] = (),
         update_learning_rate: float | None = None,
+        sampler: Any = None,
         **kwargs: Any,
     ) -> None:
         self.evaluator = evaluator
         self.losses = losses
         self.update_learning_rate = update_learning_rate
+        self.sampler = sampler
         self.tokens_seen = 0
         self.evaluation_seconds = 0.0
         super().__init__(model, *args, **kwargs)
@@ -60,21 +64,29 @@ class PromptTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Token updates, where there are any, have a learning rate of their own and no weight decay."""
-        trained = [(n, p) for n, p in self._prompts_model().prompts.named_parameters() if p.requires_grad]
-        updates = [p for n, p in trained if n.startswith((UPDATE_A, UPDATE_B))]
-        if self.optimizer is not None or not updates or self.update_learning_rate is None:
-            return super().create_optimizer(*args, **kwargs)
-        others = [p for n, p in trained if not n.startswith((UPDATE_A, UPDATE_B))]
+        """Only distances from the initial prompt decay; token updates have a learning rate of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        groups: dict[str, dict[str, Any]] = {
+            "prompts": {"params": [], "weight_decay": 0.0},
+            "offsets": {"params": [], "weight_decay": self.args.weight_decay},
+            "updates": {"params": [], "weight_decay": 0.0},
+        }
+        if self.update_learning_rate is not None:
+            groups["updates"]["lr"] = self.update_learning_rate
+        bank = self._prompts_model().prompts
+        every = [forms for name in bank if (forms := bank.forms(name)) is not None]
+        offsets = {id(forms.original) for forms in every if isinstance(forms[0], Offset)}
+        for name, parameter in bank.named_parameters():
+            if parameter.requires_grad:
+                kind = "updates" if name.startswith((UPDATE_A, UPDATE_B)) else "prompts"
+                groups["offsets" if id(parameter) in offsets else kind]["params"].append(parameter)
         kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = kind(
-            [
-                {"params": others, "weight_decay": self.args.weight_decay},
-                {"params": updates, "weight_decay": 0.0, "lr": self.update_learning_rate},
-            ],
-            **options,
-        )
+        self.optimizer = kind([group for group in groups.values() if group["params"]], **options)
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

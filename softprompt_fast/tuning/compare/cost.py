@@ -56,10 +56,3 @@ def attention_width(model: Any) -> int:
     heads = getattr(config, "num_attention_heads", 0) or 0
     size = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", 0) or 0) // max(heads, 1)
     return int(layers * heads * size)
-
-
-def context_length(model: Any) -> int | None:
-    """Positions that the model has; None: not said."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    value = getattr(config, "max_position_embeddings", None)
-    return int(value) if isinstance(value, int) and value > 0 else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ...architecture import context_length
 from ...model import SoftPromptModel
 from ...task import FILE as TASK_FILE
 from ...task import Task
@@ -18,7 +19,6 @@ from ..data import Rows
 from ..scoring import RowScores
 from ..settings import TuningSettings
 from .backends import Packed
-from .cost import context_length
 from .encoding import Encoder, common_start, fitting_shots
 from .files import size_of
 from .scores import score_rows
@@ -76,7 +76,7 @@ def instruction(work: Work) -> Ready:
 def few_shot(work: Work) -> Ready:
     plain = Encoder(work.task, work.tokenizer)
     rows = [row for split in work.splits.values() for row in split]
-    context = context_length(work.model)
+    context = context_length(work.model.config)
     room = None
     if context is not None:
         room = context - max(map(len, plain.texts(rows))) - max(map(len, plain.targets(rows)))
@@ -126,7 +126,7 @@ def prompt(work: Work) -> Ready:
     shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
     tuned.eval()  # training leaves a base with dropout in training mode
     backend = Packed(tuned, work.tokenizer, work.task.prompt)
-    encoder = Encoder(work.task, work.tokenizer)
+    encoder = Encoder(Task.load(result.folder), work.tokenizer)  # behind BOS, texts are read without it
     values = tuned.prompts[work.task.prompt]
     return Ready(
         lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from ...architecture import is_encoder_decoder
+from ...architecture import context_length, is_encoder_decoder
 from ...deep_prompt import DeepPromptModel
 from ...model import SoftPromptModel
 from ...task import Task
-from ..analysis import context_length
-from ..data import Rows, encode
+from ..data import Rows, digest, encode
 from ..objective import label_token_ids
 from ..settings import DEFAULT_STEPS, DEFAULT_TOKENS, TuningSettings
 from .budget import Costs
@@ -145,9 +143,3 @@ def facts(
         "held_out_rows": digest(held_out_rows),
     } | settings.to_json()
     return json.loads(json.dumps(found))
-
-
-def digest(rows: Rows) -> str:
-    """Tells whether two lists of rows are alike."""
-    text = json.dumps(rows, sort_keys=True, default=str)
-    return f"{len(rows)} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
