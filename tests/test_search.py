@@ -251,7 +251,7 @@ def test_a_length_that_fails_is_not_recommended_and_one_that_is_hardly_worse_is(
     failed = found.candidates[0].last.against_best
     assert failed is not None and failed["significantly_worse"] and failed["low"] > 0
     assert found.steps == 2 * found.plan.rungs[0].steps > 100  # two lengths fit the budget almost in full
-    found = searched(tmp_path / "one", lengths=[1, 2], steps=60)
+    found = searched(tmp_path / "one", lengths=[1, 2], steps=100)
     assert found.recommended.num_virtual_tokens == 1 and found.best.num_virtual_tokens == 2
     assert found.comparison is not None and 0 < found.comparison.worse_by < 0.1 < found.comparison.p_value
     assert "which is not to say equal" in " ".join(verdict(found))
