@@ -149,7 +149,6 @@ def run_peft(
         lr_scheduler_type=settings.schedule if ours else "linear",
         warmup_steps=MOST_STEPS // 20 if ours else 0,
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
