@@ -80,7 +80,7 @@ def studies() -> dict[str, list[dict[str, Any]]]:
         "batch": runs(
             "tweets", {f"batch {b}": {"batch_size": b, "steps": 1280 // b, "eval_every": 640 // b} for b in (8, 64)}
         ),
-        "length": short({f"{p} tokens": {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
+        "length": runs("movies", {f"{p} tokens": {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
         "ensemble": short({"3 members": {"members": 3}}),
         "several": runs(
             "all", {"4 tasks": SHORT, "4 tasks, 8 of 20 shared": SHORT | {"num_virtual_tokens": 12, "shared_tokens": 8}}
