@@ -93,8 +93,19 @@ def rates(rows: pd.DataFrame) -> Any:
 
 def variants(rows: pd.DataFrame) -> Any:
     """Test accuracy of every variant on tweets, beside the default's."""
-    left_out = ("default", "default_rate", "learning_rate")
-    part = rows[(rows["domain"] == "tweets") & ~rows["study"].isin(left_out) & ~rows["study"].str.startswith("encoder")]
+    compared = (
+        "init",
+        "objective",
+        "deep",
+        "placement",
+        "optimizer",
+        "form",
+        "label_words",
+        "batch",
+        "ensemble",
+        "several",
+    )
+    part = rows[(rows["domain"] == "tweets") & rows["study"].isin(compared)]
     usual = rows[(rows["study"] == "learning_rate") & (rows["variant"] == "none 0.01")]
     part = pd.concat([usual.assign(study="default", variant="as it is"), part])
     figure, panel = plt.subplots(figsize=(9, 1 + 0.2 * len(part)))
@@ -107,6 +118,23 @@ def variants(rows: pd.DataFrame) -> Any:
     if len(usual):
         panel.axvline(usual["test_accuracy"].iloc[0], color=COLORS["shared"], linewidth=0.8)
     panel.set(xlim=(0.5, None), xlabel="test accuracy, 95 % interval", title="SmolLM2-135M, tweets, short runs")
+    return figure
+
+
+def transfer(rows: pd.DataFrame) -> Any:
+    """Test accuracy after a short run, started from an instruction and from another domain's prompt."""
+    part = rows[rows["study"] == "transfer"]
+    figure, panel = plt.subplots(figsize=(6, 3.2))
+    domains = list(part["domain"].unique())
+    for side, color, label in ((-0.2, COLORS["padded"], "instruction"), (0.2, COLORS["shared"], "another's prompt")):
+        bars = part[part["variant"].str.startswith("auto") == (side < 0)].set_index("domain").loc[domains]
+        errors = [abs(bars["test_accuracy"] - bars[end]) for end in ("test_low", "test_high")]
+        places = [x + side for x in range(len(bars))]
+        panel.bar(places, bars["test_accuracy"], 0.38, yerr=errors, color=color, label=label)
+    sources = part[~part["variant"].str.startswith("auto")].set_index("domain")["variant"].str.split(",").str[0]
+    panel.set_xticks(range(len(domains)), [f"{domain}\n{sources[domain]}" for domain in domains])
+    panel.set(ylim=(0.5, 1), ylabel="test accuracy, 95 % interval", title=f"after {part['steps'].iloc[0]} steps")
+    panel.legend(frameon=False, fontsize=8, title="started from", ncol=2, loc="upper left")
     return figure
 
 
@@ -130,6 +158,7 @@ PLOTS = {
     "serve_cpu": ("serve_cpu", serving),
     "recipes_rates": ("recipes_cpu", rates),
     "recipes_variants": ("recipes_cpu", variants),
+    "recipes_transfer": ("recipes_cpu", transfer),
     "convergence_cpu": ("convergence_cpu", convergence),
 }
 """Figure -> table and function."""

@@ -52,6 +52,7 @@ def studies() -> dict[str, list[dict[str, Any]]]:
     return {
         "default": runs("movies", {"default": {}}, (0, 1, 2)),
         "default_rate": runs("movies", {f"{rate:g}": {"learning_rate": rate} for rate in (3e-3, 3e-2)}, (0, 1)),
+        "default_form": runs("tweets", {form: {"reparameterization": form} for form in forms}, (0, 1)),
         "learning_rate": short(rates),
         "init": short(
             {init: {"init": init} for init in starts} | {"tweets text": {"init": "text", "init_text": TWEETS_TEXT}}
