@@ -266,6 +266,23 @@ def test_metrics_tell_settings_and_history(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 4 * 32),
+        ({"placement": "after_bos"}, 4 * 32),
+        ({"reparameterization": "low-rank", "rank": 2}, 4 * 2 + 2 * 32),
+        ({"reparameterization": "residual", "bottleneck": 8}, 4 * 32 + 2 * 8 * 32 + 8 + 32 + 2 * 32),
+    ],
+)
+def test_trained_numbers_are_counted_in_the_form_they_had(
+    tmp_path: Path, settings: dict[str, Any], expected: int
+) -> None:
+    _, result = tuned_with(tmp_path, steps=1, **settings)
+    assert result.trainable_parameters == expected
+    assert json.loads((tmp_path / "metrics.json").read_text())["trainable_parameters"] == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"objective": "mse"}, "`objective` must be one of labels, vocabulary, got 'mse'"),

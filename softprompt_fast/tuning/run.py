@@ -71,6 +71,8 @@ class TuningResult:
     steps: int
     best_step: int
     interrupted: bool
+    trainable_parameters: int
+    """Numbers trained for this prompt, in the form it had: a shared part counts for each prompt."""
     history: list[dict[str, float]]
     """``step``, ``seconds`` of tuning without evaluations, and scores, of each evaluation."""
 
@@ -430,6 +432,7 @@ class _Run:
         results = []
         for job, before, history in zip(self.jobs, self.before, self.history, strict=True):
             name = job.task.prompt
+            trained = self._trainable_parameters(name)
             fold(self.model.prompts, name)
             after = self.best.restore(name)
             self.model.save_pretrained(self.output, [name])
@@ -444,6 +447,7 @@ class _Run:
                     steps,
                     self.best.found[name]["step"],
                     interrupted,
+                    trained,
                     history,
                 )
             )
@@ -451,6 +455,14 @@ class _Run:
             self.console.print(shown, highlight=False)
         self._write_metrics(results)
         return results
+
+    def _trainable_parameters(self, name: str) -> int:
+        bank = self.model.prompts
+        forms = bank.forms(name)
+        values = [bank[name]] if forms is None else list(forms.parameters())
+        values += bank.token_update(name) or ()
+        fixed = bank[name].shape[1] if self.settings.placement == "after_bos" else 0  # BOS's vector
+        return sum(value.numel() for value in values if value.requires_grad) - fixed
 
     def _write_metrics(self, results: list[TuningResult]) -> None:
         facts: dict[str, Any] = {
@@ -460,9 +472,8 @@ class _Run:
             "seed": self.settings.seed,
             "settings": self.settings.to_json(),
         }
-        scores = [
-            {"before": r.before, "after": r.after, "best_step": r.best_step, "history": r.history} for r in results
-        ]
+        names = ("before", "after", "best_step", "trainable_parameters", "history")
+        scores = [{name: getattr(result, name) for name in names} for result in results]
         if len(results) == 1:
             facts = scores[0] | facts
         else:

@@ -124,14 +124,14 @@ def prompt(work: Work) -> Ready:
         console=Console(stderr=True),
     )
     shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
-    tuned.eval()  # training leaves a base with dropout in training mode
+    tuned.eval()
     backend = Packed(tuned, work.tokenizer, work.task.prompt)
     encoder = Encoder(Task.load(result.folder), work.tokenizer)  # behind BOS, texts are read without it
     values = tuned.prompts[work.task.prompt]
     return Ready(
         lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
         prefix_tokens=len(values),
-        trainable_parameters=sum(p.numel() for p in tuned.prompts.parameters() if p.requires_grad),
+        trainable_parameters=result.trainable_parameters,
         stored_bytes=size_of(result.folder) - (result.folder / TASK_FILE).stat().st_size,  # others store no task
         train_seconds=result.tuning_seconds - result.evaluation_seconds,
         evaluation_seconds=result.evaluation_seconds,
