@@ -51,7 +51,7 @@ def studies() -> dict[str, list[dict[str, Any]]]:
     starts = ("vocabulary", "class_labels", "random")
     return {
         "default": runs("movies", {"default": {}}, (0, 1, 2)),
-        "default_rate": runs("movies", {f"{rate:g}": {"learning_rate": rate} for rate in (3e-3, 3e-2)}, (0, 1)),
+        "default_rate": runs("movies", {f"{rate:g}": {"learning_rate": rate} for rate in (3e-3, 3e-2)}, (0, 1, 2)),
         "default_form": runs("tweets", {form: {"reparameterization": form} for form in forms}, (0, 1)),
         "learning_rate": short(rates),
         "init": short(
