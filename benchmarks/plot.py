@@ -106,7 +106,7 @@ def variants(rows: pd.DataFrame) -> Any:
         "several",
     )
     part = rows[(rows["domain"] == "tweets") & rows["study"].isin(compared)]
-    usual = rows[(rows["study"] == "learning_rate") & (rows["variant"] == "none 0.01")]
+    usual = rows[(rows["study"] == "learning_rate") & (rows["variant"] == "none 0.03")]
     part = pd.concat([usual.assign(study="default", variant="as it is"), part])
     figure, panel = plt.subplots(figsize=(9, 1 + 0.2 * len(part)))
     places = range(len(part))

@@ -58,7 +58,7 @@ def run_encoder(run: dict[str, Any]) -> dict[str, Any]:
     """One prompt and head tuned and scored."""
     torch.set_num_threads(1)
     settings = {
-        "steps": 120, "batch_size": 32, "learning_rate": 1e-2, "num_virtual_tokens": 20, "init": "text",
+        "steps": 120, "batch_size": 32, "learning_rate": 3e-2, "num_virtual_tokens": 20, "init": "text",
         "reparameterization": "none", "seed": 0, "prompt": True,
     } | run["settings"]  # fmt: skip
     seed, steps = settings["seed"], settings["steps"]

@@ -26,7 +26,7 @@ FIELDS = [
     "test_accuracy", "test_low", "test_high", "test_loss", "other_test_accuracy", "trained_numbers", "train_seconds",
     "curve",
 ]  # fmt: skip
-RATES = (1e-3, 1e-2, 1e-1, 1.0)
+RATES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)
 SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
 """Of the studies that only compare; the default has 120 steps."""
 QUICK: dict[str, Any] = {"steps": 20, "eval_every": 10}
@@ -51,7 +51,7 @@ def studies() -> dict[str, list[dict[str, Any]]]:
     starts = ("vocabulary", "class_labels", "random")
     return {
         "default": runs("movies", {"default": {}}, (0, 1, 2)),
-        "default_rate": runs("movies", {f"{rate:g}": {"learning_rate": rate} for rate in (3e-3, 3e-2)}, (0, 1, 2)),
+        "default_rate": runs("movies", {f"{rate:g}": {"learning_rate": rate} for rate in (3e-3, 1e-2)}, (0, 1, 2)),
         "default_form": runs("tweets", {form: {"reparameterization": form} for form in forms}, (0, 1)),
         "learning_rate": short(rates),
         "init": short(
@@ -81,7 +81,9 @@ def studies() -> dict[str, list[dict[str, Any]]]:
         "batch": runs(
             "tweets", {f"batch {b}": {"batch_size": b, "steps": 1280 // b, "eval_every": 640 // b} for b in (8, 64)}
         ),
-        "length": runs("movies", {f"{p} tokens": {"num_virtual_tokens": p} for p in (1, 5, 50, 100)}),
+        "length": runs(
+            "movies", {f"{p} tokens": {"num_virtual_tokens": p, "learning_rate": 1e-2} for p in (1, 5, 50, 100)}
+        ),
         "ensemble": short({"3 members": {"members": 3}}),
         "several": runs(
             "all", {"4 tasks": SHORT, "4 tasks, 8 of 20 shared": SHORT | {"num_virtual_tokens": 12, "shared_tokens": 8}}

@@ -53,7 +53,7 @@ def search(
     placement: Annotated[str, typer.Option(help="before_bos or after_bos.")] = "before_bos",
     objective: Annotated[str, typer.Option(help="Cross entropy among labels, or among the vocabulary.")] = "labels",
     optimizer: Annotated[str, typer.Option(help="adamw or adafactor.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 3e-2,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant; anew in every rung.")] = "cosine",
     batch_size: BatchSize = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,

@@ -72,7 +72,7 @@ def train(
     objective: Annotated[str, typer.Option(help="Cross entropy among labels, or among the vocabulary.")] = "labels",
     label_smoothing: Annotated[float, typer.Option(min=0.0, help="Share of the target spread.")] = 0.0,
     optimizer: Annotated[str, typer.Option(help="adamw or adafactor.")] = "adamw",
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 1e-2,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 3e-2,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     batch_size: BatchSize = 32,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,

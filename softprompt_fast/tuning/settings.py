@@ -39,7 +39,7 @@ class TuningSettings:
     """Share of the target spread over the other answers, 0 to 1."""
     optimizer: str = "adamw"
     """"adamw", or "adafactor" as in Lester et al. 2021 (with ``schedule="constant"``, ``learning_rate=0.3``)."""
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     schedule: str = "cosine"
     """"cosine" or "linear", down to 0, or "constant"; all behind a warm-up over a twentieth of the steps."""
     batch_size: int = 32
