@@ -124,13 +124,12 @@ def main() -> None:
     if arguments.csv.is_file():
         with arguments.csv.open() as file:
             rows = list(csv.DictReader(file))
-            done = {(row["study"], row["domain"], row["variant"], row["seed"]) for row in rows}
-            done |= {(row["study"], "all", row["variant"], row["seed"]) for row in rows}
+            done = {(row["study"], domain, row["settings"]) for row in rows for domain in (row["domain"], "all")}
     waiting = [
         {"study": study, **run}
         for study in arguments.studies
         for run in studies()[study]
-        if (study, run["domain"], run["variant"], str(run["settings"]["seed"])) not in done
+        if (study, run["domain"], json.dumps(run["settings"])) not in done
     ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for finished in as_completed([pool.submit(in_process, run) for run in waiting]):

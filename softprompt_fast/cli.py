@@ -30,7 +30,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, KeyError, IndexError, TypeError, OSError, BuildUnavailable, ImportError) as error:
+    except (LookupError, ValueError, TypeError, OSError, ArithmeticError, BuildUnavailable, ImportError) as error:
         if os.environ.get("SOFTPROMPT_FAST_TRACEBACK"):
             raise
         text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)

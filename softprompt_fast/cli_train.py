@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ from .cli_analysis import (
     task_of_options,
 )
 
+Rows = list[dict[str, Any]]
+
 
 @app.command()
 def train(
@@ -38,7 +41,7 @@ def train(
     template: Template = None,
     label_word: LabelWords = None,
     validation: Annotated[str | None, typer.Option(help="Held-out rows; default: a part of the data.")] = None,
-    held_out: Annotated[float, typer.Option(help="Share (below 1) or number of rows held out.")] = 0.1,
+    held_out: Annotated[float, typer.Option(help="Share (below 1) or number of rows held out, of each task.")] = 0.1,
     split: Annotated[str, typer.Option(help="Split of a hub data set.")] = "train",
     max_length: MaxLength = 512,
     # What is tuned.
@@ -100,7 +103,7 @@ def train(
 
     settings = TuningSettings(
         num_virtual_tokens=virtual_tokens,
-        init=init,
+        init="text" if "text" in (member_init or ()) else init,
         init_text=init_text,
         init_noise=init_noise,
         objective=objective,
@@ -135,8 +138,8 @@ def train(
     if shared_tokens and task_column is None:
         raise ValueError(f"--shared-tokens must be 0 without --task-column, got {shared_tokens}")
     rows = load_rows(data, split)
-    held_out_rows = load_rows(validation, split) if validation is not None else []
-    if not held_out_rows:
+    held_out_rows = load_rows(validation, split) if validation is not None else None
+    if held_out_rows is None and task_column is None:
         rows, held_out_rows = split_rows(rows, held_out, seed)
 
     def the_task(rows: list[dict[str, Any]], name: str) -> Any:
@@ -147,7 +150,9 @@ def train(
 
     jobs = [
         TuningJob(the_task(own + apart, own_name), own, apart)
-        for own_name, own, apart in _by_task(rows, held_out_rows, task_column, name)
+        for own_name, own, apart in _by_task(
+            rows, held_out_rows, task_column, name, lambda own: split_rows(own, held_out, seed)
+        )
     ]
     base, tokenizer = load_base_model(model, dtype, device)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
@@ -169,21 +174,37 @@ def train(
 
 
 def _by_task(
-    rows: list[dict[str, Any]], held_out_rows: list[dict[str, Any]], column: str | None, name: str
-) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
-    """Name, rows and held-out rows of each task."""
+    rows: Rows,
+    held_out_rows: Rows | None,
+    column: str | None,
+    name: str,
+    split: Callable[[Rows], tuple[Rows, Rows]],
+) -> list[tuple[str, Rows, Rows]]:
+    """Name, rows and held-out rows of each task; without held-out rows, each task's rows are split."""
     if column is None:
+        assert held_out_rows is not None
         return [(name, rows, held_out_rows)]
-    for row in (rows[0], held_out_rows[0]):
+    own = _groups(rows, column)
+    if held_out_rows is None:
+        return [(task, *split(part)) for task, part in own.items()]
+    apart = _groups(held_out_rows, column)
+    if unknown := sorted(set(apart) - set(own)):
+        raise ValueError(f"the held-out rows must be of tasks that are trained, got {', '.join(unknown)}")
+    if missing := sorted(set(own) - set(apart)):
+        raise ValueError(f"the held-out rows must hold some of every task, got none of {', '.join(missing)}")
+    return [(task, part, apart[task]) for task, part in own.items()]
+
+
+def _groups(rows: Rows, column: str) -> dict[str, Rows]:
+    from .prompt import check_name
+
+    found: dict[str, Rows] = {}
+    for number, row in enumerate(rows):
         if column not in row:
             raise ValueError(f"no column {column!r} in the data, which has {list(row)}")
-    unknown = {str(row[column]) for row in held_out_rows} - {str(row[column]) for row in rows}
-    if unknown:
-        raise ValueError(f"the held-out rows must be of tasks that are trained, got {', '.join(sorted(unknown))}")
-    found = []
-    for task in dict.fromkeys(str(row[column]) for row in rows):
-        own, apart = ([row for row in part if str(row[column]) == task] for part in (rows, held_out_rows))
-        if not apart:
-            raise ValueError(f"the held-out rows must hold some of every task, got none of {task!r}")
-        found.append((task, own, apart))
+        if row[column] in (None, ""):
+            raise ValueError(f"column {column!r} must name each row's task, got nothing in row {number}")
+        found.setdefault(str(row[column]), []).append(row)
+    for task in found:
+        check_name(task)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +386,13 @@ def test_pruning_stops_at_min_tokens_and_with_a_prompt_that_is_needed() -> None:
     for bad, message in (({"min_tokens": 5}, "`min_tokens` must be 1 to 4"), ({"pieces": 5}, "`pieces` must divide")):
         with pytest.raises(ValueError, match=message):
             prune(tuned_on(), tiny_tokenizer(), task, prompt, **options, **bad)
+
+
+def test_pruning_keeps_the_vector_of_bos() -> None:
+    task = replace(TASKS["one-token"], special_tokens=False)
+    options: dict[str, Any] = {"selection_rows": reviews(16), "held_out_rows": reviews(8), "tolerance": 1e9}
+    found = prune(tuned_on(), tiny_tokenizer(), task, torch.randn(4, 32), **options, pieces=2)
+    assert len(found.kept) == 1 and found.kept == [0] and len(found.loss_changes) == 4
 
 
 def test_pieces_are_set_to_zero_in_kept_vectors() -> None:

@@ -435,6 +435,7 @@ def test_every_kind_of_prompt_and_task_can_be_searched(tmp_path: Path, kind: str
         ({"held_out": reviews(1)}, "`held_out_rows` must hold at least 2 rows, got 1"),
         ({"test_rows": [{"text": "film", "label": "maybe"}]}, "label 'maybe' is not among the task's labels"),
         ({"budget": 0.1}, "`budget` of 0.1 full runs"),
+        ({"reparameterization": "low-rank"}, "`rank` must be 1 at most, the shortest of `lengths`, got 8"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -215,6 +215,12 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> Non
     assert load_rows(str(path)) == rows
 
 
+def test_a_file_that_cannot_be_read_is_an_error_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "fine"\n{"text"')
+    with pytest.raises(ValueError, match=r"rows.jsonl could not be read"):
+        load_rows(str(tmp_path / "rows.jsonl"))
+
+
 def test_features_mark_only_the_answer_and_long_texts_keep_their_end() -> None:
     task = classification_task(reviews(), max_length=4)
     row = {"text": "film plot very very very fine", "label": "yes"}

@@ -111,6 +111,21 @@ def test_a_run_before_its_first_checkpoint_is_not_overwritten(tmp_path: Path) ->
         shutil.rmtree(checkpoint)
     with pytest.raises(FileExistsError, match="already holds a run"):
         tuned(tmp_path)
+    assert tuned(tmp_path, resume=True).steps == 6
+
+
+def test_a_run_is_resumed_on_its_own_base_model(tmp_path: Path) -> None:
+    tuned(tmp_path)
+    with pytest.raises(ValueError, match=r"`model` must be 'SoftPromptModel on .*Llama.*as before"):
+        tuned(tmp_path, resume=True, architecture="gpt2")
+
+
+def test_scores_that_are_not_finite_end_a_run(tmp_path: Path) -> None:
+    model = spf.SoftPromptModel(build("llama"))
+    with torch.no_grad():
+        next(model.base_model.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="held-out loss of 'p' is nan at step 1; try a smaller"):
+        tuned(tmp_path, model, init="random", eval_every=1)
 
 
 # --- what is left behind ---
@@ -150,6 +165,12 @@ def test_a_refused_run_adds_no_prompt(tmp_path: Path) -> None:
     assert model.prompts.names == []
 
 
+@pytest.mark.parametrize("row", [{"text": "", "label": "no"}, {"text": "film", "label": None}])
+def test_rows_without_text_or_label_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="`train_rows` must hold text and 'label' in each row, row 64 of 'p' lacks"):
+        tuned(tmp_path, rows=[*reviews(), row])
+
+
 def test_the_callers_task_is_not_changed(tmp_path: Path) -> None:
     task = classification_task(reviews(), prompt="p")
     result = tuned(tmp_path, task=task, placement="after_bos")
@@ -175,11 +196,13 @@ def test_a_prompt_from_behind_bos_starts_others_without_its_first_vector(tmp_pat
 def test_places_behind_bos_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
     job = TuningJob(classification_task(reviews(), prompt="p"), reviews(), reviews(8))
     model = spf.SoftPromptModel(build("llama"))
-    with pytest.raises(ValueError, match="'before_bos' with shared tokens"):
+    with pytest.raises(ValueError, match="`shared_tokens` must be 0 with placement='after_bos'"):
         tune_tasks(model, tiny_tokenizer(), [job], tmp_path, placement="after_bos", shared_tokens=2)
     model.add_prompt("p", init=torch.randn(2, 32))
     with pytest.raises(ValueError, match="'p', which does not begin with BOS"):
         tuned(tmp_path, model, placement="after_bos")
+    with pytest.raises(ValueError, match="`shared_tokens` must be 0 for a prompt that the model has already, got 2"):
+        tune_tasks(model, tiny_tokenizer(), [job], tmp_path, shared_tokens=2)
     with pytest.raises(ValueError, match="encoder-decoders"):
         tuned(tmp_path, architecture="t5", placement="after_bos")
 

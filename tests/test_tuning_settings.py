@@ -220,6 +220,15 @@ def test_by_default_a_prompt_starts_as_an_instruction_that_names_the_labels(tmp_
     assert torch.allclose(model.prompts.values("p"), expected, atol=1e-6)
 
 
+def test_a_prompt_starts_from_a_text(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"init": "text", "init_text": "film plot very", "num_virtual_tokens": 3}
+    model, _ = tuned_with(tmp_path, learning_rate=1e-12, steps=1, **options)
+    ids = tiny_tokenizer()("film plot very", add_special_tokens=False).input_ids
+    assert torch.allclose(model.prompts.values("p"), model.get_input_embeddings().weight[ids], atol=1e-6)
+    settings = json.loads((tmp_path / "metrics.json").read_text())["settings"]
+    assert settings["init_text"] == "film plot very" and settings["init"] == "text"
+
+
 def test_an_instruction_that_does_not_fit_gives_way_to_the_labels(tmp_path: Path) -> None:
     model, _ = tuned_with(tmp_path, num_virtual_tokens=3, learning_rate=1e-12, steps=1)
     ids = [tiny_tokenizer()(word).input_ids[0] for word in ("no", "yes")]
@@ -271,6 +280,7 @@ def test_metrics_tell_settings_and_history(tmp_path: Path) -> None:
         ({}, 4 * 32),
         ({"placement": "after_bos"}, 4 * 32),
         ({"reparameterization": "low-rank", "rank": 2}, 4 * 2 + 2 * 32),
+        ({"reparameterization": "low-rank", "rank": 2, "placement": "after_bos"}, 4 * 2 + 2 * 32),
         ({"reparameterization": "residual", "bottleneck": 8}, 4 * 32 + 2 * 8 * 32 + 8 + 32 + 2 * 32),
     ],
 )

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_tuning import model_folder  # noqa: F401 - a fixture
 from tiny_models import build
 from tiny_reviews import reviews, run, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 import softprompt_fast as spf
 from softprompt_fast.task import Task, classification_task
@@ -137,6 +138,30 @@ def test_an_ensemble_is_tuned_in_one_run_and_decides_together(tmp_path: Path) ->
     assert facts["members"] == ["p-0", "p-1", "p-2"] and facts["scores"] == result.scores
 
 
+def test_members_behind_bos_are_scored_as_they_are_read(tmp_path: Path) -> None:
+    model, tokenizer = spf.SoftPromptModel(build("llama")), tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    task = classification_task(reviews(), prompt="p")
+    options: dict[str, Any] = COMMON | {"placement": "after_bos", "steps": 4, "members": 2}
+    found = tune_ensemble(model, tokenizer, task, reviews(), reviews(24), tmp_path, **options)
+    own = Task.load(found.members[0].folder)
+    names = ["p-0", "p-1"]
+    assert evaluate_ensemble(model, tokenizer, own, reviews(24), names) == found.scores
+    assert evaluate_ensemble(model, tokenizer, task, reviews(24), names)["loss"] != found.scores["loss"]
+
+
+def test_members_may_start_from_text_and_otherwise(tmp_path: Path) -> None:
+    model, task = spf.SoftPromptModel(build("llama")), classification_task(reviews(), prompt="p")
+    options: dict[str, Any] = COMMON | {"init": "text", "init_text": "film plot", "steps": 1, "learning_rate": 1e-12}
+    tune_ensemble(
+        model, tiny_tokenizer(), task, reviews(), reviews(8), tmp_path, members=["text", "class_labels"], **options
+    )
+    table = model.get_input_embeddings().weight
+    for name, words in (("p-0", "film plot"), ("p-1", "no yes")):
+        ids = tiny_tokenizer()(words, add_special_tokens=False).input_ids
+        assert torch.allclose(model.prompts.values(name)[:2], table[ids], atol=1e-6)
+
+
 def test_a_majority_outvotes_a_wrong_member() -> None:
     model, tokenizer = spf.SoftPromptModel(build("llama")), tiny_tokenizer()
     task = classification_task(reviews(), prompt="p")
@@ -179,7 +204,7 @@ def test_several_tasks_from_the_command_line(model_folder: Path, tmp_path: Path)
     rows = [row | {"kind": "right"} for row in reviews()] + [row | {"kind": "turned"} for row in turned()]
     data, output = write(tmp_path / "rows.jsonl", rows), tmp_path / "run"
     common = ("-m", str(model_folder), "-d", str(data), "-o", str(output), "--steps", "60", *TRAIN)
-    run("train", *common, "--task-column", "kind", "--shared-tokens", "2", "--held-out", "32")
+    run("train", *common, "--task-column", "kind", "--shared-tokens", "2", "--held-out", "16")
     found = tmp_path / "found.jsonl"
     command = ("-p", str(output), "-d", str(data), "--prompt-column", "kind", "-o", str(found), "--dtype", "float32")
     run("predict", *command)

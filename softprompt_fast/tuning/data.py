@@ -31,17 +31,21 @@ def load_rows(source: str, split: str = "train") -> Rows:
     """Rows of a jsonl, json, csv, tsv or parquet file, or of a data set of the hub.
 
     Raises:
-        ValueError: an unknown kind of file, or no rows.
+        ValueError: an unknown kind of file, one that cannot be read, or no rows.
         FileNotFoundError: something that looks like a file but is none.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     path = Path(source)
     if path.suffix in READERS:
         if not path.is_file():
             raise FileNotFoundError(f"no such file: {source}")
         builder, options = READERS[path.suffix]
-        data = load_dataset(builder, data_files=str(path), split="train", **options)
+        try:
+            data = load_dataset(builder, data_files=str(path), split="train", **options)
+        except DatasetsError as error:
+            raise ValueError(f"{source} could not be read: {error.__cause__ or error}") from error
     elif path.exists():
         raise ValueError(f"{source} must be a {', '.join(READERS)} file or the name of a data set on the hub")
     else:

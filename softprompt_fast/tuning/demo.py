@@ -96,6 +96,7 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
         steps=steps,
         eval_every=max(1, steps // 3),
         seed=seed,
+        resume=(output / "checkpoints" / "run.json").is_file(),
         console=console,
     )
     before = evaluate_bare(tuned, tokenizer, task, test, 32)

@@ -83,7 +83,13 @@ def tune_ensemble(
             replace(task, prompt=f"{task.prompt}-{i}"),
             train_rows,
             held_out_rows,
-            replace(settings, init=init, seed=settings.seed + i, init_noise=noise if i else settings.init_noise),
+            replace(
+                settings,
+                init=init,
+                init_text=settings.init_text if init == "text" else None,
+                seed=settings.seed + i,
+                init_noise=noise if i else settings.init_noise,
+            ),
         )
         for i, init in enumerate(inits)
     ]
@@ -100,8 +106,9 @@ def tune_ensemble(
         console=console,
     )
     names = [job.task.prompt for job in jobs]
+    tuned = Task.load(results[0].folder)  # behind BOS, texts are read without it
     scores = evaluate_ensemble(
-        model, tokenizer, jobs[0].task, held_out_rows, names, combine=combine, batch_size=settings.batch_size
+        model, tokenizer, tuned, held_out_rows, names, combine=combine, batch_size=settings.batch_size
     )
     alone = sum(result.after["accuracy"] for result in results) / len(results)
     console.print(f"together: {describe(scores)}; one alone: {alone:.3f} on average", highlight=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architecture import is_encoder_decoder
 from ..deep_prompt import DeepPromptModel
 from ..embedding import embedding_table
 from ..initialize import initial_prompt
@@ -19,6 +20,25 @@ from ..reparameterize import LowRank, NormBound, Offset, PromptDropout, Residual
 from ..task import FILE as TASK_FILE
 from ..task import Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
+
+
+def check_form(model: SoftPromptModel, tokenizer: Any, settings: TuningSettings) -> None:
+    """Whether the model can have a prompt of this place and form.
+
+    Raises:
+        ValueError: naming the setting, the rule and the value.
+    """
+    if isinstance(model, DeepPromptModel):
+        if settings.norm_bound is not None:
+            raise ValueError(f"`norm_bound` must be None for deep prompts, got {settings.norm_bound}")
+        if settings.token_update_rank is not None:
+            raise ValueError(f"`token_update_rank` must be None for deep prompts, got {settings.token_update_rank}")
+    if settings.placement == "after_bos":
+        if isinstance(model, DeepPromptModel):
+            raise ValueError("`placement` must be 'before_bos' for deep prompts, which hold no token, got 'after_bos'")
+        if is_encoder_decoder(model.base_model):
+            raise ValueError("`placement` must be 'before_bos' for encoder-decoders; got 'after_bos'")
+        bos_vector(model, tokenizer)
 
 
 def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: TuningSettings) -> None:
@@ -38,8 +58,6 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
     if isinstance(init, (str, PathLike)) and _holds_bos(init):
         init = read_vectors(init)[1:]  # its first vector is BOS's, which stands in the text or is put in front again
     if settings.placement == "after_bos":
-        if isinstance(model, DeepPromptModel):
-            raise ValueError("`placement` must be 'before_bos' for deep prompts, which hold no token, got 'after_bos'")
         bos = bos_vector(model, tokenizer)
         if isinstance(init, str) and init in model.prompts:
             init = model.prompts.values(init)
@@ -93,8 +111,6 @@ def set_form(
     if shared is not None:
         reparameterize(bank, name, SharedPart(shared))
     if settings.norm_bound is not None:
-        if isinstance(model, DeepPromptModel):
-            raise ValueError(f"`norm_bound` must be None for deep prompts, got {settings.norm_bound}")
         reparameterize(bank, name, NormBound(settings.norm_bound * mean_norm(model)))
     if settings.prompt_dropout:
         reparameterize(bank, name, PromptDropout(settings.prompt_dropout))

@@ -123,10 +123,11 @@ def prune(
     mask = torch.ones(P, max(pieces, 1), dtype=torch.bool)
     search = _Search(losses, mask, tolerance, rescore)
     whole = search.lowest
-    removed, first = search.eliminate([(i, slice(None)) for i in range(P)], P - min_tokens)
+    fixed = 0 if task.special_tokens else 1  # behind BOS, its vector is the first and stays
+    removed, first = search.eliminate([(i, slice(None)) for i in range(P)], P - min_tokens, fixed)
     zeroed: list[int] = []
     if pieces > 1:
-        parts = [(i, slice(j, j + 1)) for i in range(P) if search.mask[i].any() for j in range(pieces)]
+        parts = [(i, slice(j, j + 1)) for i in range(fixed, P) if search.mask[i].any() for j in range(pieces)]
         zeroed, _ = search.eliminate(parts, len(parts), keep_vectors=True)
     mask = search.mask
     result = apply_mask(values, mask)
@@ -158,18 +159,19 @@ class _Search:
         (self.lowest,) = losses([mask])
 
     def eliminate(
-        self, units: list[tuple[int, slice]], most: int, keep_vectors: bool = False
+        self, units: list[tuple[int, slice]], most: int, fixed: int = 0, *, keep_vectors: bool = False
     ) -> tuple[list[int], list[float]]:
         """Removes up to ``most`` units, the least useful first.
 
         Args:
+            fixed: so many of the first units stay.
             keep_vectors: the last piece of a vector stays; without it the vector would be gone.
 
         Returns:
             The removed units' places in ``units``, and the loss without each single unit at the start.
         """
         first = self.losses([self._cut(unit) for unit in units])
-        left = dict(enumerate(first))
+        left = dict(list(enumerate(first))[fixed:])
         removed: list[int] = []
         while left and len(removed) < most:
             candidate = min(left, key=left.__getitem__)

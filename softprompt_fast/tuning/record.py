@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .run import TuningJob
 
 FACTS, HISTORY = "run.json", "history.json"
-MAY_CHANGE = ("steps", "epochs", "eval_every", "patience", "best_by")
+MAY_CHANGE = ("steps", "epochs", "patience")
 """Settings that a run may be resumed with other values of."""
 History = list[list[dict[str, float]]]
 
@@ -27,12 +27,16 @@ def run_facts(
 ) -> dict[str, Any]:
     """All that decides a prompt, by the names of ``tune``'s arguments, as JSON gives it back."""
     facts: dict[str, Any] = {key: value for key, value in settings.to_json().items() if key not in MAY_CHANGE}
-    facts |= {"model": type(model).__name__, "shared_tokens": shared_tokens}
+    base = model.base_model
+    facts["model"] = f"{type(model).__name__} on {type(base).__name__} {getattr(base, 'name_or_path', '')} {base.dtype}"
+    facts["shared_tokens"] = shared_tokens
     for job in jobs:
         name = job.task.prompt
         facts[f"task of {name!r}"] = asdict(job.task)
         facts[f"train_rows of {name!r}"] = digest(job.train_rows)
         facts[f"held_out_rows of {name!r}"] = digest(job.held_out_rows)
+        if job.settings is not None:
+            facts[f"settings of {name!r}"] = {k: v for k, v in job.settings.to_json().items() if k not in MAY_CHANGE}
     found: dict[str, Any] = json.loads(json.dumps(facts))
     return found
 
@@ -56,23 +60,23 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write(FACTS, facts)
 
-    def resume(self, facts: dict[str, Any]) -> str:
-        """The last complete checkpoint.
+    def resume(self, facts: dict[str, Any]) -> str | None:
+        """The last complete checkpoint; None: the run ended before its first one.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no run.
             ValueError: the run was asked something else, by name.
         """
+        if not self.exists():
+            raise FileNotFoundError(f"nothing to resume: {self.folder} holds no run")
         checkpoints = [str(c.parent) for c in self.folder.glob("checkpoint-*/trainer_state.json")]
-        if not checkpoints or not self.exists():
-            raise FileNotFoundError(f"nothing to resume: {self.folder} holds no checkpoint")
         before = json.loads((self.folder / FACTS).read_text())
         changed = [key for key in {**before, **facts} if before.get(key) != facts.get(key)]
         if changed:
             key = changed[0]
             also = f" (also changed: {', '.join(changed[1:])})" if changed[1:] else ""
             raise ValueError(f"`{key}` must be {before.get(key)!r} as before to resume, got {facts.get(key)!r}{also}")
-        return max(checkpoints, key=step_of)
+        return max(checkpoints, key=step_of, default=None)
 
     def history(self, names: Sequence[str], last: str | None) -> History:
         """Scores of each prompt until a checkpoint."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ from rich.console import Console
 from torch import nn
 
 from ..architecture import context_length, is_encoder_decoder
-from ..deep_prompt import DeepPromptModel
 from ..model import SoftPromptModel
 from ..placement import bos_vector
 from ..prompt import check_name
@@ -30,9 +30,10 @@ from .best import BestPrompts
 from .data import Collator, Rows, encode, pad_token_id
 from .evaluation import evaluate
 from .objective import choose_loss
-from .prepare import add_prompt, set_form
+from .prepare import add_prompt, check_form, set_form
 from .record import RunRecord, run_facts, step_of
 from .sampler import TaskSampler
+from .scoring import is_empty
 from .settings import DEFAULT_STEPS, TuningSettings
 
 logger = logging.getLogger("softprompt_fast")
@@ -149,7 +150,8 @@ def tune_tasks(
     Other arguments, files and errors as of :func:`tune`.
     """
     settings = (settings or TuningSettings()).with_changes(changes)
-    _check(model, jobs, settings, shared_tokens)
+    _check(jobs, settings, shared_tokens)
+    check_form(model, tokenizer, settings)
     if settings.placement == "after_bos":  # texts come without BOS, which the prompt holds
         jobs = [replace(job, task=replace(job.task, special_tokens=False)) for job in jobs]
     run = _Run(model, tokenizer, list(jobs), Path(output), settings, shared_tokens, console or Console(stderr=True))
@@ -159,7 +161,7 @@ def tune_tasks(
         return run.tune(report_to, callbacks)
 
 
-def _check(model: SoftPromptModel, jobs: Sequence[TuningJob], settings: TuningSettings, shared_tokens: int) -> None:
+def _check(jobs: Sequence[TuningJob], settings: TuningSettings, shared_tokens: int) -> None:
     """What can be refused before anything runs."""
     names = [job.task.prompt for job in jobs]
     if not jobs or len(set(names)) != len(names):
@@ -169,13 +171,14 @@ def _check(model: SoftPromptModel, jobs: Sequence[TuningJob], settings: TuningSe
         for argument, rows in (("train_rows", job.train_rows), ("held_out_rows", job.held_out_rows)):
             if not rows:
                 raise ValueError(f"`{argument}` must hold at least one row, got none for {job.task.prompt!r}")
-    if settings.placement == "after_bos":
-        for holds, rule in (
-            (shared_tokens, "with shared tokens, which would stand between BOS and text twice"),
-            (is_encoder_decoder(model.base_model), "for encoder-decoders"),
-        ):
-            if holds:
-                raise ValueError(f"`placement` must be 'before_bos' {rule}; got 'after_bos'")
+            for i, row in enumerate(rows):
+                if is_empty(job.task, row) or row.get(job.task.target_column, "") is None:
+                    raise ValueError(
+                        f"`{argument}` must hold text and {job.task.target_column!r} in each row, row {i} of "
+                        f"{job.task.prompt!r} lacks one"
+                    )
+    if settings.placement == "after_bos" and shared_tokens:
+        raise ValueError(f"`shared_tokens` must be 0 with placement='after_bos', got {shared_tokens}")
 
 
 @contextmanager
@@ -231,8 +234,13 @@ class _Run:
 
         encoder_decoder = is_encoder_decoder(self.model.base_model)
         self.features: Rows = []
+        self.longest: list[int] = []
         for group, job in enumerate(self.jobs):
-            found = encode(job.task, job.train_rows, self.tokenizer, encoder_decoder=encoder_decoder)
+            found, apart = (
+                encode(job.task, rows, self.tokenizer, encoder_decoder=encoder_decoder)
+                for rows in (job.train_rows, job.held_out_rows)
+            )
+            self.longest.append(max(len(f["input_ids"]) for f in found + apart))
             self.features += [feature | {"prompt": job.task.prompt, "group": group} for feature in found]
         self.losses = [
             choose_loss(
@@ -270,6 +278,11 @@ class _Run:
             shared = nn.Parameter(apart.prompts.values(self.jobs[0].task.prompt))
         for job in self.jobs:
             if job.task.prompt in self.model.prompts:
+                if shared is not None:
+                    raise ValueError(
+                        f"`shared_tokens` must be 0 for a prompt that the model has already, got {self.shared_tokens} "
+                        f"for {job.task.prompt!r}"
+                    )
                 self._check_place(job.task.prompt)
                 logger.info("prompt %r is there already and tuned further; `init` is not used", job.task.prompt)
             else:
@@ -292,8 +305,7 @@ class _Run:
         context = context_length(self.model.config)
         if context is None or is_encoder_decoder(self.model.base_model):
             return
-        for job in self.jobs:
-            longest = max(len(f["input_ids"]) for f in self.features if f["prompt"] == job.task.prompt)
+        for job, longest in zip(self.jobs, self.longest, strict=True):
             tokens = len(self.model.prompts.values(job.task.prompt))
             if tokens + longest > context:
                 raise ValueError(
@@ -303,10 +315,6 @@ class _Run:
 
     def _add_token_update(self, job: TuningJob) -> None:
         """Of the places that training texts have."""
-        if isinstance(self.model, DeepPromptModel):
-            raise ValueError(
-                f"`token_update_rank` must be None for deep prompts, got {self.settings.token_update_rank}"
-            )
         longest = max(len(f["input_ids"]) for f in self.features if f["prompt"] == job.task.prompt)
         rank = min(self.settings.token_update_rank or 1, longest)
         self.model.prompts.add_token_update(job.task.prompt, longest, rank, seed=self.settings.seed)
@@ -323,9 +331,16 @@ class _Run:
         lengths = [[len(f["input_ids"]) for f in self.features if f["prompt"] == name] for name in names]
         padded = self.model.execution_report().execution == "padded"
         sampler = TaskSampler(lengths, settings.batch_size, settings.seed, by_length=padded)
+        arguments = self._arguments(report_to, len(sampler))
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer's DataParallel cannot split lists; torchrun is for several
+        if self.model.device.type == "cuda" and self.model.device != arguments.device:
+            raise ValueError(
+                f"`model` must be on {arguments.device}, where Trainer runs, got {self.model.device}; "
+                "CUDA_VISIBLE_DEVICES chooses another GPU"
+            )
         trainer = self.trainer = PromptTrainer(
             self.model,
-            self._arguments(report_to, len(sampler)),
+            arguments,
             data_collator=Collator(pad_token_id(self.tokenizer)),
             train_dataset=self.features,
             eval_dataset=self.features[:1],  # scored by the evaluator instead
@@ -417,6 +432,10 @@ class _Run:
                 if job.scorer is None
                 else job.scorer(name)
             )
+            if not math.isfinite(scores["loss"]):
+                raise FloatingPointError(
+                    f"the held-out loss of {name!r} is {scores['loss']} at step {step}; try a smaller `learning_rate`"
+                )
             every.append(scores)
             history.append({"step": step, "seconds": seconds} | scores)
             self.best.update(name, scores, step)
@@ -461,10 +480,15 @@ class _Run:
         forms = bank.forms(name)
         values = [bank[name]] if forms is None else list(forms.parameters())
         values += bank.token_update(name) or ()
-        fixed = bank[name].shape[1] if self.settings.placement == "after_bos" else 0  # BOS's vector
-        return sum(value.numel() for value in values if value.requires_grad) - fixed
+        count = sum(value.numel() for value in values if value.requires_grad)
+        if self.settings.placement == "after_bos":  # the first row, BOS's, is not trained
+            low_rank = self.settings.reparameterization == "low-rank"
+            count -= self.settings.rank if low_rank else bank[name].shape[1]
+        return count
 
     def _write_metrics(self, results: list[TuningResult]) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
         facts: dict[str, Any] = {
             "tuning_seconds": results[0].tuning_seconds,
             "evaluation_seconds": results[0].evaluation_seconds,

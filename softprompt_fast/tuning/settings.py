@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from os import PathLike, fspath
 from typing import Any
 
@@ -126,10 +126,9 @@ class TuningSettings:
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(replace(self, init="auto"))  # a tensor cannot be written, nor copied cheaply
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
         init = self.init
-        found["init"] = f"tensor {list(init.shape)}" if isinstance(init, Tensor) else fspath(init)
-        return found
+        return found | {"init": f"tensor {list(init.shape)}" if isinstance(init, Tensor) else fspath(init)}
 
 
 def _check(holds: bool, settings: TuningSettings, name: str, rule: str) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
@@ -133,6 +135,10 @@ class GracefulStop(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if dist.is_initialized():  # all stop behind the same step, or the others would wait for this one
+            flag = torch.tensor(float(self.requested), device=args.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.requested = bool(flag)
         if self.requested:
             control.should_save = control.should_training_stop = True
 

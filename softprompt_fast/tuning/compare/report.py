@@ -275,6 +275,8 @@ def _seed_table(found: Comparison) -> str:
         "training",
         "test rows in",
         "whole process",
+        "processor, training",
+        "processor, test rows",
     ]
     return _table(heads, rows, numbers_from=3)
 

@@ -44,12 +44,14 @@ def checked_settings(settings: TuningSettings) -> TuningSettings:
     return replace(settings, steps=settings.steps or DEFAULT_STEPS)
 
 
-def checked_lengths(lengths: Sequence[int]) -> list[int]:
+def checked_lengths(lengths: Sequence[int], settings: TuningSettings) -> list[int]:
     """Sorted."""
     if not lengths or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in lengths):
         raise ValueError(f"`lengths` must be one or more positive integers, got {list(lengths)!r}")
     if len(set(lengths)) < len(lengths):
         raise ValueError(f"`lengths` must be different, got {list(lengths)}")
+    if settings.reparameterization == "low-rank" and settings.rank > min(lengths):
+        raise ValueError(f"`rank` must be {min(lengths)} at most, the shortest of `lengths`, got {settings.rank}")
     return sorted(lengths)
 
 

@@ -21,6 +21,7 @@ from ...model import SoftPromptModel
 from ...task import Task
 from ..data import Rows
 from ..figures import save_figure
+from ..prepare import check_form
 from ..run import TuningJob, describe, tune_tasks
 from ..scoring import RowScores, score_prompts
 from ..settings import TuningSettings
@@ -80,6 +81,7 @@ def search(
     if task.prompt in model.prompts:
         raise ValueError(f"`model` must not have a prompt {task.prompt!r} yet; remove it, or name the task's otherwise")
     check_rows(task, train_rows, held_out_rows, list(test_rows))
+    check_form(model, tokenizer, settings)
     run = _Search(
         model,
         tokenizer,
@@ -88,7 +90,7 @@ def search(
         held_out_rows,
         Path(output),
         settings,
-        checked_lengths(lengths),
+        checked_lengths(lengths, settings),
         checked_rates(learning_rates, settings),
         budget,
         console or Console(stderr=True),

@@ -72,10 +72,10 @@ class Memory:
         if stored is None:
             self.study.set_user_attr("facts", facts)
         elif stored != facts:
-            changed = [name for name in facts if stored.get(name) != facts[name]]
+            changed = next(name for name in {**facts, **stored} if stored.get(name) != facts.get(name))
             raise ValueError(
-                f"`{changed[0]}` must be as when the search in {folder} began, {stored.get(changed[0])!r}, "
-                f"got {facts[changed[0]]!r}; choose another output folder"
+                f"`{changed}` must be as when the search in {folder} began, {stored.get(changed)!r}, "
+                f"got {facts.get(changed)!r}; choose another output folder"
             )
 
     def ask(self, lengths: Sequence[int], rates: Sequence[float] | LogRange, seed: int) -> list[dict[str, Any]]:
