@@ -19,7 +19,7 @@ from tiny_models import build
 from tiny_reviews import run, tiny_tokenizer
 
 import softprompt_fast as spf
-from softprompt_fast.tuning import evaluate
+from softprompt_fast.tuning import TuningSettings, evaluate
 from softprompt_fast.tuning.compare import METHODS, compare, parse_options, pool, worker
 from softprompt_fast.tuning.compare.files import clean_splits, read_json, size_of, write_json
 from softprompt_fast.tuning.compare.run import Comparison, write_files
@@ -73,6 +73,11 @@ def test_a_job_is_known_by_its_settings_and_data(tmp_path: Path) -> None:
     assert job.key() == replace(job, result="elsewhere", data="there", artifacts="here", threads=3).key()
     for change in ({"data_digest": "x"}, {"seed": 1}, {"options": {**job.options, "r": 4}}, {"model_digest": "y"}):
         assert replace(job, **change).key() != job.key()
+    prompt = job_of("prompt", tmp_path)
+    usual = TuningSettings().learning_rate  # a default that changes makes another job
+    bare = {name: value for name, value in prompt.options.items() if name != "learning_rate"}
+    given = [replace(prompt, options=bare | {"learning_rate": rate}).key() for rate in (usual, usual / 2)]
+    assert given[0] == replace(prompt, options=bare).key() != given[1]
 
 
 # --- jobs in processes ---

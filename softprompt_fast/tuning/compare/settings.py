@@ -104,6 +104,8 @@ class Job:
         facts = asdict(self)
         for other in ("data", "result", "artifacts", "threads"):
             del facts[other]
+        if self.method == "prompt":  # what is not given has defaults that may change
+            facts["options"] = TuningSettings().with_changes(self.options).to_json()
         text = json.dumps({"format": FORMAT, "version": __version__, **facts}, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
