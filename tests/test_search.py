@@ -136,33 +136,33 @@ def test_mcnemar_against_values_computed_by_hand() -> None:
 
 def test_prompts_are_compared_row_by_row() -> None:
     reference = scores_of([True] * 30 + [False] * 10)
-    worse = compare(scores_of([False] * 6 + [True] * 24 + [False] * 10), reference)
+    worse = compare(scores_of([False] * 6 + [True] * 24 + [False] * 10), reference, "accuracy")
     assert (worse.worse_by, worse.p_value, worse.rows) == (0.15, pytest.approx(2 / 64), 40)
     assert worse.significantly_worse and worse.low is not None and worse.high is not None
     # Agresti and Min: (6 - 0) / 42 +- 1.96 * sqrt(6 + 1 - 36 / 42) / 42
     half = 1.959964 * math.sqrt(7 - 36 / 42) / 42
     assert (worse.low, worse.high) == (pytest.approx(6 / 42 - half), pytest.approx(6 / 42 + half))
     # As much accuracy lost in all, but the rows disagree both ways: no longer significant.
-    mixed = compare(scores_of([False] * 12 + [True] * 18 + [True] * 6 + [False] * 4), reference)
+    mixed = compare(scores_of([False] * 12 + [True] * 18 + [True] * 6 + [False] * 4), reference, "accuracy")
     assert mixed.worse_by == 0.15 and mixed.p_value > 0.05 and not mixed.significantly_worse
-    better = compare(scores_of([True] * 40), reference)
+    better = compare(scores_of([True] * 40), reference, "accuracy")
     assert better.worse_by == -0.25 and better.p_value < 0.05 and not better.significantly_worse
     with pytest.raises(ValueError, match="`scores` must be of the reference's 40 rows, got 2 rows"):
-        compare(scores_of([True, False]), reference)
+        compare(scores_of([True, False]), reference, "accuracy")
 
 
 def test_losses_are_compared_by_a_paired_t_test() -> None:
     from scipy.stats import ttest_rel
 
     a, b = [1.0, 2.5, 0.7, 4.0, 3.0], [0.8, 2.0, 0.9, 3.1, 2.2]
-    found, expected = compare(losses_of(a), losses_of(b)), ttest_rel(a, b)
+    found, expected = compare(losses_of(a), losses_of(b), "loss"), ttest_rel(a, b)
     interval = expected.confidence_interval()
     assert found.p_value == pytest.approx(float(expected.pvalue)) and found.worse_by == pytest.approx(0.44)
     assert (found.low, found.high) == (pytest.approx(float(interval.low)), pytest.approx(float(interval.high)))
-    weighted = compare(losses_of([4.0, 9.0], [2.0, 3.0]), losses_of([2.0, 6.0], [2.0, 3.0]))
+    weighted = compare(losses_of([4.0, 9.0], [2.0, 3.0]), losses_of([2.0, 6.0], [2.0, 3.0]), "loss")
     assert (weighted.worse_by, weighted.p_value) == (1.0, 0.0)  # one more per token in every row
-    assert compare(losses_of([1.0]), losses_of([0.5])).low is None
-    same = compare(losses_of(a), losses_of(a))
+    assert compare(losses_of([1.0]), losses_of([0.5]), "loss").low is None
+    same = compare(losses_of(a), losses_of(a), "loss")
     assert (same.worse_by, same.p_value, same.significantly_worse) == (0.0, 1.0, False)
 
 

@@ -136,7 +136,7 @@ def judge(candidates: list[Candidate], by: str) -> tuple[Candidate, Candidate]:
     good = [best]
     for candidate in order[1:]:
         assert candidate.rows is not None
-        difference = compare(candidate.rows, best.rows)
+        difference = compare(candidate.rows, best.rows, by)
         candidate.last.against_best = difference.to_json()
         if not difference.significantly_worse:
             good.append(candidate)

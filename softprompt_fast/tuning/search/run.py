@@ -190,7 +190,7 @@ class _Search:
             self.candidates,
             best,
             recommended,
-            None if best is recommended else compare(recommended.rows, best.rows),
+            None if best is recommended else compare(recommended.rows, best.rows, self.best_by),
             self.best_by,
             self._test(recommended, best, test_rows),
             sum(rung.steps for c in self.candidates for rung in c.rungs),

@@ -20,6 +20,8 @@ MCNEMAR, PAIRED_T = "exact McNemar test", "paired t-test"
 class Difference:
     """How much worse a prompt is than another, on the same rows."""
 
+    metric: str
+    """"loss" or "accuracy"."""
     worse_by: float
     """Accuracy lost, or loss gained; negative where it is better."""
     low: float | None
@@ -38,8 +40,12 @@ class Difference:
         return asdict(self) | {"significantly_worse": self.significantly_worse}
 
 
-def compare(scores: RowScores, reference: RowScores) -> Difference:
-    """A prompt against a reference: accuracies by McNemar's exact test, losses of generation by a paired t-test.
+def compare(scores: RowScores, reference: RowScores, by: str) -> Difference:
+    """A prompt against a reference.
+
+    Args:
+        by: "loss", by a paired t-test, which tells prompts apart on far fewer rows; or "accuracy", where there is one,
+            by McNemar's exact test.
 
     Raises:
         ValueError: scores of different numbers of rows.
@@ -48,7 +54,7 @@ def compare(scores: RowScores, reference: RowScores) -> Difference:
         raise ValueError(
             f"`scores` must be of the reference's {len(reference.losses)} rows, got {len(scores.losses)} rows"
         )
-    if scores.correct is None or reference.correct is None:
+    if by == "loss" or scores.correct is None or reference.correct is None:
         return _losses(scores.losses - reference.losses, reference.weights)
     lost = int((reference.correct & ~scores.correct).sum())
     gained = int((scores.correct & ~reference.correct).sum())
@@ -61,7 +67,7 @@ def _accuracies(lost: int, gained: int, rows: int) -> Difference:
     half = Z * math.sqrt(lost + gained + 1 - difference * difference / (rows + 2)) / (rows + 2)
     centre = difference / (rows + 2)
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return Difference(difference / rows, low, high, mcnemar_of_counts(lost, gained), MCNEMAR, rows)
+    return Difference("accuracy", difference / rows, low, high, mcnemar_of_counts(lost, gained), MCNEMAR, rows)
 
 
 def _losses(differences: Tensor, weights: Tensor) -> Difference:
@@ -71,11 +77,11 @@ def _losses(differences: Tensor, weights: Tensor) -> Difference:
     rows = len(differences)
     mean = (differences.sum() / weights.sum()).item()
     if rows < 2:
-        return Difference(mean, None, None, 1.0, PAIRED_T, rows)
+        return Difference("loss", mean, None, None, 1.0, PAIRED_T, rows)
     spread = (differences - mean * weights).square().sum().div(rows - 1).sqrt().item()
     error = spread * math.sqrt(rows) / weights.sum().item()
     if error == 0.0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0.0 else 0.0, PAIRED_T, rows)
+        return Difference("loss", mean, mean, mean, 1.0 if mean == 0.0 else 0.0, PAIRED_T, rows)
     half = error * float(t.ppf(0.975, rows - 1))
     p = 2 * float(t.sf(abs(mean) / error, rows - 1))
-    return Difference(mean, mean - half, mean + half, p, PAIRED_T, rows)
+    return Difference("loss", mean, mean - half, mean + half, p, PAIRED_T, rows)

@@ -89,7 +89,9 @@ def _table(found: SearchResult) -> Table:
             f"{1000 * last.scoring_seconds / last.scores['rows']:.2f}",
             f"{sum(rung.training_seconds for rung in candidate.rungs):.1f}",
         )
-    table.caption = f"compared with the best of its last rung on the same rows; *: significant at {ALPHA:g}"
+    table.caption = (
+        f"worse by: {found.best_by}, against the best of its last rung on the same rows; *: significant at {ALPHA:g}"
+    )
     return table
 
 
@@ -106,4 +108,4 @@ def _difference(difference: Difference) -> str:
     interval = ""
     if difference.low is not None and difference.high is not None:
         interval = f" ({difference.low:.3f} to {difference.high:.3f})"
-    return f"{difference.worse_by:.3f}{interval}, p = {difference.p_value:.2g}"
+    return f"{difference.worse_by:.3f}{interval} in {difference.metric}, p = {difference.p_value:.2g}"
