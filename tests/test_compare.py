@@ -49,6 +49,7 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
         ("`init` of 'peft-prompt' must be one of RANDOM, .* got 'x'", {"options": {"peft-prompt": {"init": "x"}}}),
         ("`seeds` must hold at least one", {"seeds": []}),
         ("`steps` must be positive, got 0", {"steps": 0}),
+        ("`options` must be of methods that are compared", {"methods": ["prompt"], "options": {"lora": {"r": 2}}}),
     ):
         with pytest.raises(ValueError, match=message):
             start(**changes)

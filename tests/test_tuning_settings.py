@@ -305,6 +305,7 @@ def test_trained_numbers_are_counted_in_the_form_they_had(
         ({"steps": 3, "epochs": 1}, "`epochs` must be None where `steps` is given"),
         ({"epochs": -1}, "`epochs` must be positive or None"),
         ({"learning_rate": 0}, "`learning_rate` must be positive"),
+        ({"learning_rate": "high"}, "`learning_rate` must be positive, got 'high'"),
         ({"label_smoothing": 1}, "`label_smoothing` must be at least 0 and below 1"),
         ({"prompt_dropout": -0.1}, "`prompt_dropout` must be at least 0 and below 1"),
         ({"norm_bound": 0}, "`norm_bound` must be positive or None"),

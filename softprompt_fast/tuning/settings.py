@@ -93,16 +93,19 @@ class TuningSettings:
             value = getattr(self, name)
             _check(value is None or (isinstance(value, int) and value >= 1), self, name, "a positive integer or None")
         for name in ("learning_rate", "token_update_learning_rate", "max_grad_norm"):
-            _check(getattr(self, name) > 0, self, name, "positive")
+            value = getattr(self, name)
+            _check(_is_number(value) and value > 0, self, name, "positive")
         for name in ("epochs", "norm_bound"):
             value = getattr(self, name)
-            _check(value is None or value > 0, self, name, "positive or None")
+            _check(value is None or (_is_number(value) and value > 0), self, name, "positive or None")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"`epochs` must be None where `steps` is given, got {self.epochs}")
-        _check(self.decay_to_initial >= 0, self, "decay_to_initial", "0 or more")
         for name in ("label_smoothing", "prompt_dropout"):
-            _check(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
-        _check(self.init_noise >= 0, self, "init_noise", "0 or more")
+            value = getattr(self, name)
+            _check(_is_number(value) and 0 <= value < 1, self, name, "at least 0 and below 1")
+        for name in ("decay_to_initial", "init_noise"):
+            value = getattr(self, name)
+            _check(_is_number(value) and value >= 0, self, name, "0 or more")
         if self.reparameterization == "low-rank" and self.decay_to_initial:
             raise ValueError(
                 f"`decay_to_initial` must be 0 with reparameterization='low-rank', got {self.decay_to_initial}"
@@ -129,6 +132,10 @@ class TuningSettings:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         init = self.init
         return found | {"init": f"tensor {list(init.shape)}" if isinstance(init, Tensor) else fspath(init)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check(holds: bool, settings: TuningSettings, name: str, rule: str) -> None:

@@ -176,6 +176,8 @@ def compare(
         threads = max(1, (os.cpu_count() or 1) // jobs)
     given = dict(options or {})
     check_methods([*given, *chosen])
+    if idle := [method for method in given if method not in chosen]:
+        raise ValueError(f"`options` must be of methods that are compared, got some of {', '.join(idle)}")
     splits, left_out = clean_splits(task, train_rows, validation_rows, test_rows)
     for reason, count in left_out.items():
         console.print(f"[yellow]{count} rows are left out of {escape(reason)}[/yellow]", highlight=False)
