@@ -73,7 +73,7 @@ def serving(rows: pd.DataFrame) -> Any:
 def rates(rows: pd.DataFrame) -> Any:
     """Test accuracy over the learning rate, with and without the residual form, of both kinds of model."""
     parts = [("learning_rate", "SmolLM2-135M, tweets"), ("encoder_rate", "MiniLM and head, movie reviews")]
-    parts = [part for part in parts if (rows["study"] == part[0]).sum() > 4]
+    parts = [part for part in parts if (rows["study"] == part[0]).sum() > 1]
     figure, panels = plt.subplots(1, len(parts), figsize=(4.5 * len(parts), 3.2), squeeze=False)
     panels = panels[0]
     for panel, (study, title) in zip(panels, parts, strict=True):
