@@ -25,7 +25,7 @@ from ..prepare import check_form
 from ..run import TuningJob, describe, tune_tasks
 from ..scoring import RowScores, score_prompts
 from ..settings import TuningSettings
-from .budget import EVALUATIONS, Budget, Rung, make_plan
+from .budget import EVALUATIONS, Rung, make_plan
 from .figure import search_figure
 from .prepare import check_rows, checked_lengths, checked_rates, checked_settings, facts, full_length, measure_costs
 from .result import FIGURE, Candidate, RungResult, SearchResult, judge, promote
@@ -125,7 +125,6 @@ class _Search:
         assert settings.steps is not None
         every = [length for length in lengths for _ in range(draws)]
         self.plan = make_plan(costs, every, settings.steps, full_length(lengths), budget)
-        self.budget = Budget(costs, every, settings.steps, full_length(lengths), budget)
         # Rungs take rows in this order: all candidates of a rung learn from, and are scored by, the same.
         self.train_rows = random.Random(settings.seed).sample(train_rows, len(train_rows))
         self.held_out_rows = random.Random(settings.seed).sample(held_out_rows, len(held_out_rows))
@@ -151,15 +150,14 @@ class _Search:
     def rungs(self) -> list[Candidate]:
         """Trains and scores rung by rung; returns the candidates of the last one."""
         alive = self.candidates
-        sizes = self.budget.sizes
-        for number in range(len(sizes)):
-            rung = self.budget.next_rung([c.num_virtual_tokens for c in alive])
+        rungs = self.plan.rungs
+        for number, rung in enumerate(rungs):
             for candidate in alive:
                 self._run(candidate, number + 1, rung)
-            if number + 1 == len(sizes):
+            if number + 1 == len(rungs):
                 judge(alive, self.best_by)
                 break
-            going_on = promote(alive, sizes[number + 1], self.best_by)
+            going_on = promote(alive, rungs[number + 1].candidates, self.best_by)
             for candidate in alive:
                 if candidate not in going_on:
                     self.memory.end(candidate.number, pruned=True)
@@ -211,7 +209,7 @@ class _Search:
         key, folder = f"rung {number}", self._folder(candidate, number)
         stored = self.memory.recall(candidate.number, key)
         if stored is None:
-            shown = f"rung {number} of {len(self.budget.sizes)}: {self._name(candidate)}, {rung.steps} steps"
+            shown = f"rung {number} of {len(self.plan.rungs)}: {self._name(candidate)}, {rung.steps} steps"
             with self._status(shown):
                 stored = asdict(self._train(candidate, number, rung, folder))
             self.memory.store(candidate.number, key, stored)
