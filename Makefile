@@ -64,7 +64,7 @@ gpu:
 	@mkdir -p $(OUT); set -o pipefail; failed=; \
 	try() { echo "== $$*"; "$$@" || failed="$$failed [$$*]"; }; \
 	{ try nvidia-smi; \
-	try $(PYTHON) -c 'from softprompt_fast import _library as l; print(l.state()); assert (l.state().info or {})["cuda"]'; \
+	try $(PYTHON) -c 'from softprompt_fast.ops.extension import backend as l; print(l.state()); assert (l.state().info or {})["cuda"]'; \
 	try $(PYTHON) -m pytest -m cuda -p no:cacheprovider $(TESTS); \
 	if command -v compute-sanitizer; then \
 	  try compute-sanitizer --error-exitcode 9 $(PYTHON) benchmarks/bench_op.py --device cuda --quick --providers ours; \

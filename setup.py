@@ -18,9 +18,9 @@ SOURCES = ["softprompt_fast.csrc", "softprompt_fast.csrc.cpu", "softprompt_fast.
 
 
 def load_build() -> ModuleType:
-    """softprompt_fast/_build.py by its path: importing the package would import torch."""
+    """softprompt_fast/ops/extension/build.py by its path: importing the package would import torch."""
     name = "softprompt_fast_build"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "softprompt_fast" / "_build.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "softprompt_fast" / "ops" / "extension" / "build.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up there
@@ -29,7 +29,7 @@ def load_build() -> ModuleType:
 
 
 def build_ahead(package: Path) -> None:
-    """Compiles what the first use would compile, into the place where ``_build.find`` looks first."""
+    """Compiles what the first use would compile, into the place where ``build.find`` looks first."""
     build = load_build()
     asked = "SOFTPROMPT_FAST_BUILD=1 builds the extension during installation, but"
     try:

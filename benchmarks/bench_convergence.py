@@ -25,12 +25,15 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import softprompt_fast as spf
-from softprompt_fast.task import Task
-from softprompt_fast.tuning import TuningSettings, evaluate, load_base_model, tune
-from softprompt_fast.tuning.data import Collator, encode, pad_token_id
-from softprompt_fast.tuning.demo import LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
-from softprompt_fast.tuning.models import SMOLLM2
+from softprompt_fast.demo import LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
+from softprompt_fast.evaluation.predictions import evaluate
+from softprompt_fast.hf.loading import SMOLLM2, load_base_model
+from softprompt_fast.tasks.collation import Collator, pad_token_id
+from softprompt_fast.tasks.encoding import encode
+from softprompt_fast.tasks.task import Task
 from softprompt_fast.tuning.prepare import add_prompt
+from softprompt_fast.tuning.run import tune
+from softprompt_fast.tuning.settings import TuningSettings
 
 METHODS = ("ours", "peft with our start and rate", "peft")
 ROWS = 600

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast import _library, reference
+from softprompt_fast.ops.assemble import reference
+from softprompt_fast.ops.extension import backend as _library
 
 VOCABULARY = 32_000
 SHAPES = [

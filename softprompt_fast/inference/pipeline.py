@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import architecture
-from ..task import Task, encode_text
-from .bank import PromptBank
-from .combine import COMBINATIONS, combine_members
+from ..evaluation.combine import COMBINATIONS, combine_members
+from ..hf import architecture
+from ..tasks.encoding import encode_text
+from ..tasks.task import Task
 from .engine import Engine
+from .prompt_bank import PromptBank
 
 logger = logging.getLogger("softprompt_fast")
 

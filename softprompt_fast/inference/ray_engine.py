@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..peft_format import prompt_folders, read_prompt
-from ..task import FILE as TASK_FILE
-from ..task import Task
+from ..prompts.peft_files import prompt_folders, read_prompt
+from ..tasks.task import FILE as TASK_FILE
+from ..tasks.task import Task
 from .files import Row, answer_rows
 from .pipeline import Result
 
@@ -33,9 +33,9 @@ class Worker:
     ) -> None:
         import ray
 
-        from ..tuning import load_base_model
-        from .bank import PromptBank
+        from ..hf.loading import load_base_model
         from .pipeline import SoftPromptPipeline
+        from .prompt_bank import PromptBank
 
         if threads is not None:
             torch.set_num_threads(threads)

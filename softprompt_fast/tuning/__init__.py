@@ -3,12 +3,15 @@
 Needs the extra ``train``.
 """
 
-from ..task import Task
-from .data import load_rows, split_rows
-from .ensemble import EnsembleResult, evaluate_ensemble, tune_ensemble
-from .evaluation import evaluate, predict
-from .models import load_base_model
-from .run import TuningJob, TuningResult, tune, tune_tasks
+from ..evaluation.ensembles import evaluate_ensemble
+from ..evaluation.predictions import evaluate, predict
+from ..hf.loading import load_base_model
+from ..tasks.examples import split_rows
+from ..tasks.tables import load_rows
+from ..tasks.task import Task
+from .ensemble import EnsembleResult, tune_ensemble
+from .job import TuningJob, TuningResult
+from .run import tune, tune_tasks
 from .settings import TuningSettings
 
 __all__ = [

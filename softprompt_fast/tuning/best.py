@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from ..model import SoftPromptModel
-from ..peft_format import read_updated_prompt
+from ..evaluation.scoring import rank
+from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.peft_files import read_updated_prompt
 
 FILE = "best.json"
 
@@ -54,10 +55,3 @@ class BestPrompts:
                 factor.copy_(found)
         scores: dict[str, float] = self.found[name]["scores"]
         return scores
-
-
-def rank(scores: dict[str, float], by: str) -> tuple[float, ...]:
-    """Larger is better."""
-    if by == "accuracy" and "accuracy" in scores:
-        return (scores["accuracy"], -scores["loss"])
-    return (-scores["loss"],)

@@ -12,15 +12,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
-from ..inference.combine import COMBINATIONS, combine_members
-from ..model import SoftPromptModel
-from ..task import Task
-from .data import Rows
-from .evaluation import classification_scores, predict
-from .run import TuningJob, TuningResult, describe, tune_tasks
+from ..evaluation.combine import COMBINATIONS
+from ..evaluation.ensembles import evaluate_ensemble
+from ..evaluation.predictions import describe
+from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.examples import Rows
+from ..tasks.task import Task
+from .job import TuningJob, TuningResult
+from .run import tune_tasks
 from .settings import TuningSettings
 
 FILE = "ensemble.json"
@@ -116,22 +117,3 @@ def tune_ensemble(
     facts = {"members": names, "combine": combine, "scores": scores, "mean_accuracy_of_members": alone}
     file.write_text(json.dumps(facts, indent=2) + "\n")
     return EnsembleResult(results, combine, scores, file)
-
-
-def evaluate_ensemble(
-    model: SoftPromptModel,
-    tokenizer: Any,
-    task: Task,
-    rows: Rows,
-    prompts: Sequence[str],
-    *,
-    combine: str = "mean_probability",
-    batch_size: int = 32,
-) -> dict[str, float]:
-    """Scores of several prompts' common decision on labelled rows, as ``evaluate`` gives them for one."""
-    each = [predict(model, tokenizer, task, rows, batch_size=batch_size, prompt=name) for name in prompts]
-    logits = np.log(
-        np.asarray([[[p["scores"][label] for label in task.labels] for p in one] for one in each]).clip(1e-30)
-    )  # [m, rows, C]
-    decisions = [combine_members(task.labels, logits[:, i], combine) for i in range(len(rows))]
-    return classification_scores(task, rows, decisions)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..task import Task
+from ..tasks.encoding import label_token_ids
+from ..tasks.task import Task
 
 OBJECTIVES = ("labels", "vocabulary")
 IGNORED = -100
@@ -107,12 +108,3 @@ def choose_loss(
     if objective == "labels" and words is not None and not encoder_decoder:
         return LabelLoss(words, label_smoothing)
     return VocabularyLoss(label_smoothing)
-
-
-def label_token_ids(task: Task, tokenizer: Any) -> list[int] | None:
-    """The token of each label's word; None: not a classification, a word of several tokens, or two words alike."""
-    if task.kind != "classification":
-        return None
-    words = [list(tokenizer(word, add_special_tokens=False).input_ids) for word in task.label_words.values()]
-    ids = [word[0] for word in words if len(word) == 1]
-    return ids if len(set(ids)) == len(words) else None

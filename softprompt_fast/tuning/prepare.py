@@ -9,16 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architecture import is_encoder_decoder
-from ..deep_prompt import DeepPromptModel
-from ..embedding import embedding_table
-from ..initialize import initial_prompt
-from ..model import SoftPromptModel
-from ..peft_format import read_vectors
-from ..placement import FixedFirst, bos_vector
-from ..reparameterize import LowRank, NormBound, Offset, PromptDropout, ResidualMLP, SharedPart, reparameterize
-from ..task import FILE as TASK_FILE
-from ..task import Task
+from ..hf.architecture import is_encoder_decoder
+from ..hf.embedding import embedding_table
+from ..models.deep_prompt_model import DeepPromptModel
+from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.initialization import initial_prompt
+from ..prompts.peft_files import read_vectors
+from ..prompts.placement import FixedFirst, bos_vector
+from ..prompts.reparameterization import (
+    LowRank,
+    NormBound,
+    Offset,
+    PromptDropout,
+    ResidualMLP,
+    SharedPart,
+    reparameterize,
+)
+from ..tasks.task import FILE as TASK_FILE
+from ..tasks.task import Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
 
 

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..model import SoftPromptModel
-from .data import digest
+from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.examples import digest
 from .settings import TuningSettings
 
 if TYPE_CHECKING:
-    from .run import TuningJob
+    from .job import TuningJob
 
 FACTS, HISTORY = "run.json", "history.json"
 MAY_CHANGE = ("steps", "epochs", "patience")

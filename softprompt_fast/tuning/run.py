@@ -9,9 +9,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,62 +20,27 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..architecture import context_length, is_encoder_decoder
-from ..model import SoftPromptModel
-from ..placement import bos_vector
-from ..prompt import check_name
-from ..reparameterize import fold
-from ..task import Task
+from ..evaluation.predictions import describe, evaluate, evaluate_bare
+from ..hf.architecture import context_length, is_encoder_decoder
+from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.fast_soft_prompt import check_name
+from ..prompts.placement import bos_vector
+from ..prompts.reparameterization import fold
+from ..tasks.collation import Collator, pad_token_id
+from ..tasks.encoding import encode
+from ..tasks.examples import Rows, is_empty
+from ..tasks.task import Task
 from .best import BestPrompts
-from .data import Collator, Rows, encode, pad_token_id
-from .evaluation import evaluate
+from .job import TuningJob, TuningResult
 from .objective import choose_loss
 from .prepare import add_prompt, check_form, set_form
 from .record import RunRecord, run_facts, step_of
 from .sampler import TaskSampler
-from .scoring import is_empty
 from .settings import DEFAULT_STEPS, TuningSettings
 
 logger = logging.getLogger("softprompt_fast")
 
 METRICS = "metrics.json"
-
-
-@dataclass
-class TuningJob:
-    """One prompt to tune."""
-
-    task: Task
-    """``task.prompt`` is the prompt's name."""
-    train_rows: Rows
-    held_out_rows: Rows
-    settings: TuningSettings | None = None
-    """Of its first values; None: the run's."""
-    scorer: Callable[[str | None], dict[str, float]] | None = None
-    """Gives the held-out scores of the prompt of a name, None: of no prompt, in place of :func:`evaluate`."""
-
-
-@dataclass
-class TuningResult:
-    """What came of a run."""
-
-    folder: Path
-    """The prompt's own folder."""
-    before: dict[str, float]
-    """Held-out scores of the model without a prompt."""
-    after: dict[str, float]
-    """Held-out scores with the best prompt; it was chosen by them, so they are a little too good."""
-    tuning_seconds: float
-    """Time spent in the loop, its evaluations included."""
-    evaluation_seconds: float
-    """Time of those evaluations."""
-    steps: int
-    best_step: int
-    interrupted: bool
-    trainable_parameters: int
-    """Numbers trained for this prompt, in the form it had: a shared part counts for each prompt."""
-    history: list[dict[str, float]]
-    """``step``, ``seconds`` of tuning without evaluations, and scores, of each evaluation."""
 
 
 def tune(
@@ -506,18 +471,3 @@ class _Run:
 
     def _of(self, job: TuningJob) -> str:
         return f"{job.task.prompt}: " if len(self.jobs) > 1 else ""
-
-
-def evaluate_bare(model: SoftPromptModel, tokenizer: Any, task: Task, rows: Rows, batch_size: int) -> dict[str, float]:
-    """Scores of the model without any prompt in front."""
-    return evaluate(
-        SoftPromptModel(model.base_model), tokenizer, replace(task, special_tokens=True), rows, batch_size=batch_size
-    )
-
-
-def describe(scores: dict[str, float]) -> str:
-    """Scores in words."""
-    if "accuracy" in scores:
-        low, high = scores["accuracy_low"], scores["accuracy_high"]
-        return f"accuracy {scores['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, {scores['rows']:.0f} rows)"
-    return f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f} ({scores['rows']:.0f} rows)"

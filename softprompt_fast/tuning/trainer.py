@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from ..model import SoftPromptModel
-from ..prompt import UPDATE_A, UPDATE_B
-from ..reparameterize import Offset
+from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.fast_soft_prompt import UPDATE_A, UPDATE_B
+from ..prompts.reparameterization import Offset
 from .objective import AnswerLoss, MixedLoss
 
 Evaluator = Callable[[], dict[str, float]]

@@ -1,0 +1,1 @@
+"""Analysis of data before tuning and of prompts after it."""

@@ -1,0 +1,223 @@
+"""A look at a task's data before a prompt is tuned: lengths, classes, repeats, baselines, and a recipe."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.intervals import wilson_interval
+from ..evaluation.predictions import Progress
+from ..evaluation.scoring import score_prompts
+from ..hf.architecture import context_length, is_encoder_decoder
+from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.examples import has_target, is_empty
+from ..tasks.task import Task
+from .duplicates import Duplicates, find_duplicates
+from .recipe import Recipe, suggest
+
+LEVELS = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass
+class Lengths:
+    """Lengths in tokens."""
+
+    mean: float
+    quantiles: dict[str, int]
+    """min, p50, p90, p99, max."""
+    tokens: list[int] = field(repr=False)
+    """Of each row; not part of the JSON."""
+
+    @classmethod
+    def of(cls, tokens: list[int]) -> Lengths:
+        found = np.quantile(tokens, list(LEVELS.values()), method="higher") if tokens else [0] * len(LEVELS)
+        return cls(float(np.mean(tokens)) if tokens else 0.0, dict(zip(LEVELS, map(int, found), strict=True)), tokens)
+
+
+@dataclass
+class LabelWord:
+    """How the tokenizer sees a label's word."""
+
+    word: str
+    ids: list[int]
+    tokens: list[str]
+
+
+@dataclass
+class Analysis:
+    """All that :func:`analyze` finds."""
+
+    kind: str
+    train_rows: int
+    held_out_rows: int
+    empty_rows: int
+    """Training rows without text."""
+    unlabelled_rows: int
+    """Training rows without a label or response."""
+    unknown_labels: dict[str, int]
+    """Labels of training rows that the task does not name."""
+    text: Lengths
+    """Of the rendered texts, uncut."""
+    target: Lengths
+    """Of the label words or responses."""
+    max_length: int
+    """The task's: longer texts lose their beginning."""
+    context: int | None
+    """The model's; None: no fixed limit."""
+    cut_by_max_length: float
+    """Share of texts."""
+    over_context: float
+    """Share of rows whose prompt, text (cut) and answer do not fit the context."""
+    classes: dict[str, int]
+    """Training rows per label; empty for generation tasks."""
+    duplicates: Duplicates
+    label_words: dict[str, LabelWord]
+    first_token_clashes: list[list[str]]
+    """Groups of labels whose words begin with the same token."""
+    majority: dict[str, float | str] | None
+    """Always the commonest training label: ``label``, ``accuracy`` and interval, on the held-out rows if any."""
+    zero_shot: dict[str, float] | None
+    """The model without a prompt, on at most ``sample`` rows: scores and 95 % intervals. None: no rows to score."""
+    zero_shot_answers: dict[str, int]
+    """How often it says which label."""
+    recipe: Recipe
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for lengths in (values["text"], values["target"]):
+            del lengths["tokens"]
+        return values
+
+
+def analyze(
+    model: SoftPromptModel,
+    tokenizer: Any,
+    task: Task,
+    train_rows: Sequence[Mapping[str, Any]],
+    held_out_rows: Sequence[Mapping[str, Any]] = (),
+    *,
+    sample: int = 500,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Looks at data through a model's tokenizer and asks the model itself, untuned.
+
+    Args:
+        held_out_rows: baselines are measured on them, or on the training rows if there are none.
+        sample: rows for the zero-shot baseline, drawn with ``seed``; 0: none.
+
+    Raises:
+        ValueError: no rows, or a column that the template names and the data lack.
+    """
+    if not train_rows:
+        raise ValueError("`train_rows` must hold at least one row, got none")
+    if sample < 0:
+        raise ValueError(f"`sample` must not be negative, got {sample}")
+    encoder_decoder = is_encoder_decoder(model.base_model)
+    filled = [row for row in train_rows if not is_empty(task, row)]
+    labelled = [row for row in filled if has_target(task, row)]
+    values = [row.get(task.target_column) for row in train_rows]
+    unknown = Counter(str(v) for v in values if v is not None and task.label_words and str(v) not in task.label_words)
+    text = _token_counts(tokenizer, [task.text(row) for row in filled], drop_eos=not encoder_decoder)
+    ends = encoder_decoder or task.kind == "generation"
+    target = [n + ends for n in _token_counts(tokenizer, [task.target(row) for row in labelled], special=False)]
+    words = {label: _label_word(tokenizer, word) for label, word in task.label_words.items()}
+    usable = [row for row in held_out_rows if not is_empty(task, row) and has_target(task, row)] or labelled
+    counts = Counter(str(row[task.target_column]) for row in labelled)
+    classes = {label: counts[label] for label in task.labels}
+    zero_shot, answers = _zero_shot(model, tokenizer, task, usable, sample, batch_size, seed, progress)
+    found = Analysis(
+        kind=task.kind,
+        train_rows=len(train_rows),
+        held_out_rows=len(held_out_rows),
+        empty_rows=len(train_rows) - len(filled),
+        unlabelled_rows=sum(value is None for value in values),
+        unknown_labels=dict(unknown),
+        text=Lengths.of(text),
+        target=Lengths.of(target),
+        max_length=task.max_length,
+        context=context_length(model.config),
+        cut_by_max_length=_share(n > task.max_length for n in text),
+        over_context=0.0,
+        classes=classes,
+        duplicates=find_duplicates(task, filled, held_out_rows),
+        label_words=words,
+        first_token_clashes=_clashes(words),
+        majority=_majority(task, classes, usable),
+        zero_shot=zero_shot,
+        zero_shot_answers=answers,
+        recipe=Recipe({}, []),
+    )
+    found.recipe = suggest(found, tokenizer)
+    if found.context is not None:
+        room = found.context - found.recipe.choices["num_virtual_tokens"].value - found.target.quantiles["max"]
+        found.over_context = _share(min(n, task.max_length) > room for n in text)
+    return found
+
+
+def _token_counts(tokenizer: Any, texts: list[str], *, special: bool = True, drop_eos: bool = False) -> list[int]:
+    counts: list[int] = []
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        for ids in tokenizer(part, add_special_tokens=special, truncation=False, verbose=False).input_ids:
+            ends = drop_eos and len(ids) > 0 and ids[-1] == tokenizer.eos_token_id
+            counts.append(max(1, len(ids) - ends))
+    return counts
+
+
+def _share(values: Any) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0
+
+
+def _label_word(tokenizer: Any, word: str) -> LabelWord:
+    ids = list(tokenizer(word, add_special_tokens=False).input_ids)
+    return LabelWord(word, ids, [tokenizer.decode([i]) for i in ids])
+
+
+def _clashes(words: Mapping[str, LabelWord]) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for label, word in words.items():
+        if word.ids:
+            groups.setdefault(word.ids[0], []).append(label)
+    return [labels for labels in groups.values() if len(labels) > 1]
+
+
+def _majority(
+    task: Task, classes: Mapping[str, int], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, float | str] | None:
+    if task.kind != "classification" or not rows or not any(classes.values()):
+        return None
+    label = max(classes, key=classes.__getitem__)
+    hits = sum(str(row[task.target_column]) == label for row in rows)
+    low, high = wilson_interval(hits, len(rows))
+    return {"label": label, "accuracy": hits / len(rows), "accuracy_low": low, "accuracy_high": high}
+
+
+def _zero_shot(
+    model: SoftPromptModel,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    sample: int,
+    batch_size: int,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[dict[str, float] | None, dict[str, int]]:
+    if not rows or sample == 0:
+        return None, {}
+    chosen = random.Random(seed).sample(list(rows), min(sample, len(rows)))
+    scores = score_prompts(model, tokenizer, task, chosen, {"none": None}, batch_size=batch_size, progress=progress)[
+        "none"
+    ]
+    answers: dict[str, int] = {}
+    if scores.predicted is not None:
+        said = Counter(scores.predicted.tolist())
+        answers = {label: said[i] for i, label in enumerate(task.labels)}
+    return scores.summary(), answers

@@ -1,0 +1,7 @@
+"""Errors that several packages raise or catch."""
+
+from __future__ import annotations
+
+
+class Unsupported(RuntimeError):
+    """The packed layout cannot be run exactly here; the message says why."""

@@ -1,0 +1,112 @@
+"""Rows as token ids, behind an instruction and labelled examples where a method has them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..tasks.encoding import encode_target, encode_text
+from ..tasks.examples import Rows
+from ..tasks.task import Task
+
+
+@dataclass
+class Encoder:
+    """Texts and targets of a task's rows.
+
+    Every method reads the same text: ``task.max_length`` counts it without what stands in front.
+    """
+
+    task: Task
+    tokenizer: Any
+    prefix: str = ""
+    """Text in front of every row's."""
+
+    def text(self, row: Mapping[str, Any]) -> list[int]:
+        alone = encode_text(self.task, row, self.tokenizer)
+        if not self.prefix:
+            return alone
+        text = self.task.text(row)
+        if len(self._ids(text)) <= self.task.max_length:
+            return self._ids(self.prefix + text)
+        return self._ids(self.prefix) + alone
+
+    def target(self, row: Mapping[str, Any]) -> list[int]:
+        return encode_target(self.task, row, self.tokenizer)
+
+    def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        return [self.text(row) for row in rows]
+
+    def targets(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        return [self.target(row) for row in rows]
+
+    def words(self) -> list[list[int]]:
+        """Token ids of each label's word."""
+        return [list(self.tokenizer(w, add_special_tokens=False).input_ids) for w in self.task.label_words.values()]
+
+    def _ids(self, text: str) -> list[int]:
+        ids = list(self.tokenizer(text, truncation=False, add_special_tokens=self.task.special_tokens).input_ids)
+        if ids and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return ids
+
+
+def common_start(texts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all texts begin with."""
+    start = list(texts[0])
+    for text in texts[1:]:
+        same = 0
+        while same < min(len(start), len(text)) and start[same] == text[same]:
+            same += 1
+        del start[same:]
+    return start
+
+
+def draw_shots(task: Task, rows: Rows, shots: int, seed: int) -> Rows:
+    """Training rows to show: for classification as many of each label as may be, in an order drawn by the seed."""
+    order = list(rows)
+    generator = random.Random(seed)
+    generator.shuffle(order)
+    if task.kind != "classification":
+        return order[:shots]
+    by_label = {label: [row for row in order if str(row[task.target_column]) == label] for label in task.labels}
+    chosen: Rows = []
+    labels = list(by_label)
+    generator.shuffle(labels)
+    while len(chosen) < shots and any(by_label.values()):
+        for label in labels:
+            if by_label[label] and len(chosen) < shots:
+                chosen.append(by_label[label].pop())
+    generator.shuffle(chosen)  # else the labels would stand in a pattern
+    return chosen
+
+
+def shots_text(task: Task, instruction: str, rows: Rows, separator: str) -> str:
+    return instruction + "".join(f"{task.text(row)}{task.target(row)}{separator}" for row in rows)
+
+
+def fitting_shots(
+    task: Task, tokenizer: Any, instruction: str, train: Rows, shots: int, seed: int, separator: str, room: int | None
+) -> tuple[str, Rows]:
+    """The text of as many shots as fit into ``room`` tokens (None: any), and their rows.
+
+    Rows longer than ``task.max_length`` are not shown. Where all do not fit, fewer are drawn, so that the labels stay
+    balanced.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    alone = Encoder(task, tokenizer)
+    for count in range(shots, 0, -1):
+        chosen = draw_shots(task, train, count, seed)
+        text = shots_text(task, instruction, chosen, separator)
+        short = all(len(alone._ids(task.text(row))) <= task.max_length for row in chosen)
+        if not short and count == shots:
+            train = [row for row in train if len(alone._ids(task.text(row))) <= task.max_length]
+            chosen = draw_shots(task, train, count, seed)
+            text = shots_text(task, instruction, chosen, separator)
+        if chosen and (room is None or len(alone._ids(text)) <= room):
+            return text, chosen
+    raise ValueError(f"few-shot: no training row fits into the {room} tokens that the context leaves")

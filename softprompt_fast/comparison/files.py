@@ -1,0 +1,58 @@
+"""Files that are whole or not there, and the rows of the splits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..base.files import write_atomically
+from ..tasks.examples import Rows, usable_rows
+from ..tasks.task import Task
+
+SPLITS = ("train", "validation", "test")
+
+
+def write_splits(folder: Path, splits: Mapping[str, Rows], task: Task) -> str:
+    """Writes the columns that the task reads, as jsonl; returns a digest of all of them."""
+    digest = hashlib.sha256()
+    columns = [*dict.fromkeys([*task.columns, task.target_column])]
+    for name in SPLITS:
+        lines = [json.dumps({c: row[c] for c in columns}, ensure_ascii=False, default=str) for row in splits[name]]
+        text = "".join(line + "\n" for line in lines)
+        write_atomically(folder / f"{name}.jsonl", text)
+        digest.update(f"{name}\n{text}".encode())
+    return digest.hexdigest()
+
+
+def read_split(folder: str, name: str) -> Rows:
+    text = (Path(folder) / f"{name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def clean_splits(task: Task, train: Rows, validation: Rows, test: Rows) -> tuple[dict[str, Rows], dict[str, int]]:
+    """Rows that can be scored; texts that stand in the test rows leave the other splits, so that nothing leaks.
+
+    Returns:
+        The splits, and how many rows were left out for which reason.
+    """
+    splits, left_out = {}, {}
+    for name, rows in zip(SPLITS, (train, validation, test), strict=True):
+        if not rows:
+            raise ValueError(f"`{name}` must hold rows, got none")
+        splits[name] = usable_rows(task, rows)
+        left_out[f"{name}: no text or no known {task.target_column}"] = len(rows) - len(splits[name])
+    for name, others in (("validation", ("test",)), ("train", ("test", "validation"))):
+        seen = {task.text(row) for other in others for row in splits[other]}
+        kept = [row for row in splits[name] if task.text(row) not in seen]
+        left_out[f"{name}: text also stands in {' or '.join(others)}"] = len(splits[name]) - len(kept)
+        splits[name] = kept
+        if not kept:
+            raise ValueError(f"`{name}` must hold texts that do not stand in {' or '.join(others)}, got none")
+    return splits, {reason: count for reason, count in left_out.items() if count}
+
+
+def truth(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [str(row[task.target_column]) for row in rows]

@@ -1,0 +1,195 @@
+"""Each method: from a frozen model and rows to something that scores rows."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..base.files import size_of
+from ..evaluation.scoring import RowScores
+from ..hf.architecture import context_length
+from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.examples import Rows
+from ..tasks.task import FILE as TASK_FILE
+from ..tasks.task import Task
+from ..tuning.settings import TuningSettings
+from .backends import Packed
+from .encoding import Encoder, common_start, fitting_shots
+from .scores import score_rows
+from .settings import Job
+
+
+@dataclass
+class Work:
+    """A job with its model and rows."""
+
+    job: Job
+    task: Task
+    model: Any
+    tokenizer: Any
+    splits: dict[str, Rows]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.job.options
+
+    @property
+    def artifacts(self) -> Path:
+        return Path(self.job.artifacts)
+
+
+@dataclass
+class Ready:
+    """A method that is ready to score rows."""
+
+    score: Callable[[Rows], RowScores]
+    prefix_tokens: float = 0.0
+    trainable_parameters: int = 0
+    stored_bytes: int = 0
+    """What one more task adds to the frozen model on disk."""
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    uses_head: bool = True
+    """Whether a prediction needs the model's logits."""
+    detail: dict[str, Any] = field(default_factory=dict)
+    """What else a reader of the report should know."""
+
+
+class NotApplicable(Exception):
+    """A method that this kind of task does not have; not a failure."""
+
+
+def zero_shot(work: Work) -> Ready:
+    return _in_context(work, "")
+
+
+def instruction(work: Work) -> Ready:
+    return _in_context(work, work.options["instruction"])
+
+
+def few_shot(work: Work) -> Ready:
+    plain = Encoder(work.task, work.tokenizer)
+    rows = [row for split in work.splits.values() for row in split]
+    context = context_length(work.model.config)
+    room = None
+    if context is not None:
+        room = context - max(map(len, plain.texts(rows))) - max(map(len, plain.targets(rows)))
+    text, shots = fitting_shots(
+        work.task,
+        work.tokenizer,
+        work.options["instruction"],
+        work.splits["train"],
+        int(work.options["shots"]),
+        work.job.seed,
+        str(work.options["separator"]),
+        room,
+    )
+    return _in_context(work, text, {"shots": len(shots), "text in front": text})
+
+
+def _in_context(work: Work, prefix: str, detail: dict[str, Any] | None = None) -> Ready:
+    encoder = Encoder(work.task, work.tokenizer, prefix)
+    sample = work.splits["validation"][:50]
+    plain, texts = Encoder(work.task, work.tokenizer), [encoder.text(row) for row in sample]
+    added = [len(text) - len(plain.text(row)) for text, row in zip(texts, sample, strict=True)]
+    front = common_start(texts)[: min(added)] if prefix else []
+    backend = Packed(SoftPromptModel(work.model), work.tokenizer, front=front)
+    return Ready(
+        lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
+        prefix_tokens=sum(added) / len(added),
+        stored_bytes=len(prefix.encode()),
+        detail=detail or {},
+    )
+
+
+def prompt(work: Work) -> Ready:
+    from ..tuning.run import tune
+
+    settings = TuningSettings(batch_size=work.job.batch_size, seed=work.job.seed).with_changes(work.options)
+    tuned = SoftPromptModel(work.model)
+    result = tune(
+        tuned,
+        work.tokenizer,
+        work.task,
+        work.splits["train"],
+        work.splits["validation"],
+        work.artifacts,
+        settings,
+        console=Console(stderr=True),
+    )
+    shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
+    tuned.eval()
+    backend = Packed(tuned, work.tokenizer, work.task.prompt)
+    encoder = Encoder(Task.load(result.folder), work.tokenizer)  # behind BOS, texts are read without it
+    values = tuned.prompts[work.task.prompt]
+    return Ready(
+        lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
+        prefix_tokens=len(values),
+        trainable_parameters=result.trainable_parameters,
+        stored_bytes=size_of(result.folder) - (result.folder / TASK_FILE).stat().st_size,  # others store no task
+        train_seconds=result.tuning_seconds - result.evaluation_seconds,
+        evaluation_seconds=result.evaluation_seconds,
+        detail={
+            "settings": settings.to_json(),
+            "execution": str(tuned.execution_report()),
+            "best step": result.best_step,
+            "validation": result.history,
+        },
+    )
+
+
+def linear_probe(work: Work) -> Ready:
+    if work.task.kind != "classification":
+        raise NotApplicable("a linear probe gives labels, not text")
+    from .probe import fit_probe
+
+    start = time.perf_counter()
+    fitted = fit_probe(work.model, work.tokenizer, work.task, work.splits, work.options, work.job.batch_size)
+    seconds = time.perf_counter() - start
+    work.artifacts.mkdir(parents=True, exist_ok=True)
+    fitted.save(work.artifacts)
+    return Ready(
+        fitted.score,
+        trainable_parameters=fitted.parameters,
+        stored_bytes=size_of(work.artifacts),
+        train_seconds=seconds - fitted.evaluation_seconds,
+        evaluation_seconds=fitted.evaluation_seconds,
+        uses_head=False,
+        detail={"C": fitted.C, "validation": fitted.searched},
+    )
+
+
+def peft_prompt(work: Work) -> Ready:
+    from .baselines import peft_prompt as run
+
+    return run(work)
+
+
+def lora(work: Work) -> Ready:
+    from .baselines import lora as run
+
+    return run(work)
+
+
+def full(work: Work) -> Ready:
+    from .baselines import full as run
+
+    return run(work)
+
+
+RUNNERS: dict[str, Callable[[Work], Ready]] = {
+    "zero-shot": zero_shot,
+    "instruction": instruction,
+    "few-shot": few_shot,
+    "prompt": prompt,
+    "peft-prompt": peft_prompt,
+    "lora": lora,
+    "linear-probe": linear_probe,
+    "full": full,
+}

@@ -1,0 +1,1 @@
+"""Prompts as keys and values: computed once, stored, and read by later batches."""

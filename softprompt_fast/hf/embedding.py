@@ -1,0 +1,83 @@
+"""What the fused pass must know of a model's input embedding module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..base.compiling import constant_when_compiled
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """A look-up table and what its module does with the vectors."""
+
+    weight: Tensor
+    """[V, D]"""
+    scale: float = 1.0
+    """Factor on what is looked up (Gemma, BART and others multiply by sqrt(D)), as rounded by the module."""
+    padding_idx: int | None = None
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """[...] ids -> [..., D], as the module itself would give them."""
+        vectors = torch.nn.functional.embedding(input_ids, self.weight)
+        return vectors * self.scale if self.scale != 1.0 else vectors
+
+
+def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
+    """The table behind an embedding module that is known to be a look-up, possibly times a constant.
+
+    Args:
+        embedding: ``nn.Embedding``, a subclass that multiplies by its ``embed_scale``, or a weight [V, D].
+
+    Raises:
+        TypeError: any other module; its output could not be reproduced from its weight.
+    """
+    if isinstance(embedding, Tensor):
+        return EmbeddingTable(embedding)
+    if not isinstance(embedding, nn.Embedding):
+        raise TypeError(
+            f"`embedding` must be a torch.nn.Embedding or its weight [V, D], got {type(embedding).__name__}"
+        )
+    if embedding.max_norm is not None:
+        raise TypeError("`embedding` must not renormalise what it looks up, but has max_norm set")
+    if embedding.weight.device.type == "meta":
+        raise TypeError("`embedding` must be on a real device, but its weight is on 'meta' (offloaded?)")
+    hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
+    # transformers registers one for gradient checkpointing; a prompt's own gradient makes it needless.
+    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    if hooks:
+        raise TypeError(f"`embedding` must not have forward hooks, which the fused pass would not run, got {hooks[0]}")
+    weight = embedding.weight
+    if hasattr(weight, "full_tensor"):  # sharded by FSDP
+        weight = weight.full_tensor()
+    scale = 1.0 if type(embedding) is nn.Embedding else _scale_of(embedding)
+    return EmbeddingTable(weight, scale, embedding.padding_idx)
+
+
+@constant_when_compiled
+def _scale_of(embedding: nn.Embedding) -> float:
+    """The constant a subclass multiplies by, verified on a few rows so that nothing else can hide in its forward."""
+    weight = embedding.weight.detach()
+    scale = getattr(embedding, "embed_scale", None)
+    if isinstance(scale, Tensor):  # Gemma rounds it to the weight's dtype first
+        scale = scale.to(weight.dtype).item()
+    scale = 1.0 if scale is None else float(scale)
+    known = getattr(embedding, "_softprompt_fast_scale", None)
+    if known == (scale, weight.dtype, weight.data_ptr()):
+        return scale
+    # The last ids are where models keep special tokens, which some embed in their own way.
+    count = weight.shape[0]
+    ids = torch.unique(torch.tensor([0, 1, 2, count // 2, count - 2, count - 1]).clamp(0, count - 1)).to(weight.device)
+    special = [value for name, value in vars(embedding).items() if name.endswith("_index") and isinstance(value, int)]
+    with torch.no_grad():
+        equal = torch.equal(embedding(ids), EmbeddingTable(weight, scale)(ids))
+    if not equal or special:
+        raise TypeError(
+            f"`embedding` must be a look-up times a constant, but {type(embedding).__name__} is not: "
+            "its output differs from weight[ids] * embed_scale"
+        )
+    embedding._softprompt_fast_scale = (scale, weight.dtype, weight.data_ptr())  # type: ignore[assignment]
+    return scale

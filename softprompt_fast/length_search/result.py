@@ -1,0 +1,150 @@
+"""What a search found, and how it is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.scoring import RowScores, rank
+from .budget import Plan
+from .significance import ALPHA, Difference, compare
+
+FILE = "search.json"
+FIGURE = "search.svg"
+
+
+@dataclass
+class RungResult:
+    """A candidate after a rung."""
+
+    rung: int
+    """From 1."""
+    steps: int
+    total_steps: int
+    scores: dict[str, float]
+    """On the rung's held-out rows, which choose: a little too good for what they chose."""
+    training_seconds: float
+    scoring_seconds: float
+    seconds: float
+    """All of it, set-up and files included."""
+    against_best: dict[str, Any] | None = None
+    """The difference to the rung's best candidate; None: it is the best."""
+
+
+@dataclass
+class Candidate:
+    """A length and a learning rate: one of Optuna's trials."""
+
+    number: int
+    num_virtual_tokens: int
+    learning_rate: float
+    rungs: list[RungResult] = field(default_factory=list)
+    rows: RowScores | None = field(default=None, repr=False)
+    """Of its last rung; not part of the JSON."""
+
+    @property
+    def last(self) -> RungResult:
+        return self.rungs[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        values = {key: getattr(self, key) for key in ("number", "num_virtual_tokens", "learning_rate")}
+        return values | {"rungs": [asdict(rung) for rung in self.rungs]}
+
+
+@dataclass
+class SearchResult:
+    """What came of a search."""
+
+    folder: Path
+    """The recommended prompt's own folder."""
+    plan: Plan
+    before: dict[str, float]
+    """Held-out scores of the model without a prompt."""
+    candidates: list[Candidate]
+    """By length, then learning rate."""
+    best: Candidate
+    """Of the last rung."""
+    recommended: Candidate
+    """The shortest of the last rung that is not significantly worse than the best."""
+    comparison: Difference | None
+    """Of the recommended with the best; None: they are one."""
+    best_by: str
+    """What ranks candidates: "loss", or "accuracy" and then loss."""
+    test: dict[str, dict[str, float]]
+    """Scores of ``recommended`` and ``best`` on rows that chose nothing; empty: no such rows."""
+    steps: int
+    """Of all candidates together."""
+    seconds: float
+    """Of the whole search, interruptions left out; scores on test rows not counted."""
+    full_run_seconds: float
+    """Estimate for one full run of the recommended length, from this search's own steps and evaluations."""
+    rows_per_step: int
+    """Of each candidate."""
+
+    @property
+    def metric(self) -> str:
+        return "accuracy" if "accuracy" in self.before else "loss"
+
+    def options(self) -> str:
+        """The recommended settings as options of ``softprompt-fast train``."""
+        found = self.recommended
+        return (
+            f"--virtual-tokens {found.num_virtual_tokens} --learning-rate {found.learning_rate:g} "
+            f"--steps {self.plan.full_steps}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "recommended": self.recommended.number,
+            "best": self.best.number,
+            "comparison": None if self.comparison is None else self.comparison.to_json(),
+            "alpha": ALPHA,
+            "options": self.options(),
+            "metric": self.metric,
+            "best_by": self.best_by,
+            "before": self.before,
+            "test": self.test,
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "full_run_seconds": self.full_run_seconds,
+            "plan": asdict(self.plan),
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+        }
+
+    def write(self, folder: Path) -> Path:
+        path = folder / FILE
+        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        return path
+
+
+def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
+    """By the scores of their last rung, the best first; of equals, the shorter."""
+    return sorted(
+        candidates,
+        key=lambda c: (*(-value for value in rank(c.last.scores, by)), c.num_virtual_tokens, c.learning_rate),
+    )
+
+
+def judge(candidates: list[Candidate], by: str) -> tuple[Candidate, Candidate]:
+    """The best of a rung, and the shortest that is not significantly worse; notes each one's difference to the best."""
+    order = ranked(candidates, by)
+    best = order[0]
+    assert best.rows is not None
+    good = [best]
+    for candidate in order[1:]:
+        assert candidate.rows is not None
+        difference = compare(candidate.rows, best.rows, by)
+        candidate.last.against_best = difference.to_json()
+        if not difference.significantly_worse:
+            good.append(candidate)
+    return best, min(good, key=lambda c: c.num_virtual_tokens)  # of equally short ones, the first is the best
+
+
+def promote(candidates: list[Candidate], keep: int, by: str) -> list[Candidate]:
+    """Who goes on: the best by score, and in any case the shortest that is not significantly worse."""
+    order = ranked(candidates, by)
+    _, shortest = judge(candidates, by)
+    chosen = order[:keep] if shortest in order[:keep] else [*order[: keep - 1], shortest]
+    return sorted(chosen, key=candidates.index)

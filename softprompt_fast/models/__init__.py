@@ -1,0 +1,1 @@
+"""A frozen transformers model with soft prompts in front of it."""

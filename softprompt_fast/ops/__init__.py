@@ -1,0 +1,1 @@
+"""The native ops, each beside its reference in plain PyTorch, and how they are built."""

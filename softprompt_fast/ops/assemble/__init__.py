@@ -1,0 +1,1 @@
+"""The op that joins prompts and token embeddings."""

@@ -1,0 +1,1 @@
+"""Builds, caches and loads the native extension; decides which implementation runs."""

@@ -1,0 +1,1 @@
+"""Between the packed layout and rows."""

@@ -1,0 +1,39 @@
+"""``unpack`` and ``pack`` in plain PyTorch: the tests' oracle, and the fallback without the native extension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unpack(packed: Sequence[Tensor], table: Tensor, width: int, dtype: torch.dtype) -> list[Tensor]:
+    """See :func:`softprompt_fast.ops.packing.functional.unpack`."""
+    slot, held = _slots_of_rows(table, width)
+    return [torch.where(held[..., None, None], x[slot], 0).to(dtype) for x in packed]
+
+
+def pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype) -> list[Tensor]:
+    """See :func:`softprompt_fast.ops.packing.functional.pack`."""
+    slot, held = _slots_of_rows(table, rows[0].shape[1])
+    results = []
+    for x in rows:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = x.new_zeros((slots, *x.shape[2:]), dtype=wide)
+        if x.device.type == "cpu":
+            total.index_add_(0, slot[held], x[held].to(wide))
+        else:  # index_add_ is not deterministic there
+            total.index_put_((slot[held],), x[held].to(wide), accumulate=True)
+        results.append(total.to(dtype))
+    return results
+
+
+def _slots_of_rows(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """[B, S]: the slot of each place of each row, 0 where it holds none; and whether it holds one."""
+    first, length, prefix_first, prefix_length = (column[:, None] for column in table.unbind(1))
+    place = torch.arange(width, device=table.device)
+    in_prefix = place < prefix_length
+    held = place < prefix_length + length
+    slot = torch.where(in_prefix, prefix_first + place, first + place - prefix_length)
+    return torch.where(held, slot, 0), held

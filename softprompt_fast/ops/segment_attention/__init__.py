@@ -1,0 +1,1 @@
+"""Attention of many segments in one pass."""

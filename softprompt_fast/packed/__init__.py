@@ -1,0 +1,1 @@
+"""Shared-prompt execution: a batch as one sequence without padding."""

@@ -1,0 +1,156 @@
+"""Attention over the packed layout, as an attention implementation of transformers.
+
+The packed batch is one sequence ``[prompt a][prompt b]..[text of row 0][text of row 1]..``. Each prompt attends to
+itself; each row's text to its prompt and to itself. What the batch looks like travels as an attribute of a 4-D
+attention mask, which transformers hands from the model's arguments to its attention untouched, also when gradient
+checkpointing runs a layer a second time. Any other mask goes to the implementation that the model had before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..base.errors import Unsupported
+from ..hf.attention import check_keywords
+from ..ops.packing.functional import pack, unpack
+from ..ops.segment_attention import functional as segment_attention
+
+if TYPE_CHECKING:
+    from .layout import PackedLayout, RowGroup
+
+
+def packed_attention(
+    layout: PackedLayout,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Attention of [1, H, K, E] queries with [1, H', K, E] keys and [1, H', K, E'] values -> [1, K, H, E']."""
+    check_keywords(module, is_causal, keywords)
+    if query.shape[0] != 1 or query.shape[2] != layout.slots or key.shape[2] != layout.slots:
+        raise Unsupported(f"its attention got {list(query.shape)} queries for {layout.slots} packed slots")
+    layout.calls += 1
+    if sliding_window:
+        layout.windows.add(sliding_window)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # what autocast would do to SDPA's arguments
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
+    if layout.capture is not None:
+        layout.keep(module, packed[1], packed[2])
+    prefix = layout.compiled_for(module, packed[1], packed[2])
+    with torch.autocast(device, enabled=False):
+        if segment_attention.available(query) and not dropout and softcap is None and s_aux is None:
+            out = segment_attention.segment_attention(
+                packed[0],
+                packed[1],
+                packed[2],
+                layout.table,
+                scale=scaling,
+                window=sliding_window,
+                prefix_key=prefix[0] if prefix else None,
+                prefix_value=prefix[1] if prefix else None,
+            )
+            return out[None], None
+        before = 0
+        if prefix is not None:  # one sequence of compiled and own slots
+            before = prefix[0].shape[0]
+            packed[1:] = [torch.cat([a, b]) for a, b in zip(prefix, packed[1:], strict=True)]
+        parts = [
+            _attend(
+                group,
+                packed,
+                before,
+                scaling=scaling,
+                dropout=dropout,
+                window=sliding_window,
+                softcap=softcap,
+                sinks=s_aux,
+            )
+            for group in (layout.prompts, layout.rows)
+            if group.slots
+        ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _attend(
+    group: RowGroup,
+    packed: list[Tensor],
+    before: int,
+    *,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[slots, H, E'], the results of a group's own parts; `before`: slots in front of its own in keys and values."""
+    query, key, value = packed
+    dtype = compute_dtype(query)
+    alone = len(group.prefixes) == 1 and not group.prefixes[0] and not before  # one row: it lies there as it is
+    if alone:
+        q, k, v = (x[None, group.first_slot : group.first_slot + group.slots].to(dtype) for x in packed)
+    else:
+        (q,) = unpack((query,), group.query_table, group.queries, dtype)
+        k, v = unpack((key, value), group.behind(before), group.keys, dtype)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    plain = not any(group.prefixes) and (not window or window >= group.keys)
+    mask = None if plain and softcap is None and sinks is None else group.mask(window, dtype)
+    if softcap is None and sinks is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, **_grouped(q, k)
+        )
+    else:
+        assert mask is not None
+        out = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, sinks)
+    out = out.transpose(1, 2)
+    if alone:
+        return out[0].to(query.dtype)
+    return pack((out,), group.result_table, group.slots, query.dtype)[0]
+
+
+def compute_dtype(query: Tensor) -> torch.dtype:
+    """float32 on a CPU: SDPA's backward takes 2.8 times as long there in bfloat16."""
+    return torch.float32 if query.device.type == "cpu" and query.dtype.itemsize == 2 else query.dtype
+
+
+def _grouped(query: Tensor, key: Tensor) -> dict[str, bool]:
+    return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with a soft-capped score (Gemma 2) or a sink per head (gpt-oss), neither of which SDPA has."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights, dropout) @ value

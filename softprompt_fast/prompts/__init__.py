@@ -1,0 +1,1 @@
+"""Trainable soft prompts: the bank, initial values, reparameterisations, files on disk."""

@@ -1,0 +1,1 @@
+"""What a prompt is for, and the data it is tuned on."""

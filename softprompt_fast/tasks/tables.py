@@ -1,0 +1,44 @@
+"""Reads rows of data from files and from the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .examples import Rows
+
+READERS = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+    ".tsv": ("csv", {"sep": "\t", "quoting": 3}),
+    ".parquet": ("parquet", {}),
+}
+
+
+def load_rows(source: str, split: str = "train") -> Rows:
+    """Rows of a jsonl, json, csv, tsv or parquet file, or of a data set of the hub.
+
+    Raises:
+        ValueError: an unknown kind of file, one that cannot be read, or no rows.
+        FileNotFoundError: something that looks like a file but is none.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path = Path(source)
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {source}")
+        builder, options = READERS[path.suffix]
+        try:
+            data = load_dataset(builder, data_files=str(path), split="train", **options)
+        except DatasetsError as error:
+            raise ValueError(f"{source} could not be read: {error.__cause__ or error}") from error
+    elif path.exists():
+        raise ValueError(f"{source} must be a {', '.join(READERS)} file or the name of a data set on the hub")
+    else:
+        data = load_dataset(source, split=split)
+    rows = [dict(row) for row in data]
+    if not rows:
+        raise ValueError(f"{source} holds no rows")
+    return rows

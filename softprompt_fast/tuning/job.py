@@ -1,0 +1,48 @@
+"""What a tuning run gets and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..tasks.examples import Rows
+from ..tasks.task import Task
+from .settings import TuningSettings
+
+
+@dataclass
+class TuningJob:
+    """One prompt to tune."""
+
+    task: Task
+    """``task.prompt`` is the prompt's name."""
+    train_rows: Rows
+    held_out_rows: Rows
+    settings: TuningSettings | None = None
+    """Of its first values; None: the run's."""
+    scorer: Callable[[str | None], dict[str, float]] | None = None
+    """Gives the held-out scores of the prompt of a name, None: of no prompt, in place of :func:`evaluate`."""
+
+
+@dataclass
+class TuningResult:
+    """What came of a run."""
+
+    folder: Path
+    """The prompt's own folder."""
+    before: dict[str, float]
+    """Held-out scores of the model without a prompt."""
+    after: dict[str, float]
+    """Held-out scores with the best prompt; it was chosen by them, so they are a little too good."""
+    tuning_seconds: float
+    """Time spent in the loop, its evaluations included."""
+    evaluation_seconds: float
+    """Time of those evaluations."""
+    steps: int
+    best_step: int
+    interrupted: bool
+    trainable_parameters: int
+    """Numbers trained for this prompt, in the form it had: a shared part counts for each prompt."""
+    history: list[dict[str, float]]
+    """``step``, ``seconds`` of tuning without evaluations, and scores, of each evaluation."""
