@@ -19,11 +19,11 @@ from typing import Any
 
 from rich.console import Console
 
-from .evaluation.predictions import describe, evaluate, evaluate_bare
+from .evaluation.predictions import describe_scores, evaluate, evaluate_bare
 from .hf.loading import SMOLLM2, load_base_model
 from .models.soft_prompt_model import SoftPromptModel
 from .ops.extension.build import cache_directory
-from .tasks.examples import Rows
+from .tasks.examples import Examples
 from .tasks.task import Task
 from .tuning.run import tune
 
@@ -45,7 +45,7 @@ INSTRUCTION = "Decide whether the following movie review is negative or positive
 VIRTUAL_TOKENS = 20
 
 
-def sentiment_rows(domain: str = "movies") -> Rows:
+def sentiment_rows(domain: str = "movies") -> Examples:
     """``text``, ``label`` and ``rating`` of one of the four domains, in the order of the file."""
     if domain not in DOMAINS:
         raise ValueError(f"`domain` must be one of {', '.join(DOMAINS)}, got {domain!r}")
@@ -64,11 +64,11 @@ def sentiment_rows(domain: str = "movies") -> Rows:
     return rows
 
 
-def balanced(rows: Rows, held_out: int, seed: int) -> tuple[Rows, Rows]:
+def balanced(rows: Examples, held_out: int, seed: int) -> tuple[Examples, Examples]:
     """Shuffles and holds out as many rows of either label; no text stands on both sides."""
     shuffled = list({row["text"]: row for row in rows}.values())
     random.Random(seed).shuffle(shuffled)
-    apart: Rows = []
+    apart: Examples = []
     for label in LABEL_WORDS:
         apart += [row for row in shuffled if row["label"] == label][: held_out // 2]
     held = {row["text"] for row in apart}
@@ -122,8 +122,8 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     out = Console()
     out.print(f"Held-out reviews, never seen in tuning: {len(test)}")
-    out.print(f"before tuning  {describe(before)}")
-    out.print(f"after tuning   {describe(after)}")
+    out.print(f"before tuning  {describe_scores(before)}")
+    out.print(f"after tuning   {describe_scores(after)}")
     out.print(f"tuned {model.config.hidden_size * VIRTUAL_TOKENS:,} numbers in {result.tuning_seconds:.0f} s")
     out.print(f"prompt: {result.folder} (a PEFT adapter folder), scores: {output / 'metrics.json'}")
     out.print("Use it:")

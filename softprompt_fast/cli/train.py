@@ -22,7 +22,7 @@ from .analysis import (
 )
 from .app import BatchSize, Data, Device, Dtype, Model, TaskKind, app, console
 
-Rows = list[dict[str, Any]]
+Examples = list[dict[str, Any]]
 
 
 @app.command()
@@ -180,12 +180,12 @@ def train(
 
 
 def _by_task(
-    rows: Rows,
-    held_out_rows: Rows | None,
+    rows: Examples,
+    held_out_rows: Examples | None,
     column: str | None,
     name: str,
-    split: Callable[[Rows], tuple[Rows, Rows]],
-) -> list[tuple[str, Rows, Rows]]:
+    split: Callable[[Examples], tuple[Examples, Examples]],
+) -> list[tuple[str, Examples, Examples]]:
     """Name, rows and held-out rows of each task; without held-out rows, each task's rows are split."""
     if column is None:
         assert held_out_rows is not None
@@ -201,10 +201,10 @@ def _by_task(
     return [(task, part, apart[task]) for task, part in own.items()]
 
 
-def _groups(rows: Rows, column: str) -> dict[str, Rows]:
+def _groups(rows: Examples, column: str) -> dict[str, Examples]:
     from ..prompts.fast_soft_prompt import check_name
 
-    found: dict[str, Rows] = {}
+    found: dict[str, Examples] = {}
     for number, row in enumerate(rows):
         if column not in row:
             raise ValueError(f"no column {column!r} in the data, which has {list(row)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..tasks.encoding import encode_target, encode_text
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 
 
@@ -64,7 +64,7 @@ def common_start(texts: Sequence[Sequence[int]]) -> list[int]:
     return start
 
 
-def draw_shots(task: Task, rows: Rows, shots: int, seed: int) -> Rows:
+def draw_shots(task: Task, rows: Examples, shots: int, seed: int) -> Examples:
     """Training rows to show: for classification as many of each label as may be, in an order drawn by the seed."""
     order = list(rows)
     generator = random.Random(seed)
@@ -72,7 +72,7 @@ def draw_shots(task: Task, rows: Rows, shots: int, seed: int) -> Rows:
     if task.kind != "classification":
         return order[:shots]
     by_label = {label: [row for row in order if str(row[task.target_column]) == label] for label in task.labels}
-    chosen: Rows = []
+    chosen: Examples = []
     labels = list(by_label)
     generator.shuffle(labels)
     while len(chosen) < shots and any(by_label.values()):
@@ -83,13 +83,20 @@ def draw_shots(task: Task, rows: Rows, shots: int, seed: int) -> Rows:
     return chosen
 
 
-def shots_text(task: Task, instruction: str, rows: Rows, separator: str) -> str:
+def shots_text(task: Task, instruction: str, rows: Examples, separator: str) -> str:
     return instruction + "".join(f"{task.text(row)}{task.target(row)}{separator}" for row in rows)
 
 
 def fitting_shots(
-    task: Task, tokenizer: Any, instruction: str, train: Rows, shots: int, seed: int, separator: str, room: int | None
-) -> tuple[str, Rows]:
+    task: Task,
+    tokenizer: Any,
+    instruction: str,
+    train: Examples,
+    shots: int,
+    seed: int,
+    separator: str,
+    room: int | None,
+) -> tuple[str, Examples]:
     """The text of as many shots as fit into ``room`` tokens (None: any), and their rows.
 
     Rows longer than ``task.max_length`` are not shown. Where all do not fit, fewer are drawn, so that the labels stay

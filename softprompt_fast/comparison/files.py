@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import write_atomically
-from ..tasks.examples import Rows, usable_rows
+from ..tasks.examples import Examples, usable_rows
 from ..tasks.task import Task
 
 SPLITS = ("train", "validation", "test")
 
 
-def write_splits(folder: Path, splits: Mapping[str, Rows], task: Task) -> str:
+def write_splits(folder: Path, splits: Mapping[str, Examples], task: Task) -> str:
     """Writes the columns that the task reads, as jsonl; returns a digest of all of them."""
     digest = hashlib.sha256()
     columns = [*dict.fromkeys([*task.columns, task.target_column])]
@@ -27,12 +27,14 @@ def write_splits(folder: Path, splits: Mapping[str, Rows], task: Task) -> str:
     return digest.hexdigest()
 
 
-def read_split(folder: str, name: str) -> Rows:
+def read_split(folder: str, name: str) -> Examples:
     text = (Path(folder) / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line]
 
 
-def clean_splits(task: Task, train: Rows, validation: Rows, test: Rows) -> tuple[dict[str, Rows], dict[str, int]]:
+def clean_splits(
+    task: Task, train: Examples, validation: Examples, test: Examples
+) -> tuple[dict[str, Examples], dict[str, int]]:
     """Rows that can be scored; texts that stand in the test rows leave the other splits, so that nothing leaks.
 
     Returns:

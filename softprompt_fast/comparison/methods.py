@@ -15,7 +15,7 @@ from ..base.files import size_of
 from ..evaluation.scoring import RowScores
 from ..hf.architecture import context_length
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import FILE as TASK_FILE
 from ..tasks.task import Task
 from ..tuning.settings import TuningSettings
@@ -33,7 +33,7 @@ class Work:
     task: Task
     model: Any
     tokenizer: Any
-    splits: dict[str, Rows]
+    splits: dict[str, Examples]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Work:
 class Ready:
     """A method that is ready to score rows."""
 
-    score: Callable[[Rows], RowScores]
+    score: Callable[[Examples], RowScores]
     prefix_tokens: float = 0.0
     trainable_parameters: int = 0
     stored_bytes: int = 0

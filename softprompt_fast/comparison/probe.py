@@ -14,7 +14,7 @@ import torch
 
 from ..evaluation.scoring import RowScores
 from ..tasks.collation import length_order
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .backends import Plain
 from .encoding import Encoder
@@ -39,7 +39,7 @@ class Probe:
         model = self.pipeline[-1]
         return int(model.coef_.size + model.intercept_.size)
 
-    def score(self, rows: Rows) -> RowScores:
+    def score(self, rows: Examples) -> RowScores:
         return _scores(self.pipeline, self.task, self.features(rows), rows)
 
     def save(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Probe:
 
 
 def fit_probe(
-    model: Any, tokenizer: Any, task: Task, splits: Mapping[str, Rows], options: Mapping[str, Any], batch_size: int
+    model: Any, tokenizer: Any, task: Task, splits: Mapping[str, Examples], options: Mapping[str, Any], batch_size: int
 ) -> Probe:
     """Standardised features; the C with the lowest validation loss, which also chooses the checkpoints of others."""
     from sklearn.linear_model import LogisticRegression
@@ -64,7 +64,7 @@ def fit_probe(
 
     encoder, plain = Encoder(task, tokenizer), Plain(model, tokenizer)
 
-    def features(rows: Rows) -> np.ndarray[Any, Any]:
+    def features(rows: Examples) -> np.ndarray[Any, Any]:
         return last_states(plain, encoder.texts(rows), batch_size)
 
     x, y = features(splits["train"]), truth(task, splits["train"])
@@ -106,7 +106,7 @@ def last_states(plain: Plain, texts: list[list[int]], batch_size: int) -> np.nda
     return states
 
 
-def _scores(pipeline: Any, task: Task, x: np.ndarray[Any, Any], rows: Rows) -> RowScores:
+def _scores(pipeline: Any, task: Task, x: np.ndarray[Any, Any], rows: Examples) -> RowScores:
     """A label that no training row has gets the probability 1e-12."""
     scores = torch.full((len(rows), len(task.labels)), np.log(1e-12), dtype=torch.float64)
     with np.errstate(divide="ignore"):  # a probability of 0 is bounded below

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..base.files import write_atomically, write_json
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .files import clean_splits, truth, write_splits
 from .pool import run_jobs
@@ -119,9 +119,9 @@ class Comparison:
 def compare(
     model: str,
     task: Task,
-    train_rows: Rows,
-    validation_rows: Rows,
-    test_rows: Rows,
+    train_rows: Examples,
+    validation_rows: Examples,
+    test_rows: Examples,
     output: PathLike[str] | str,
     *,
     methods: Sequence[str] = METHODS,

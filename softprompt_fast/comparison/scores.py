@@ -8,13 +8,13 @@ import torch
 
 from ..evaluation.scoring import RowScores
 from ..tasks.collation import length_order
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from .backends import Backend
 from .encoding import Encoder
 
 
 @torch.no_grad()
-def score_rows(backend: Backend, encoder: Encoder, rows: Rows, batch_size: int) -> RowScores:
+def score_rows(backend: Backend, encoder: Encoder, rows: Examples, batch_size: int) -> RowScores:
     """Scores of labelled rows, in their order; classification compares the label words' log-probabilities."""
     task = encoder.task
     texts, targets = encoder.texts(rows), encoder.targets(rows)

@@ -22,7 +22,7 @@ ROOM = 64
 """New tokens that a layer makes room for at once."""
 
 
-class Rows:
+class RowPlaces:
     """Where the rows of a batch lie, for all layers.
 
     Args:
@@ -55,7 +55,7 @@ class Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rows: Rows, index: int) -> None:
+    def __init__(self, rows: RowPlaces, index: int) -> None:
         super().__init__()
         self.rows, self.index = rows, index
         self.length = 0
@@ -144,6 +144,6 @@ class Layer(CacheLayerMixin):
         self._stored = [stored.index_select(0, beam_idx) for stored in self._stored]
 
 
-def compiled_cache(rows: Rows) -> Cache:
+def compiled_cache(rows: RowPlaces) -> Cache:
     """A cache with a layer for each of the compiled prompts'."""
     return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])

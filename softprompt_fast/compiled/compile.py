@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..packed.batch import PackedInputs
 from ..packed.layout import PackedLayout, RowGroup
-from ..packed.runner import SharedPrompt
+from ..packed.runner import PackedRunner
 
 
 def slot_shape(model: Any) -> tuple[int, int, int, int]:
@@ -33,7 +33,7 @@ def flattened(compiled: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compile_prompts(shared: SharedPrompt, prompts: Sequence[Tensor]) -> Tensor:
+def compile_prompts(shared: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
     """Keys and values of prompts [P_n, D], all of them in one run of the model.
 
     Returns:

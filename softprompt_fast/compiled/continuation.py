@@ -13,7 +13,7 @@ from ..base.errors import Unsupported
 from ..hf.generation import generate_behind
 from ..ops.packing.functional import unpack
 from ..ops.segment_attention.functional import available
-from ..packed.runner import SharedPrompt
+from ..packed.runner import PackedRunner
 from .compile import pack_texts
 
 logger = logging.getLogger("softprompt_fast")
@@ -22,7 +22,7 @@ logger = logging.getLogger("softprompt_fast")
 class Continuation:
     """Continues rows behind compiled prompts with one model; knows what works for it."""
 
-    def __init__(self, shared: SharedPrompt) -> None:
+    def __init__(self, shared: PackedRunner) -> None:
         self.shared = shared
         self.model = model = shared.model
         config = model.config.get_text_config()
@@ -82,7 +82,7 @@ class Continuation:
     ) -> Any:
         from transformers import DynamicCache
 
-        from .cache import Rows, compiled_cache
+        from .cache import RowPlaces, compiled_cache
 
         copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
         lengths = torch.tensor([count for _, count in prefixes])
@@ -91,7 +91,7 @@ class Continuation:
         if in_place:
             padding = (ids.shape[1] - mask.sum(1)).tolist()
             every = [prefix for prefix in prefixes for _ in range(copies)]
-            cache = compiled_cache(Rows(compiled, every, [n for n in padding for _ in range(copies)]))
+            cache = compiled_cache(RowPlaces(compiled, every, [n for n in padding for _ in range(copies)]))
         elif width:
             for layer, (keys, values) in enumerate(gather_prefixes(compiled, prefixes, width)):
                 cache.update(keys, values, layer)

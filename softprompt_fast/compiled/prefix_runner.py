@@ -12,13 +12,13 @@ from torch import Tensor
 from ..hf.embedding import embedding_table
 from ..packed.batch import SharedBatch, pack_rows
 from ..packed.layout import PackedLayout, RowGroup
-from ..packed.runner import SharedPrompt
+from ..packed.runner import PackedRunner
 from ..packed.self_check import SLACK
 from ..prompts.fast_soft_prompt import Chosen, FastSoftPrompt, PromptIds
 from .compile import layered, slot_shape
 
 
-class DeepPrompt(SharedPrompt):
+class PrefixRunner(PackedRunner):
     """Runs one model on packed texts behind trained keys and values. There is no padded layout to fall back to.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .combine import combine_members
 from .predictions import classification_scores, predict
@@ -18,7 +18,7 @@ def evaluate_ensemble(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     prompts: Sequence[str],
     *,
     combine: str = "mean_probability",

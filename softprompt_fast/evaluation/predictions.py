@@ -14,7 +14,7 @@ from ..hf.architecture import is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import Collator, length_order, pad_token_id
 from ..tasks.encoding import encode, encode_text
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .intervals import wilson_interval
 
@@ -25,13 +25,13 @@ def predict(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     *,
     batch_size: int = 32,
     max_new_tokens: int = 64,
     prompt: str | None = None,
     progress: Progress | None = None,
-) -> Rows:
+) -> Examples:
     """A prediction for each row, in their order.
 
     Args:
@@ -45,7 +45,7 @@ def predict(
     prompt = _chosen(model, task, prompt)
     encoder_decoder = is_encoder_decoder(model.base_model)
     texts = [encode_text(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]
-    results: Rows = [{} for _ in rows]
+    results: Examples = [{} for _ in rows]
     collate = Collator(pad_token_id(tokenizer))
     training = model.training
     model.eval()
@@ -69,7 +69,7 @@ def evaluate(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     *,
     batch_size: int = 32,
     prompt: str | None = None,
@@ -88,7 +88,7 @@ def evaluate(
     return classification_scores(task, rows, predictions)
 
 
-def classification_scores(task: Task, rows: Rows, predictions: Rows) -> dict[str, float]:
+def classification_scores(task: Task, rows: Examples, predictions: Examples) -> dict[str, float]:
     """Scores of predictions as ``predict`` gives them."""
     truth = [str(row[task.target_column]) for row in rows]
     for label in truth:
@@ -116,7 +116,7 @@ def _chosen(model: SoftPromptModel, task: Task, prompt: str | None) -> str | Non
 
 def _classify(
     model: SoftPromptModel, tokenizer: Any, task: Task, texts: list[list[int]], prompt: str | None, collate: Collator
-) -> Rows:
+) -> Examples:
     words = [list(tokenizer(word, add_special_tokens=False).input_ids) for word in task.label_words.values()]
     one_token = all(len(word) == 1 for word in words)
     if one_token and not is_encoder_decoder(model.base_model):
@@ -126,7 +126,7 @@ def _classify(
     else:
         columns = [_log_likelihood(model, tokenizer, texts, word, prompt, collate) for word in words]
         scores = torch.stack(columns, 1)
-    results: Rows = []
+    results: Examples = []
     for row in scores.softmax(-1).tolist():
         by_label = dict(zip(task.labels, row, strict=True))
         results.append({"prediction": max(by_label, key=by_label.__getitem__), "scores": by_label})
@@ -166,7 +166,7 @@ def _generate(
     prompt: str | None,
     collate: Collator,
     max_new_tokens: int,
-) -> Rows:
+) -> Examples:
     batch = _to_device(collate([{"input_ids": text} for text in texts]), model.device)
     output = model.generate(
         batch["input_ids"],
@@ -186,7 +186,7 @@ def _response_loss(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    rows: Rows,
+    rows: Examples,
     batch_size: int,
     prompt: str | None,
     progress: Progress | None,
@@ -213,14 +213,16 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-def evaluate_bare(model: SoftPromptModel, tokenizer: Any, task: Task, rows: Rows, batch_size: int) -> dict[str, float]:
+def evaluate_bare(
+    model: SoftPromptModel, tokenizer: Any, task: Task, rows: Examples, batch_size: int
+) -> dict[str, float]:
     """Scores of the model without any prompt in front."""
     return evaluate(
         SoftPromptModel(model.base_model), tokenizer, replace(task, special_tokens=True), rows, batch_size=batch_size
     )
 
 
-def describe(scores: dict[str, float]) -> str:
+def describe_scores(scores: dict[str, float]) -> str:
     """Scores in words."""
     if "accuracy" in scores:
         low, high = scores["accuracy_low"], scores["accuracy_high"]

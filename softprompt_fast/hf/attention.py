@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base.errors import Unsupported
@@ -53,17 +54,21 @@ def install(model: Any) -> None:
     name = PREFIX + before
     ignored = IGNORED_BY.get(before, set())
 
+    @torch.compiler.disable  # the carrier is another object in every batch
+    def attend(carrier: Any, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
+        result: tuple[Tensor, Tensor | None] = carrier.attend(*args, **keywords)
+        return result
+
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor | None]:
-        ours = getattr(key, ATTRIBUTE, None) or getattr(attention_mask, ATTRIBUTE, None)
-        if ours is None:
+        carrier = getattr(key, ATTRIBUTE, None) or getattr(attention_mask, ATTRIBUTE, None)
+        if carrier is None:
             return original(module, query, key, value, attention_mask, *args, **keywords)
         if args:
             raise Unsupported("its attention passes arguments by position")
         used = {k: v for k, v in keywords.items() if k not in ignored}
-        result: tuple[Tensor, Tensor | None] = ours.attend(module, query, key, value, **used)
-        return result
+        return attend(carrier, module, query, key, value, **used)
 
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, attention)

@@ -83,10 +83,10 @@ class Engine:
 
     def _deep_alone(self, prompt: Tensor, ids: Tensor) -> Tensor:
         """[V] behind the tokens [T] of a row that runs by itself behind its deep prompt."""
-        from ..compiled.prefix_runner import DeepPrompt  # it stands above this package
+        from ..compiled.prefix_runner import PrefixRunner  # it stands above this package
 
         place = torch.tensor([len(ids) - 1], device=ids.device)
-        return DeepPrompt(self.base, check=False).logits_alone(prompt, ids, place, gradient=False)[0].double()
+        return PrefixRunner(self.base, check=False).logits_alone(prompt, ids, place, gradient=False)[0].double()
 
     @torch.no_grad()
     def generate(self, view: View, texts: Texts, names: Sequence[str | None], options: dict[str, Any]) -> Tensor:

@@ -69,7 +69,7 @@ class Rung:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What a search will do at most."""
 
     rungs: list[Rung]
@@ -164,7 +164,7 @@ def rung_sizes(candidates: int, budget: float) -> list[int]:
     return sizes
 
 
-def make_plan(costs: Costs, lengths: Sequence[int], full_steps: int, full_length: int, budget: float) -> Plan:
+def make_plan(costs: Costs, lengths: Sequence[int], full_steps: int, full_length: int, budget: float) -> SearchPlan:
     """The plan if the costliest candidates always went on.
 
     Raises:
@@ -173,4 +173,4 @@ def make_plan(costs: Costs, lengths: Sequence[int], full_steps: int, full_length
     money = Budget(costs, lengths, full_steps, full_length, budget)
     rungs = [money.next_rung(sorted(lengths)[-size:]) for size in money.sizes]
     full = costs.full_run(full_steps, full_length)
-    return Plan(rungs, full_steps, money.steps_spent, money.cost_spent / full, budget)
+    return SearchPlan(rungs, full_steps, money.steps_spent, money.cost_spent / full, budget)

@@ -12,7 +12,7 @@ from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.encoding import encode, label_token_ids
-from ..tasks.examples import Rows, digest
+from ..tasks.examples import Examples, digest
 from ..tasks.task import Task
 from ..tuning.settings import DEFAULT_STEPS, DEFAULT_TOKENS, TuningSettings
 from .budget import Costs
@@ -65,7 +65,7 @@ def checked_rates(rates: Sequence[float] | LogRange | None, settings: TuningSett
     return sorted(found)
 
 
-def check_rows(task: Task, train_rows: Rows, held_out_rows: Rows, test_rows: Rows) -> None:
+def check_rows(task: Task, train_rows: Examples, held_out_rows: Examples, test_rows: Examples) -> None:
     """Every row, before any work is lost on the others."""
     for name, rows, least in (("train_rows", train_rows, 1), ("held_out_rows", held_out_rows, 2)):
         if len(rows) < least:
@@ -89,8 +89,8 @@ def measure_costs(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    train_rows: Rows,
-    held_out_rows: Rows,
+    train_rows: Examples,
+    held_out_rows: Examples,
     settings: TuningSettings,
     longest_prompt: int,
 ) -> Costs:
@@ -98,7 +98,7 @@ def measure_costs(
     encoder_decoder = is_encoder_decoder(model.base_model)
     draw = random.Random(settings.seed)
 
-    def lengths(rows: Rows) -> list[int]:
+    def lengths(rows: Examples) -> list[int]:
         features = encode(task, draw.sample(rows, min(SAMPLE, len(rows))), tokenizer, encoder_decoder=encoder_decoder)
         return [len(f["input_ids"]) + (len(f["labels"]) if encoder_decoder else 0) for f in features]
 
@@ -127,8 +127,8 @@ def full_length(lengths: Sequence[int]) -> int:
 def facts(
     model: SoftPromptModel,
     task: Task,
-    train_rows: Rows,
-    held_out_rows: Rows,
+    train_rows: Examples,
+    held_out_rows: Examples,
     settings: TuningSettings,
     lengths: list[int],
     rates: list[float] | LogRange,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.scoring import RowScores, rank
-from .budget import Plan
+from .budget import SearchPlan
 from .significance import ALPHA, Difference, compare
 
 FILE = "search.json"
@@ -59,7 +59,7 @@ class SearchResult:
 
     folder: Path
     """The recommended prompt's own folder."""
-    plan: Plan
+    plan: SearchPlan
     before: dict[str, float]
     """Held-out scores of the model without a prompt."""
     candidates: list[Candidate]

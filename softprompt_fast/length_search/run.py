@@ -18,10 +18,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from ..base.figures import save_figure
-from ..evaluation.predictions import describe
+from ..evaluation.predictions import describe_scores
 from ..evaluation.scoring import RowScores, score_prompts
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from ..tuning.job import TuningJob
 from ..tuning.prepare import check_form
@@ -44,15 +44,15 @@ def search(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    train_rows: Rows,
-    held_out_rows: Rows,
+    train_rows: Examples,
+    held_out_rows: Examples,
     output: PathLike[str] | str,
     settings: TuningSettings | None = None,
     *,
     lengths: Sequence[int] = DEFAULT_LENGTHS,
     learning_rates: Sequence[float] | LogRange | None = None,
     budget: float = 2.0,
-    test_rows: Rows = (),  # type: ignore[assignment]
+    test_rows: Examples = (),  # type: ignore[assignment]
     resume: bool = False,
     console: Console | None = None,
     **changes: Any,
@@ -108,8 +108,8 @@ class _Search:
         model: SoftPromptModel,
         tokenizer: Any,
         task: Task,
-        train_rows: Rows,
-        held_out_rows: Rows,
+        train_rows: Examples,
+        held_out_rows: Examples,
         output: Path,
         settings: TuningSettings,
         lengths: list[int],
@@ -147,7 +147,7 @@ class _Search:
             stored = {"scores": scores, "seconds": time.perf_counter() - start}
             self.memory.store(None, "before", stored)
         self.before, self.before_seconds = stored["scores"], stored["seconds"]
-        self.console.print(f"without a prompt: {describe(self.before)}", highlight=False)
+        self.console.print(f"without a prompt: {describe_scores(self.before)}", highlight=False)
 
     def rungs(self) -> list[Candidate]:
         """Trains and scores rung by rung; returns the candidates of the last one."""
@@ -170,7 +170,7 @@ class _Search:
             self.memory.end(candidate.number, pruned=False)
         return alive
 
-    def finish(self, finalists: list[Candidate], test_rows: Rows) -> SearchResult:
+    def finish(self, finalists: list[Candidate], test_rows: Examples) -> SearchResult:
         best, recommended = judge(finalists, self.best_by)
         assert best.rows is not None and recommended.rows is not None
         name = self.task.prompt
@@ -215,7 +215,7 @@ class _Search:
             with self._status(shown):
                 stored = asdict(self._train(candidate, number, rung, folder))
             self.memory.store(candidate.number, key, stored)
-            scores = describe(stored["scores"])
+            scores = describe_scores(stored["scores"])
             self.console.print(f"{shown}: {scores}, {stored['seconds']:.1f} s", highlight=False)
         candidate.rungs.append(RungResult(**stored))
         candidate.rows = self._read_rows(folder)
@@ -269,7 +269,7 @@ class _Search:
             time.perf_counter() - start,
         )
 
-    def _rows(self, rung: Rung) -> Rows:
+    def _rows(self, rung: Rung) -> Examples:
         """As many as the rung's steps take, other ones than those of the rungs before as far as there are."""
         per_step = self.settings.batch_size * self.settings.gradient_accumulation_steps
         wanted, total = rung.steps * per_step, len(self.train_rows)
@@ -278,10 +278,10 @@ class _Search:
         first = (rung.total_steps - rung.steps) * per_step % total
         return (self.train_rows + self.train_rows)[first : first + wanted]
 
-    def _score(self, task: Task, rows: Rows, prompts: dict[str, torch.Tensor | None]) -> dict[str, RowScores]:
+    def _score(self, task: Task, rows: Examples, prompts: dict[str, torch.Tensor | None]) -> dict[str, RowScores]:
         return score_prompts(self.model, self.tokenizer, task, rows, prompts, batch_size=self.settings.batch_size)
 
-    def _test(self, recommended: Candidate, best: Candidate, rows: Rows) -> dict[str, dict[str, float]]:
+    def _test(self, recommended: Candidate, best: Candidate, rows: Examples) -> dict[str, dict[str, float]]:
         if not rows:
             return {}
         found = {}

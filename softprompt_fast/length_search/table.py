@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.predictions import describe
-from .budget import Plan
+from ..evaluation.predictions import describe_scores
+from .budget import SearchPlan
 from .result import FILE, Candidate, SearchResult
 from .significance import ALPHA, Difference
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: SearchPlan, console: Console) -> None:
     table = Table("rung", "candidates", "steps each", "steps up to its end", "held-out rows", title="Plan")
     for number, rung in enumerate(plan.rungs, 1):
         table.add_row(*map(str, (number, rung.candidates, rung.steps, rung.total_steps, rung.rows)))
@@ -27,11 +27,11 @@ def print_plan(plan: Plan, console: Console) -> None:
 def print_result(found: SearchResult, console: Console) -> None:
     console.print(_table(found))
     chosen = found.recommended
-    console.print(f"without a prompt: {describe(found.before)}", highlight=False)
+    console.print(f"without a prompt: {describe_scores(found.before)}", highlight=False)
     for line in verdict(found):
         console.print(line, highlight=False)
     for role, scores in found.test.items():
-        console.print(f"{role}, on rows that chose nothing: {describe(scores)}", highlight=False)
+        console.print(f"{role}, on rows that chose nothing: {describe_scores(scores)}", highlight=False)
     console.print(
         f"{found.steps} steps, {found.seconds:.0f} s: {found.seconds / found.full_run_seconds:.1f} times the estimated "
         f"{found.full_run_seconds:.0f} s of a full run",
@@ -46,13 +46,13 @@ def verdict(found: SearchResult) -> list[str]:
     """What is recommended and why, in sentences."""
     best, chosen = found.best, found.recommended
     steps = chosen.last.total_steps
-    lines = [f"recommended: {_candidate(chosen)} (as saved: {steps} steps): {describe(chosen.last.scores)}"]
+    lines = [f"recommended: {_candidate(chosen)} (as saved: {steps} steps): {describe_scores(chosen.last.scores)}"]
     if found.comparison is None:
         shorter = min(c.num_virtual_tokens for c in found.candidates) < chosen.num_virtual_tokens
         behind = ", and shorter ones were significantly worse, or fell behind after fewer steps" if shorter else ""
         lines.append(f"it has {_first(found)}{behind}")
     else:
-        lines.append(f"{_first(found)}: {_candidate(best)}: {describe(best.last.scores)}")
+        lines.append(f"{_first(found)}: {_candidate(best)}: {describe_scores(best.last.scores)}")
         lines.append(
             f"the recommended one is worse by {_difference(found.comparison)}: not significant at {ALPHA:g}, which is "
             "not to say equal"

@@ -19,12 +19,12 @@ from ..base.errors import Unsupported
 from ..base.modules import evaluating
 from ..compiled.compile import compile_prompts, flattened, slot_shape
 from ..compiled.continuation import Continuation
-from ..compiled.prefix_runner import DeepPrompt, _plain, _refusal
+from ..compiled.prefix_runner import PrefixRunner, _plain, _refusal
 from ..hf import architecture
 from ..hf.architecture import check_architecture
 from ..hf.embedding import embedding_table
 from ..ops.assemble.batch import PromptedBatch
-from ..packed.runner import Report, SharedPrompt
+from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.initialization import METHODS, initial_prompt
 from ..prompts.peft_files import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
@@ -48,7 +48,7 @@ class DeepPromptModel(SoftPromptModel):
             batch raises it.
     """
 
-    shared: DeepPrompt
+    shared: PrefixRunner
     prompts: FastSoftPrompt
 
     def __init__(self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True) -> None:
@@ -65,8 +65,8 @@ class DeepPromptModel(SoftPromptModel):
         return torch.Size(slot_shape(model)).numel()
 
     @staticmethod
-    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> SharedPrompt:
-        return DeepPrompt(model, check=check)
+    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
+        return PrefixRunner(model, check=check)
 
     def add_prompt(
         self,
@@ -114,7 +114,7 @@ class DeepPromptModel(SoftPromptModel):
                 self.shared.give_up(str(error))
         return self.prompts.add_prompt(name, init=values)
 
-    def execution_report(self) -> Report:
+    def execution_report(self) -> ExecutionReport:
         """Shared, or refused with the reason; what the comparison with rows alone gave, once it was made."""
         report = super().execution_report()
         return report if report.execution == "shared" else replace(report, execution="refused")

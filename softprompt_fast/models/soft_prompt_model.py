@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..hf import architecture, generation
 from ..ops.assemble.batch import PromptedBatch
-from ..packed.runner import Report, SharedPrompt
+from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
 
@@ -88,8 +88,8 @@ class SoftPromptModel(nn.Module):
         return width
 
     @staticmethod
-    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> SharedPrompt:
-        return SharedPrompt(model, check=check, shared_text=shared_text)
+    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
+        return PackedRunner(model, check=check, shared_text=shared_text)
 
     @property
     def config(self) -> Any:
@@ -250,13 +250,13 @@ class SoftPromptModel(nn.Module):
         row, column = (labels != -100).nonzero(as_tuple=True)
         return output, loss_function(logits[row, column], labels[row, column], row, **items)
 
-    def execution_report(self) -> Report:
+    def execution_report(self) -> ExecutionReport:
         """Which execution is used, and why; what the comparison with the padded layout gave, once it was made."""
         if self.shared is None:
-            return Report("padded", "asked for", {})
+            return ExecutionReport("padded", "asked for", {})
         if self.shared.unsupported is not None:
-            return Report("padded", self.shared.unsupported, self.shared.checked)
-        return Report("shared", "exact for this architecture", self.shared.checked)
+            return ExecutionReport("padded", self.shared.unsupported, self.shared.checked)
+        return ExecutionReport("shared", "exact for this architecture", self.shared.checked)
 
     def _shares(self, options: dict[str, Any]) -> bool:
         """Whether a call can take the shared path; what only the padded one gives is not a reason to give it up."""

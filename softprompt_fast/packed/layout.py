@@ -136,7 +136,6 @@ class PackedLayout:
         self.capture[module.layer_idx, 0] = key
         self.capture[module.layer_idx, 1] = value
 
-    @torch.compiler.disable  # the layout is another object in every batch
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
         """What ``hf/attention.py`` calls for a batch that carries this layout."""
         return packed_attention(self, module, query, key, value, **options)

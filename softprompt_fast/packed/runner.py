@@ -31,7 +31,7 @@ logger = logging.getLogger("softprompt_fast")
 
 
 @dataclass
-class Report:
+class ExecutionReport:
     """How a model is executed, and why."""
 
     execution: str
@@ -41,7 +41,7 @@ class Report:
     """Largest relative difference from each row alone, in the first training and the first inference batch."""
 
 
-class SharedPrompt:
+class PackedRunner:
     """Runs one model on packed batches; knows whether that is exact for it.
 
     Args:

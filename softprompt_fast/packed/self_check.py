@@ -11,7 +11,7 @@ from torch import Tensor
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 
 if TYPE_CHECKING:
-    from .runner import SharedPrompt
+    from .runner import PackedRunner
 
 # Largest difference between the two ways, relative to the largest logit, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -25,7 +25,7 @@ CHECKED_ROWS = 8
 
 
 def compare_with_rows_alone(
-    shared: SharedPrompt,
+    shared: PackedRunner,
     bank: FastSoftPrompt,
     input_ids: Tensor,
     attention_mask: Tensor | None,

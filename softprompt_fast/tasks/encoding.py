@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .examples import Rows
+from .examples import Examples
 from .task import Task
 
 logger = logging.getLogger("softprompt_fast")
@@ -24,9 +24,9 @@ def encode_target(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder
     return ids[: task.max_length]
 
 
-def encode(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, encoder_decoder: bool = False) -> Rows:
+def encode(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, encoder_decoder: bool = False) -> Examples:
     """Training features: ``input_ids`` and ``labels``, -100 on the text for decoders."""
-    features: Rows = []
+    features: Examples = []
     longest = 0
     for row in rows:
         text = encode_text(task, row, tokenizer, encoder_decoder=encoder_decoder)

@@ -14,10 +14,10 @@ from .task import Task
 logger = logging.getLogger("softprompt_fast")
 
 
-Rows = list[dict[str, Any]]
+Examples = list[dict[str, Any]]
 
 
-def split_rows(rows: Rows, held_out: float | int, seed: int = 0) -> tuple[Rows, Rows]:
+def split_rows(rows: Examples, held_out: float | int, seed: int = 0) -> tuple[Examples, Examples]:
     """Shuffles with a seed and holds out a share (below 1) or a number of rows."""
     count = round(len(rows) * held_out) if held_out < 1 else int(held_out)
     if not 0 < count < len(rows):
@@ -27,7 +27,7 @@ def split_rows(rows: Rows, held_out: float | int, seed: int = 0) -> tuple[Rows, 
     return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
 
 
-def digest(rows: Rows) -> str:
+def digest(rows: Examples) -> str:
     """Tells whether two lists of rows are alike."""
     text = json.dumps(rows, sort_keys=True, default=str)
     return f"{len(rows)} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -44,7 +44,7 @@ def has_target(task: Task, row: Mapping[str, Any]) -> bool:
     return value is not None and (task.kind == "generation" or str(value) in task.label_words)
 
 
-def usable_rows(task: Task, rows: Sequence[Mapping[str, Any]]) -> Rows:
+def usable_rows(task: Task, rows: Sequence[Mapping[str, Any]]) -> Examples:
     """Rows that can be scored; those without text or a known label are left out, with one log line.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .examples import Rows
+from .examples import Examples
 
 READERS = {
     ".jsonl": ("json", {}),
@@ -15,7 +15,7 @@ READERS = {
 }
 
 
-def load_rows(source: str, split: str = "train") -> Rows:
+def load_rows(source: str, split: str = "train") -> Examples:
     """Rows of a jsonl, json, csv, tsv or parquet file, or of a data set of the hub.
 
     Raises:

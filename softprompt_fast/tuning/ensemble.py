@@ -16,9 +16,9 @@ from rich.console import Console
 
 from ..evaluation.combine import COMBINATIONS
 from ..evaluation.ensembles import evaluate_ensemble
-from ..evaluation.predictions import describe
+from ..evaluation.predictions import describe_scores
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .job import TuningJob, TuningResult
 from .run import tune_tasks
@@ -45,8 +45,8 @@ def tune_ensemble(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    train_rows: Rows,
-    held_out_rows: Rows,
+    train_rows: Examples,
+    held_out_rows: Examples,
     output: PathLike[str] | str,
     settings: TuningSettings | None = None,
     *,
@@ -112,7 +112,7 @@ def tune_ensemble(
         model, tokenizer, tuned, held_out_rows, names, combine=combine, batch_size=settings.batch_size
     )
     alone = sum(result.after["accuracy"] for result in results) / len(results)
-    console.print(f"together: {describe(scores)}; one alone: {alone:.3f} on average", highlight=False)
+    console.print(f"together: {describe_scores(scores)}; one alone: {alone:.3f} on average", highlight=False)
     file = Path(output) / FILE
     facts = {"members": names, "combine": combine, "scores": scores, "mean_accuracy_of_members": alone}
     file.write_text(json.dumps(facts, indent=2) + "\n")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..tasks.examples import Rows
+from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .settings import TuningSettings
 
@@ -17,8 +17,8 @@ class TuningJob:
 
     task: Task
     """``task.prompt`` is the prompt's name."""
-    train_rows: Rows
-    held_out_rows: Rows
+    train_rows: Examples
+    held_out_rows: Examples
     settings: TuningSettings | None = None
     """Of its first values; None: the run's."""
     scorer: Callable[[str | None], dict[str, float]] | None = None

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..evaluation.predictions import describe, evaluate, evaluate_bare
+from ..evaluation.predictions import describe_scores, evaluate, evaluate_bare
 from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import check_name
@@ -28,7 +28,7 @@ from ..prompts.placement import bos_vector
 from ..prompts.reparameterization import fold
 from ..tasks.collation import Collator, pad_token_id
 from ..tasks.encoding import encode
-from ..tasks.examples import Rows, is_empty
+from ..tasks.examples import Examples, is_empty
 from ..tasks.task import Task
 from .best import BestPrompts
 from .job import TuningJob, TuningResult
@@ -47,8 +47,8 @@ def tune(
     model: SoftPromptModel,
     tokenizer: Any,
     task: Task,
-    train_rows: Rows,
-    held_out_rows: Rows,
+    train_rows: Examples,
+    held_out_rows: Examples,
     output: PathLike[str] | str,
     settings: TuningSettings | None = None,
     *,
@@ -198,7 +198,7 @@ class _Run:
         from transformers import set_seed
 
         encoder_decoder = is_encoder_decoder(self.model.base_model)
-        self.features: Rows = []
+        self.features: Examples = []
         self.longest: list[int] = []
         for group, job in enumerate(self.jobs):
             found, apart = (
@@ -232,7 +232,7 @@ class _Run:
                 if job.scorer is None
                 else job.scorer(None)
             )
-            self.console.print(f"{self._of(job)}without a prompt: {describe(self.before[-1])}", highlight=False)
+            self.console.print(f"{self._of(job)}without a prompt: {describe_scores(self.before[-1])}", highlight=False)
 
     def _add_prompts(self) -> None:
         shared = None
@@ -435,7 +435,7 @@ class _Run:
                     history,
                 )
             )
-            shown = f"{self._of(job)}with the prompt: {describe(after)}; saved in {results[-1].folder}"
+            shown = f"{self._of(job)}with the prompt: {describe_scores(after)}; saved in {results[-1].folder}"
             self.console.print(shown, highlight=False)
         self._write_metrics(results)
         return results

@@ -12,7 +12,7 @@ from support.rows_alone import ROWS, alone, relative, tuned_model
 from support.tiny_models import DECODERS, ENCODERS, LLAMA, WINDOW, batch, build
 
 import softprompt_fast as spf
-from softprompt_fast.packed.runner import SharedPrompt
+from softprompt_fast.packed.runner import PackedRunner
 
 FALLBACK = {"gptj", "bloom", "falcon", "gpt-neo", "mpt"}
 SHARED = [name for name in DECODERS if name not in FALLBACK]
@@ -266,7 +266,7 @@ def test_an_unknown_keyword_is_never_guessed() -> None:
 def test_after_giving_up_the_model_is_as_it_was() -> None:
     model = build("llama")
     before = model.config._attn_implementation
-    shared = SharedPrompt(model)
+    shared = PackedRunner(model)
     assert model.config._attn_implementation != before
     shared.give_up("asked to")
     assert model.config._attn_implementation == before
