@@ -99,7 +99,7 @@ class Ours:
     def classify(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
         last = torch.tensor([(row, len(ids) - 1) for row, ids in enumerate(rows)])
         with self.bank.use(names) as view:
-            return list(self.engine.logits_behind(view, rows, names, last))
+            return list(self.engine.logits_at(view, rows, names, last))
 
     def generate(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}

@@ -19,7 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from .evaluation.predictions import describe_scores, evaluate, evaluate_bare
+from .evaluation.predictions import evaluate, evaluate_bare
+from .evaluation.scores import describe_scores
 from .hf.loading import SMOLLM2, load_base_model
 from .models.soft_prompt_model import SoftPromptModel
 from .ops.extension.build import cache_directory

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..evaluation.intervals import wilson_interval
-from ..evaluation.predictions import Progress
-from ..evaluation.scoring import score_prompts
+from ..evaluation.likelihood import Progress
+from ..evaluation.prompt_scoring import score_prompts
 from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.encoding import token_ids, without_end
 from ..tasks.examples import has_target, is_empty
 from ..tasks.task import Task
 from .duplicates import Duplicates, find_duplicates
@@ -166,8 +167,7 @@ def _token_counts(tokenizer: Any, texts: list[str], *, special: bool = True, dro
     for start in range(0, len(texts), 1000):
         part = texts[start : start + 1000]
         for ids in tokenizer(part, add_special_tokens=special, truncation=False, verbose=False).input_ids:
-            ends = drop_eos and len(ids) > 0 and ids[-1] == tokenizer.eos_token_id
-            counts.append(max(1, len(ids) - ends))
+            counts.append(max(1, len(without_end(ids, tokenizer) if drop_eos else ids)))
     return counts
 
 
@@ -177,7 +177,7 @@ def _share(values: Any) -> float:
 
 
 def _label_word(tokenizer: Any, word: str) -> LabelWord:
-    ids = list(tokenizer(word, add_special_tokens=False).input_ids)
+    ids = token_ids(tokenizer, word)
     return LabelWord(word, ids, [tokenizer.decode([i]) for i in ids])
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..evaluation.intervals import Z
-from ..evaluation.predictions import Progress
-from ..evaluation.scoring import RowScores, score_prompts
+from ..evaluation.intervals import Z, mean_and_error
+from ..evaluation.likelihood import Progress
+from ..evaluation.prompt_scoring import score_prompts
+from ..evaluation.scores import RowScores
 from ..hf.embedding import embedding_table
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import usable_rows
@@ -175,13 +176,11 @@ def without(prompt: Tensor, i: int) -> Tensor:
 
 def _change(whole: RowScores, shortened: RowScores) -> tuple[float, float]:
     """The change of the loss and half its 95 % interval; rows are compared with themselves."""
-    total = whole.weights.sum()
     differences = shortened.losses - whole.losses
-    mean = (differences.sum() / total).item()
     if len(differences) < 2:
-        return mean, 0.0
-    spread = (differences - mean * whole.weights).square().sum().div(len(differences) - 1).sqrt()
-    return mean, (Z * spread * len(differences) ** 0.5 / total).item()
+        return (differences.sum() / whole.weights.sum()).item(), 0.0
+    mean, error = mean_and_error(differences, whole.weights)
+    return mean, Z * error
 
 
 def _only(prompts: Mapping[str, Tensor]) -> str:

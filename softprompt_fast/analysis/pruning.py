@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.predictions import Progress
-from ..evaluation.scoring import score_prompts
+from ..evaluation.likelihood import Progress
+from ..evaluation.prompt_scoring import score_prompts
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from ..tasks.examples import usable_rows

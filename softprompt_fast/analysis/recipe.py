@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..tasks.encoding import token_ids
 from ..tuning.settings import DEFAULT_STEPS, instruction
 from ..tuning.settings import DEFAULT_TOKENS as VIRTUAL_TOKENS
 
@@ -128,7 +129,7 @@ def _label_words(found: Analysis, tokenizer: Any) -> Choice:
     used: set[int] = set()
     for label, word in given.items():
         for variant in dict.fromkeys((word, *(f" {cased}" for cased in _cases(word.strip())))):
-            ids = list(tokenizer(variant, add_special_tokens=False).input_ids)
+            ids = token_ids(tokenizer, variant)
             if len(ids) == 1 and ids[0] not in used and ids[0] != tokenizer.unk_token_id:
                 better[label] = variant
                 used.add(ids[0])
@@ -149,7 +150,7 @@ def _init(found: Analysis, choices: dict[str, Choice], tokenizer: Any) -> Choice
     if not all(any(c.isalpha() for c in word) and len(word.strip()) > 1 for word in words.values()):
         return Choice("vocabulary", "the label words say little by themselves (numbers or letters)")
     text = instruction(words)
-    if len(tokenizer(text, add_special_tokens=False).input_ids) > choices["num_virtual_tokens"].value:
+    if len(token_ids(tokenizer, text)) > choices["num_virtual_tokens"].value:
         return Choice("class_labels", "the label words' vectors name the answers (Lester et al. 2021, 3.2)")
     return Choice("auto", f"a prompt that starts as {text.strip()!r} answers before its first step")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.predictions import Progress
-from ..evaluation.scoring import score_prompts
+from ..evaluation.likelihood import Progress
+from ..evaluation.prompt_scoring import score_prompts
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import usable_rows
 from ..tasks.task import Task

@@ -225,12 +225,12 @@ def similar(
     from ..analysis.transfer import similar as rank
     from ..prompts.peft_files import read_prompt
     from ..tasks.tables import load_rows
-    from ..tasks.task import FILE, Task
+    from ..tasks.task import TASK_FILE, Task
 
     rows = load_rows(data, split) if data is not None else []
     own = None if target is None else next(iter(_folders(target).values()))
     chosen = None
-    if own is not None and (own / FILE).is_file():
+    if own is not None and (own / TASK_FILE).is_file():
         chosen = Task.load(own)
     elif rows:
         chosen = task_of_options(
@@ -242,7 +242,7 @@ def similar(
     for n in sources:
         if (
             chosen is not None
-            and (folders[n] / FILE).is_file()
+            and (folders[n] / TASK_FILE).is_file()
             and Task.load(folders[n]).special_tokens != chosen.special_tokens
         ):
             raise ValueError(f"--prompt must hold prompts on the target's side of BOS, got {n!r} on the other")

@@ -162,10 +162,10 @@ def load_pipeline(
 def _prompt_names(prompt: Path, model: str | None) -> tuple[list[str], str]:
     """Names of the prompts in a folder, and the base model they were made for."""
     from ..prompts.peft_files import prompt_folders, read_config
-    from ..tasks.task import FILE, Task
+    from ..tasks.task import TASK_FILE, Task
 
     folders = prompt_folders(prompt)
-    said = [Task.load(folder).model for folder in folders if (folder / FILE).is_file()]
+    said = [Task.load(folder).model for folder in folders if (folder / TASK_FILE).is_file()]
     said += [read_config(folder, None).get("base_model_name_or_path") for folder in folders]
     found = list(dict.fromkeys(name for name in said if name))
     if model is None and not found:

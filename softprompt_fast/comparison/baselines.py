@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..base.files import size_of
+from ..evaluation.likelihood import Backend
 from ..hf.loading import cpu_has_bfloat16
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tuning.objective import choose_loss
-from .backends import Backend, Packed, PeftPrompt, Plain
+from .backends import Packed, PeftPrompt, Plain
 from .encoding import Encoder
 from .loop import Trained, train
 from .methods import Ready, Work
@@ -61,7 +62,7 @@ def lora(work: Work) -> Ready:
     trained = _train(work, model, Plain(model, work.tokenizer), lambda: _save_adapter(model, work.artifacts))
     _load_adapter(model, work.artifacts)
     count = _trainable(model)
-    backend = Packed(SoftPromptModel(model.get_base_model()), work.tokenizer)
+    backend = Packed(SoftPromptModel(model.get_base_model()))
     ready = _ready(work, trained, model, backend, size_of(work.artifacts))
     ready.trainable_parameters = count
     return ready
@@ -84,7 +85,7 @@ def full(work: Work) -> Ready:
     count = _trainable(model)
     _cast_weights(model, dtype)  # as it would be stored and served
     stored = sum(p.numel() * p.element_size() for p in model.parameters())
-    ready = _ready(work, trained, model, Packed(SoftPromptModel(model), work.tokenizer), stored)
+    ready = _ready(work, trained, model, Packed(SoftPromptModel(model)), stored)
     ready.trainable_parameters = count
     ready.detail["autocast"] = str(autocast).removeprefix("torch.")
     return ready

@@ -1,4 +1,4 @@
-"""Rows as token ids, behind an instruction and labelled examples where a method has them."""
+"""Rows as token ids, after an instruction and labelled examples if a method has them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tasks.encoding import encode_target, encode_text
+from ..tasks.encoding import encode_target, encode_text, without_end
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 
@@ -16,7 +16,7 @@ from ..tasks.task import Task
 class Encoder:
     """Texts and targets of a task's rows.
 
-    Every method reads the same text: ``task.max_length`` counts it without what stands in front.
+    Every method reads the same text: ``task.max_length`` does not count the text in front.
     """
 
     task: Task
@@ -42,15 +42,9 @@ class Encoder:
     def targets(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         return [self.target(row) for row in rows]
 
-    def words(self) -> list[list[int]]:
-        """Token ids of each label's word."""
-        return [list(self.tokenizer(w, add_special_tokens=False).input_ids) for w in self.task.label_words.values()]
-
     def _ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, truncation=False, add_special_tokens=self.task.special_tokens).input_ids)
-        if ids and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
-        return ids
+        ids = self.tokenizer(text, truncation=False, add_special_tokens=self.task.special_tokens).input_ids
+        return without_end(ids, self.tokenizer)
 
 
 def common_start(texts: Sequence[Sequence[int]]) -> list[int]:
@@ -65,7 +59,7 @@ def common_start(texts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def draw_shots(task: Task, rows: Examples, shots: int, seed: int) -> Examples:
-    """Training rows to show: for classification as many of each label as may be, in an order drawn by the seed."""
+    """Training rows to show; for classification, equally many of each label if possible. The seed gives the order."""
     order = list(rows)
     generator = random.Random(seed)
     generator.shuffle(order)
@@ -79,7 +73,7 @@ def draw_shots(task: Task, rows: Examples, shots: int, seed: int) -> Examples:
         for label in labels:
             if by_label[label] and len(chosen) < shots:
                 chosen.append(by_label[label].pop())
-    generator.shuffle(chosen)  # else the labels would stand in a pattern
+    generator.shuffle(chosen)  # else the labels would follow a pattern
     return chosen
 
 
@@ -97,9 +91,9 @@ def fitting_shots(
     separator: str,
     room: int | None,
 ) -> tuple[str, Examples]:
-    """The text of as many shots as fit into ``room`` tokens (None: any), and their rows.
+    """The text of as many shots as fit into ``room`` tokens (None: any number), and their rows.
 
-    Rows longer than ``task.max_length`` are not shown. Where all do not fit, fewer are drawn, so that the labels stay
+    Rows longer than ``task.max_length`` are not shown. If not all shots fit, fewer are drawn, so that the labels stay
     balanced.
 
     Raises:

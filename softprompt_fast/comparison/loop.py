@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluation.scoring import RowScores, rank
+from ..evaluation.scores import RowScores, rank
 
 
 @dataclass

@@ -12,12 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from ..base.files import size_of
-from ..evaluation.scoring import RowScores
+from ..evaluation.scores import RowScores
 from ..hf.architecture import context_length
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import Examples
-from ..tasks.task import FILE as TASK_FILE
-from ..tasks.task import Task
+from ..tasks.task import TASK_FILE, Task
 from ..tuning.settings import TuningSettings
 from .backends import Packed
 from .encoding import Encoder, common_start, fitting_shots
@@ -99,7 +98,7 @@ def _in_context(work: Work, prefix: str, detail: dict[str, Any] | None = None) -
     plain, texts = Encoder(work.task, work.tokenizer), [encoder.text(row) for row in sample]
     added = [len(text) - len(plain.text(row)) for text, row in zip(texts, sample, strict=True)]
     front = common_start(texts)[: min(added)] if prefix else []
-    backend = Packed(SoftPromptModel(work.model), work.tokenizer, front=front)
+    backend = Packed(SoftPromptModel(work.model), front=front)
     return Ready(
         lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
         prefix_tokens=sum(added) / len(added),
@@ -125,7 +124,7 @@ def prompt(work: Work) -> Ready:
     )
     shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
     tuned.eval()
-    backend = Packed(tuned, work.tokenizer, work.task.prompt)
+    backend = Packed(tuned, work.task.prompt)
     encoder = Encoder(Task.load(result.folder), work.tokenizer)  # behind BOS, texts are read without it
     values = tuned.prompts[work.task.prompt]
     return Ready(

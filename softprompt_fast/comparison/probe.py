@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluation.scoring import RowScores
+from ..evaluation.scores import RowScores
 from ..tasks.collation import length_order
 from ..tasks.examples import Examples
 from ..tasks.task import Task

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.scoring import rank
+from ..evaluation.scores import rank
 from . import words
 from .settings import DEFAULTS, LOOP, RATE_SOURCES, TRAINED
 from .verdict import RULES

@@ -2,7 +2,8 @@
 
 from .ensembles import evaluate_ensemble
 from .predictions import evaluate, predict
-from .scoring import RowScores, score_prompts
+from .prompt_scoring import score_prompts
+from .scores import RowScores
 
 __all__ = [
     "RowScores",

@@ -1,4 +1,4 @@
-"""Answers to the rows of a file, written as they come: an interrupted run goes on where it stopped."""
+"""Answers to the rows of a file, written as they come: an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pipeline import Result, SoftPromptPipeline
+from ..tasks.examples import Examples
+from .pipeline import SoftPromptPipeline
+from .requests import Result
 
-Row = dict[str, Any]
 Answers = Callable[[int], Iterator[list[Result]]]
-"""From the index of a row: results of that row and all behind it, in their order, in lists of any lengths."""
+"""Called with the index of a row; gives the results of that row and all after it, in order, in lists of any lengths."""
 FORMATS = (".jsonl", ".csv", ".parquet")
 
 
 def answer_rows(
     pipeline: SoftPromptPipeline,
-    rows: Sequence[Row],
+    rows: Examples,
     names: Sequence[str | None],
     generation_options: Mapping[str, Any] | None = None,
 ) -> list[Result]:
-    """What each row's task asks for: ``prediction`` and ``scores``, or a generated ``prediction``."""
+    """Answers each row as its prompt's task asks: ``prediction`` and ``scores``, or a generated ``prediction``."""
     tasks = [pipeline.bank.task(name) if name is not None and name in pipeline.bank else None for name in names]
     generating = [task is not None and task.kind == "generation" for task in tasks]
     results: list[Result] = [{} for _ in rows]
@@ -31,19 +32,19 @@ def answer_rows(
         results[i] = result
     mine = [i for i, generates in enumerate(generating) if generates]
     options = {"do_sample": False, "max_new_tokens": 64} | dict(generation_options or {})
-    said = pipeline.generate([rows[i] for i in mine], [names[i] for i in mine], **options)
-    for i, result in zip(mine, said, strict=True):
+    generated = pipeline.generate([rows[i] for i in mine], [names[i] for i in mine], **options)
+    for i, result in zip(mine, generated, strict=True):
         results[i] = {"prediction": result["text"]} if "text" in result else result
     return results
 
 
 def in_chunks(
-    answer: Callable[[Sequence[Row], Sequence[str | None]], list[Result]],
-    rows: Sequence[Row],
+    answer: Callable[[Examples, Sequence[str | None]], list[Result]],
+    rows: Examples,
     names: Sequence[str | None],
     chunk: int = 256,
 ) -> Answers:
-    """Answers from a function of rows and their prompts, `chunk` rows at a time: what an interruption costs at most."""
+    """Answers by a function of rows and their prompts, `chunk` rows at a time: an interruption loses at most these."""
 
     def answers(start: int) -> Iterator[list[Result]]:
         for at in range(start, len(rows), chunk):
@@ -53,27 +54,27 @@ def in_chunks(
 
 
 def write_answers(
-    rows: Sequence[Row],
+    rows: Examples,
     answers: Answers,
     output: Path,
     *,
     resume: bool = False,
     done: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Writes each row with its answer beside its columns, in the order of rows, as answers come.
+    """Writes each row's columns and its answer, in the order of rows, as answers come.
 
     Args:
         answers: gives results from a row on.
-        output: .jsonl, .csv or .parquet. Answers of the last two are kept in ``<output>.partial.jsonl`` until all are
-            there.
-        resume: go on behind the rows that an interrupted run has written.
+        output: .jsonl, .csv or .parquet. For the last two, answers are kept in ``<output>.partial.jsonl`` until all
+            rows are answered.
+        resume: continue after the rows that an interrupted run has written.
         done: called with numbers of rows.
 
     Returns:
         How many rows got an error instead of an answer.
 
     Raises:
-        FileExistsError: there are answers already, and ``resume`` was not asked for.
+        FileExistsError: there are answers already, and ``resume`` is False.
         ValueError: the written rows are not those of ``rows``.
     """
     if output.suffix not in FORMATS:
@@ -100,8 +101,8 @@ def write_answers(
     return errors
 
 
-def _finished(lines: Path, rows: Sequence[Row]) -> int:
-    """Rows that an earlier run has written whole; the rest of a line that was cut off is removed."""
+def _finished(lines: Path, rows: Examples) -> int:
+    """Number of rows that an earlier run has written completely; the rest of a line that was cut off is removed."""
     if not lines.exists():
         return 0
     whole = 0
@@ -112,7 +113,9 @@ def _finished(lines: Path, rows: Sequence[Row]) -> int:
             written = json.loads(line)
             expected = json.loads(json.dumps(dict(rows[count]), default=_plain)) if count < len(rows) else None
             if expected is None or any(written.get(key) != value for key, value in expected.items()):
-                raise ValueError(f"{lines} must hold answers to these rows, but its line {count + 1} is another row")
+                raise ValueError(
+                    f"cannot resume: {lines} holds answers to other rows, its line {count + 1} is another row"
+                )
             whole += len(line)
         file.truncate(whole)
     with lines.open("rb") as file:
@@ -120,7 +123,7 @@ def _finished(lines: Path, rows: Sequence[Row]) -> int:
 
 
 def _convert(lines: Path, output: Path) -> None:
-    """One table of all lines; a row's scores become text in csv."""
+    """Writes all lines as one table; a row's scores become text in csv."""
     import pandas as pd
 
     table = pd.DataFrame(list(_read(lines)))
@@ -137,12 +140,12 @@ def _convert(lines: Path, output: Path) -> None:
     lines.unlink()
 
 
-def _read(lines: Path) -> Iterator[Row]:
+def _read(lines: Path) -> Iterator[dict[str, Any]]:
     with lines.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
 
 
 def _plain(value: Any) -> Any:
-    """Numpy's and dates' values as JSON knows them."""
+    """Numpy arrays as lists, and other values (such as dates) as text, for JSON."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

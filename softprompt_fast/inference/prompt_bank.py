@@ -22,8 +22,7 @@ from ..compiled.slots import SlotTable
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import FastSoftPrompt, check_name
 from ..prompts.peft_files import DEEP, peft_type, prompt_folders, read_prefix, read_prompt
-from ..tasks.task import FILE as TASK_FILE
-from ..tasks.task import Task
+from ..tasks.task import TASK_FILE, Task
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -46,7 +45,7 @@ class Entry:
     pins: int = 0
     """Batches that read it now."""
     gone: bool = False
-    """Removed or replaced; its slots are given back with the last pin."""
+    """Removed or replaced; its slots are released with the last pin."""
     used: float = 0.0
 
     def __len__(self) -> int:
@@ -58,7 +57,7 @@ class View:
     """The prompts of one batch, as they were when it began."""
 
     prompts: FastSoftPrompt
-    """Those that the batch uses."""
+    """The prompts that the batch uses."""
     compiled: Tensor | None
     """[L, 2, R, H', E]; None: prompts run with their batch."""
     prefixes: list[tuple[int, int]]
@@ -71,14 +70,15 @@ class PromptBank:
     """Resident prompts of a frozen model.
 
     A prompt's vectors stay in memory; its keys and values (the *compiled* prompt) are computed when a batch first needs
-    them, all missing ones of a batch in one run, and kept within a budget: the least recently used make room. All
-    methods may be called from several threads; a batch that is under way keeps the prompts it began with.
+    them, all missing ones of a batch in one run, and kept within a budget: the least recently used prompts are evicted.
+    All methods may be called from several threads; a running batch keeps the prompts it began with.
 
     Args:
         model: a transformers model, or a :class:`SoftPromptModel` whose prompts are taken over.
-        budget: bytes of compiled prompts, :attr:`bytes_per_token` each virtual token; 0: none are compiled.
-        storage: "device": beside the model. "host": in (pinned) host memory, those of a batch are copied over.
-        check: compare the first batch on compiled prompts with prompts that run in the batch, those with rows alone.
+        budget: bytes of compiled prompts, :attr:`bytes_per_token` for each virtual token; 0: none are compiled.
+        storage: "device": on the model's device. "host": in (pinned) host memory; a batch's prompts are copied over.
+        check: compare the first batch on compiled prompts with the same batch run with its prompts in it, which is
+            itself compared with each row run alone.
     """
 
     def __init__(
@@ -101,10 +101,9 @@ class PromptBank:
         self._lock = threading.RLock()
         self._compiling = threading.Lock()
         shared = self.model.shared
-        if shared is None or shared.unsupported is not None:
-            self.uncompiled = (
-                "prompts and texts do not run apart: " + (shared.unsupported or "") if shared else "padded"
-            )
+        assert shared is not None  # only execution="padded" has none
+        if shared.unsupported is not None:
+            self.uncompiled = f"the model cannot run prompts and texts separately: {shared.unsupported}"
             self.bytes_per_token = 0
             self._shape: tuple[int, int, int, int] | None = None
         else:
@@ -134,7 +133,7 @@ class PromptBank:
 
     @property
     def compiled(self) -> list[str]:
-        """Names of the prompts whose keys and values are there now."""
+        """Names of the prompts that are compiled now."""
         with self._lock:
             return [name for name, entry in self._entries.items() if entry.first is not None]
 
@@ -145,15 +144,15 @@ class PromptBank:
         return name in self._entries
 
     def __getitem__(self, name: str) -> Tensor:
-        """The vectors [P, D] of a prompt; of a deep one its keys and values [P, L * 2 * H' * E]."""
+        """The vectors [P, D] of a prompt; a deep prompt's keys and values [P, L * 2 * H' * E]."""
         return self._entry(name).vectors
 
     def task(self, name: str) -> Task | None:
-        """What a prompt was tuned for, if its folder says so."""
+        """The task that a prompt was tuned for, if its folder says so."""
         return self._entry(name).task
 
     def stats(self) -> dict[str, int]:
-        """Prompts, compiled prompts and their bytes, and how often one was there, was not, or made room."""
+        """Numbers of prompts, compiled prompts and their bytes, and of hits, misses and evictions."""
         with self._lock:
             slots = sum(len(entry) for entry in self._entries.values() if entry.first is not None)
             return {
@@ -170,11 +169,11 @@ class PromptBank:
     ) -> None:
         """Adds a prompt: a tensor [P, D], or a PEFT adapter folder (its ``task.json`` is read too).
 
-        A deep prompt, PEFT's prefix-tuning folder or a tensor [P, L * 2 * H' * E], is a compiled one as it comes.
+        A deep prompt (PEFT's prefix-tuning folder or a tensor [P, L * 2 * H' * E]) is already compiled.
 
         Args:
             name: letters, digits, ``_`` and ``-``.
-            replace: put it in the place of a prompt of that name; batches under way go on with the old one.
+            replace: replace a prompt of that name; running batches continue with the old one.
 
         Raises:
             ValueError: a name that is taken or not allowed, another width than the model's, numbers not finite; a
@@ -202,7 +201,7 @@ class PromptBank:
             )
         if not vectors.is_floating_point() or not torch.isfinite(vectors).all():
             raise ValueError(f"prompt {name!r} must be finite floating-point numbers")
-        device = "cpu" if deep else self.model.device  # a deep prompt is read from the table alone
+        device = "cpu" if deep else self.model.device  # a deep prompt is only read from the table
         entry = Entry(name, vectors.to(device=device, dtype=torch.float32, copy=True), deep, task)
         with self._lock:
             if name in self._entries:
@@ -219,7 +218,7 @@ class PromptBank:
         return [folder.resolve().name for folder in folders]
 
     def remove(self, name: str) -> None:
-        """Removes a prompt; batches under way finish with it."""
+        """Removes a prompt; running batches finish with it."""
         with self._lock:
             self._retire(self._entry(name))
             del self._entries[name]
@@ -227,7 +226,7 @@ class PromptBank:
     # --- compiled prompts ---
 
     def compile(self, names: Sequence[str] | None = None) -> None:
-        """Computes keys and values ahead, of all prompts or of these; as many as the budget holds."""
+        """Computes keys and values in advance, of all prompts or of these; as many as the budget holds."""
         with self.use(list(self.names if names is None else names)):
             pass
 
@@ -271,7 +270,7 @@ class PromptBank:
 
     @contextmanager
     def use(self, rows: Sequence[str | None]) -> Iterator[View]:
-        """The prompts of a batch's rows, compiled if they can be, and kept from making room while it runs.
+        """The prompts of a batch's rows, compiled if possible; they are not evicted while the batch runs.
 
         Raises:
             KeyError: an unknown name.
@@ -298,7 +297,7 @@ class PromptBank:
                         self._free(entry)
 
     def _compiled_places(self, entries: list[Entry]) -> tuple[Tensor | None, dict[str, int]]:
-        """The table that a batch reads and each prompt's first slot in it; None if they cannot all be there."""
+        """The table that a batch reads and each prompt's first slot in it; None if it cannot hold all of them."""
         nowhere = {entry.name: 0 for entry in entries}
         if self.uncompiled is not None:
             return None, nowhere
@@ -331,12 +330,12 @@ class PromptBank:
             return
         total = sum(len(entry) for entry in entries)
         if total > self._table.limit:
-            return  # more than the budget at once: they run with their batch
+            return  # more than the budget: they run with their batch
         plain = [entry for entry in entries if not entry.deep]
         try:
             values = compile_prompts(shared, [entry.vectors for entry in plain]) if plain else None
         except Unsupported as error:
-            self.give_up(str(error))
+            self.stop_compiling(str(error))
             return
         with self._lock:
             if values is not None:
@@ -345,22 +344,23 @@ class PromptBank:
                 if entry.deep and self._shape is not None:
                     self._store([entry], layered(entry.vectors, self._shape))
 
-    def give_up(self, reason: str) -> None:
-        """No compiled prompts from now on."""
+    def stop_compiling(self, reason: str) -> None:
+        """Runs prompts with each batch from now on."""
         self.uncompiled = reason
         logger.warning("prompts are not compiled, they run with each batch: %s", reason)
 
     def _store(self, entries: Sequence[Entry], values: Tensor) -> None:
-        """Copies keys and values of prompts into the table; prompts for which there is no room stay uncompiled."""
+        """Copies keys and values of prompts into the table; prompts that do not fit stay uncompiled."""
         at = 0
         for entry in entries:
-            first = self._room(len(entry)) if entry.first is None and not (entry.gone and not entry.pins) else None
+            first = self._allocate(len(entry)) if entry.first is None and not (entry.gone and not entry.pins) else None
             if first is not None:
                 self._table.tensor[:, :, first : first + len(entry)] = values[:, :, at : at + len(entry)]
                 entry.first = first
             at += len(entry)
 
-    def _room(self, count: int) -> int | None:
+    def _allocate(self, count: int) -> int | None:
+        """The first of `count` free slots, after evictions if need be; None if running batches hold too many."""
         while (first := self._table.allocate(count)) is None:
             idle = [entry for entry in self._entries.values() if entry.first is not None and not entry.pins]
             if not idle:

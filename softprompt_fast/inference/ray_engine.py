@@ -1,4 +1,4 @@
-"""The same answers over many machines, with Ray Data: back-pressure, retries and lost workers are Ray's business."""
+"""The same answers from many machines with Ray Data, which handles back-pressure, retries and lost workers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from ..prompts.peft_files import prompt_folders, read_prompt
-from ..tasks.task import FILE as TASK_FILE
-from ..tasks.task import Task
-from .files import Row, answer_rows
-from .pipeline import Result
+from ..tasks.examples import Examples
+from ..tasks.task import TASK_FILE, Task
+from .files import answer_rows
+from .requests import Result
 
 BATCH = 64
-"""Rows of a Ray task: what a lost worker has to do again at most."""
+"""Rows of a Ray task; at most these are computed again when a worker is lost."""
 
 
 class Worker:
@@ -61,14 +61,14 @@ class RayAnswers:
     Args:
         prompts: a folder of prompts; read here, sent to the workers once.
         base: name of the base model, which workers load themselves.
-        workers: how many; a GPU each, where the cluster has some.
-        options: of generation.
+        workers: number of workers; each gets a GPU if the cluster has some.
+        options: generation options.
         settings: ``batch_size``, ``batch_tokens``, ``dtype``, ``device``.
     """
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Examples,
         names: Sequence[str | None],
         prompts: Path,
         base: str,
@@ -110,7 +110,7 @@ class RayAnswers:
         expected = start
         for batch in answered.iter_batches(batch_size=BATCH, batch_format="numpy"):
             if batch["index"].tolist() != list(range(expected, expected + len(batch["index"]))):
-                raise RuntimeError(f"rows came back out of order behind row {expected}")
+                raise RuntimeError(f"rows came back out of order after row {expected}")
             expected += len(batch["index"])
             yield [json.loads(result) for result in batch["result"]]
         if expected != len(self.rows):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.scoring import RowScores, rank
+from ..evaluation.scores import RowScores, rank
 from .budget import SearchPlan
 from .significance import ALPHA, Difference, compare
 

@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from ..base.figures import save_figure
-from ..evaluation.predictions import describe_scores
-from ..evaluation.scoring import RowScores, score_prompts
+from ..evaluation.prompt_scoring import score_prompts
+from ..evaluation.scores import RowScores, describe_scores
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import Examples
 from ..tasks.task import Task

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..evaluation.intervals import Z
-from ..evaluation.scoring import RowScores
+from ..evaluation.intervals import Z, mean_and_error
+from ..evaluation.scores import RowScores
 from ..evaluation.statistics import mcnemar_of_counts
 
 ALPHA = 0.05
@@ -76,11 +76,10 @@ def _losses(differences: Tensor, weights: Tensor) -> Difference:
     from scipy.stats import t
 
     rows = len(differences)
-    mean = (differences.sum() / weights.sum()).item()
     if rows < 2:
+        mean = (differences.sum() / weights.sum()).item()
         return Difference("loss", mean, None, None, 1.0, PAIRED_T, rows)
-    spread = (differences - mean * weights).square().sum().div(rows - 1).sqrt().item()
-    error = spread * math.sqrt(rows) / weights.sum().item()
+    mean, error = mean_and_error(differences, weights)
     if error == 0.0:
         return Difference("loss", mean, mean, mean, 1.0 if mean == 0.0 else 0.0, PAIRED_T, rows)
     half = error * float(t.ppf(0.975, rows - 1))

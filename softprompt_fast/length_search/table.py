@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.predictions import describe_scores
+from ..evaluation.scores import describe_scores
 from .budget import SearchPlan
 from .result import FILE, Candidate, SearchResult
 from .significance import ALPHA, Difference

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ SLACK = 2.0
 differ by up to 0.11 (SmolLM2-135M), ones with wrong positions or a lost virtual token by 0.23 and more."""
 CHECKED_ROWS = 8
 """Rows of the first batches that are compared at most, spread over the batch."""
+
+
+def tolerance(model: Any, slack: float = 1.0) -> float:
+    """The largest relative difference that rounding explains in the precision a model computes in."""
+    weight = model.get_input_embeddings().weight
+    device = weight.device.type
+    rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if getattr(model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
+        rounded = torch.bfloat16
+    return TOLERANCE[rounded] * slack
 
 
 def compare_with_rows_alone(

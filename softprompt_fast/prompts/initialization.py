@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable
+from ..tasks.encoding import token_ids
 
 METHODS = ("random", "vocabulary", "text", "class_labels")
 COMMON_TOKENS = 5000
@@ -99,7 +100,7 @@ def _vocabulary(table: EmbeddingTable, count: int, generator: torch.Generator | 
 
 
 def _tokens(tokenizer: Any, text: str | None, argument: str) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False).input_ids if isinstance(text, str) else []
+    ids = token_ids(tokenizer, text) if isinstance(text, str) else []
     if not ids:
         raise ValueError(f"`{argument}` must hold text of at least one token, got {text!r}")
     return list(ids)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from .encoding import IGNORED
+
 
 @dataclass
 class Collator:
     """Pads features on the right; counts their tokens and targets on the host, so that no step waits for a GPU.
 
-    Features may name their ``prompt``, and the ``group`` (task) whose loss they have.
+    Features may name their ``prompt``, and the ``group`` (task) whose loss they use.
     """
 
     pad_token_id: int
@@ -26,8 +28,8 @@ class Collator:
             "lengths": lengths,
         }
         if "labels" in features[0]:
-            batch["labels"] = self._pad([f["labels"] for f in features], -100)
-            batch["num_targets"] = sum(label != -100 for f in features for label in f["labels"])
+            batch["labels"] = self._pad([f["labels"] for f in features], IGNORED)
+            batch["num_targets"] = sum(label != IGNORED for f in features for label in f["labels"])
         if "prompt" in features[0]:
             batch["prompt_ids"] = [feature["prompt"] for feature in features]
             batch["groups"] = [feature["group"] for feature in features]
@@ -39,11 +41,25 @@ class Collator:
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The padding token, or any other where a tokenizer has none: padding is never looked at."""
+    """The padding token, or any other token if a tokenizer has none: nothing reads padding."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
 def length_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of row indices, rows of similar length together, longest first so that memory peaks at once."""
+    """Batches of row indices: rows of similar length together, longest first, so that memory peaks at the start."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def padded(
+    rows: Sequence[Sequence[int]], device: torch.device, *, side: str = "right", value: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, [B, T] each; padding holds ``value``, which nothing reads."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), value, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[i, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[i, columns] = 1
+    return ids.to(device), mask.to(device)

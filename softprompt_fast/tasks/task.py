@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-FILE = "task.json"
+TASK_FILE = "task.json"
 KINDS = ("classification", "generation")
 
 
@@ -82,15 +82,15 @@ class Task:
         return self.label_words[str(value)]
 
     def save(self, folder: PathLike[str] | str) -> None:
-        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        (Path(folder) / TASK_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: PathLike[str] | str) -> Task:
         """The task saved in a prompt's folder, or in the only prompt folder below it."""
         folder = Path(folder)
-        found = [folder / FILE] if (folder / FILE).is_file() else sorted(folder.glob(f"*/{FILE}"))
+        found = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
         if len(found) != 1:
-            raise FileNotFoundError(f"{folder} must hold one prompt with a {FILE}, found {len(found)}")
+            raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, found {len(found)}")
         return cls(**json.loads(found[0].read_text()))
 
 

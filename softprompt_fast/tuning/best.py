@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..evaluation.scoring import rank
+from ..evaluation.scores import rank
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.peft_files import read_updated_prompt
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ..evaluation.combine import COMBINATIONS
-from ..evaluation.ensembles import evaluate_ensemble
-from ..evaluation.predictions import describe_scores
+from ..evaluation.ensembles import COMBINATIONS, evaluate_ensemble
+from ..evaluation.scores import describe_scores
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import Examples
 from ..tasks.task import Task

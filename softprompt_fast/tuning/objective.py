@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tasks.encoding import label_token_ids
+from ..tasks.encoding import IGNORED, label_token_ids
 from ..tasks.task import Task
 
 OBJECTIVES = ("labels", "vocabulary")
-IGNORED = -100
 
 
 class AnswerLoss(ABC):

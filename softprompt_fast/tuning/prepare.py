@@ -25,8 +25,8 @@ from ..prompts.reparameterization import (
     SharedPart,
     reparameterize,
 )
-from ..tasks.task import FILE as TASK_FILE
-from ..tasks.task import Task
+from ..tasks.encoding import token_ids
+from ..tasks.task import TASK_FILE, Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
 
 
@@ -91,7 +91,7 @@ def _automatic(
     count = count or DEFAULT_TOKENS
     if task.kind != "classification":
         return "vocabulary", count
-    ids = list(tokenizer(instruction(task.label_words), add_special_tokens=False).input_ids)
+    ids = token_ids(tokenizer, instruction(task.label_words))
     if len(ids) > count:  # a torn sentence would name some of the labels only
         return "class_labels", count
     ids = (ids * -(-count // len(ids)))[-count:]

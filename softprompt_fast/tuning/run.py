@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..evaluation.predictions import describe_scores, evaluate, evaluate_bare
+from ..evaluation.predictions import evaluate, evaluate_bare
+from ..evaluation.scores import describe_scores
 from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import check_name

@@ -23,7 +23,7 @@ from softprompt_fast.analysis.transfer import NO_PROMPT, similar
 from softprompt_fast.base.figures import save_figure
 from softprompt_fast.evaluation.intervals import mean_interval
 from softprompt_fast.evaluation.predictions import evaluate
-from softprompt_fast.evaluation.scoring import score_prompts
+from softprompt_fast.evaluation.prompt_scoring import score_prompts
 from softprompt_fast.tasks.examples import usable_rows
 from softprompt_fast.tasks.task import Task, classification_task, generation_task
 

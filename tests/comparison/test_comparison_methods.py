@@ -27,7 +27,7 @@ from softprompt_fast.comparison.methods import RUNNERS, NotApplicable
 from softprompt_fast.comparison.scores import score_rows
 from softprompt_fast.comparison.settings import METHODS
 from softprompt_fast.evaluation.predictions import evaluate
-from softprompt_fast.evaluation.scoring import score_prompts
+from softprompt_fast.evaluation.prompt_scoring import score_prompts
 from softprompt_fast.tasks.task import Task
 
 # --- methods ---
@@ -206,7 +206,7 @@ def test_backends_give_the_same_scores(architecture: str, task: Task) -> None:
     tokenizer, rows = tiny_tokenizer(), SPLITS["test"][:9]
     encoder = Encoder(task, tokenizer)
     plain = score_rows(Plain(build(architecture), tokenizer), encoder, rows, 4)
-    packed = score_rows(Packed(spf.SoftPromptModel(build(architecture)), tokenizer), encoder, rows, 4)
+    packed = score_rows(Packed(spf.SoftPromptModel(build(architecture))), encoder, rows, 4)
     torch.testing.assert_close(plain.losses, packed.losses, atol=1e-4, rtol=1e-4)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft = get_peft_model(build(architecture), config)
@@ -214,7 +214,7 @@ def test_backends_give_the_same_scores(architecture: str, task: Task) -> None:
     tuned = spf.SoftPromptModel(build(architecture))
     tuned.add_prompt("p", init=values.clone())
     theirs = score_rows(PeftPrompt(peft.eval(), tokenizer, 3), encoder, rows, 4)
-    ours = score_rows(Packed(tuned, tokenizer, "p"), encoder, rows, 4)
+    ours = score_rows(Packed(tuned, "p"), encoder, rows, 4)
     torch.testing.assert_close(theirs.losses, ours.losses, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(ours.losses, packed.losses, atol=1e-3)
 

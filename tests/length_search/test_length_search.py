@@ -22,7 +22,7 @@ from support.tiny_reviews import BAD, GOOD, reviews, run, tiny_tokenizer
 import softprompt_fast as spf
 from softprompt_fast.cli import app as cli
 from softprompt_fast.evaluation.predictions import evaluate, predict
-from softprompt_fast.evaluation.scoring import RowScores
+from softprompt_fast.evaluation.scores import RowScores
 from softprompt_fast.evaluation.statistics import mcnemar_of_counts
 from softprompt_fast.length_search import run as search_module
 from softprompt_fast.length_search.budget import LEAST_STEPS, Costs, make_plan, rung_sizes
