@@ -1,4 +1,4 @@
-"""Intervals and tests on the same rows."""
+"""Bootstrap intervals, and tests of two methods on the same rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bootstrap_interval(values: Array, weights: Array | None = None, *, seed: int
 
     Args:
         values: [rows], sums or means of each row.
-        weights: [rows], what each row counts, as the tokens of a response; the mean is sum by sum.
+        weights: [rows], such as the tokens of each response; the mean is the sum of values by the sum of weights.
     """
     values = np.asarray(values, dtype=np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -29,10 +29,10 @@ def bootstrap_interval(values: Array, weights: Array | None = None, *, seed: int
         return mean, mean
 
     def ratio(sums: Array, counts: Array, axis: int = -1) -> Array:
-        found: Array = sums.sum(axis) / counts.sum(axis)
-        return found
+        ratios: Array = sums.sum(axis) / counts.sum(axis)
+        return ratios
 
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (values, weights),
         ratio,
         paired=True,
@@ -42,7 +42,7 @@ def bootstrap_interval(values: Array, weights: Array | None = None, *, seed: int
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def mcnemar(first: Array, second: Array) -> float:
@@ -52,21 +52,21 @@ def mcnemar(first: Array, second: Array) -> float:
 
 
 def mcnemar_of_counts(lost: int, gained: int) -> float:
-    """The same of the rows that only one of the two gets right: a fair coin would split them."""
+    """The same from the numbers of rows that only one of the two gets right; by chance they are equal."""
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def paired_permutation(first: Array, second: Array, *, seed: int = 0) -> float:
-    """Two-sided p of a mean difference, rows' signs flipped at random (all of them where there are few rows)."""
+    """Two-sided p of a mean difference, rows' signs flipped at random (in all ways if there are few rows)."""
     difference = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     if len(difference) < 2 or not difference.any():
         return 1.0
 
     def mean(values: Array, axis: int = -1) -> Array:
-        found: Array = values.mean(axis)
-        return found
+        means: Array = values.mean(axis)
+        return means
 
-    found = stats.permutation_test(
+    result = stats.permutation_test(
         (difference,),
         mean,
         permutation_type="samples",
@@ -75,7 +75,7 @@ def paired_permutation(first: Array, second: Array, *, seed: int = 0) -> float:
         batch=BATCH,
         rng=np.random.default_rng(seed),
     )
-    return min(1.0, float(found.pvalue))
+    return min(1.0, float(result.pvalue))
 
 
 def holm(pvalues: Sequence[float]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a prompt is for, and the data it is tuned on."""
+"""Tasks, and the data that prompts are tuned on."""
 
 from .examples import split_rows
 from .tables import load_rows

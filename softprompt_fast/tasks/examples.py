@@ -1,4 +1,4 @@
-"""Labelled rows of data: splitting them, telling them apart, and which of them can be used."""
+"""Labelled rows of data: their splits, their digest, and which of them can be used."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .task import Task
 
 logger = logging.getLogger("softprompt_fast")
 
-
 Examples = list[dict[str, Any]]
+"""Rows of data; each maps columns to values."""
 
 
 def split_rows(rows: Examples, held_out: float | int, seed: int = 0) -> tuple[Examples, Examples]:
-    """Shuffles with a seed and holds out a share (below 1) or a number of rows."""
+    """Shuffles rows with a seed and holds out a share (below 1) or a number of them; returns the others and those."""
     count = round(len(rows) * held_out) if held_out < 1 else int(held_out)
     if not 0 < count < len(rows):
         raise ValueError(f"`held_out` must leave rows on both sides of {len(rows)}, got {held_out}")
@@ -28,7 +28,7 @@ def split_rows(rows: Examples, held_out: float | int, seed: int = 0) -> tuple[Ex
 
 
 def digest(rows: Examples) -> str:
-    """Tells whether two lists of rows are alike."""
+    """A short text that is equal for equal lists of rows."""
     text = json.dumps(rows, sort_keys=True, default=str)
     return f"{len(rows)} rows, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
@@ -45,10 +45,10 @@ def has_target(task: Task, row: Mapping[str, Any]) -> bool:
 
 
 def usable_rows(task: Task, rows: Sequence[Mapping[str, Any]]) -> Examples:
-    """Rows that can be scored; those without text or a known label are left out, with one log line.
+    """Rows that can be scored. Rows without text or a known label are left out, with one log line.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no row is left.
     """
     usable = [dict(row) for row in rows if not is_empty(task, row) and has_target(task, row)]
     if not usable:

@@ -1,4 +1,4 @@
-"""Reads rows of data from files and from the Hub."""
+"""Reads rows of data from files and from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ READERS = {
 
 
 def load_rows(source: str, split: str = "train") -> Examples:
-    """Rows of a jsonl, json, csv, tsv or parquet file, or of a data set of the hub.
+    """Rows of a jsonl, json, csv, tsv or parquet file, or of a dataset on the hub.
 
     Raises:
         ValueError: an unknown kind of file, one that cannot be read, or no rows.
-        FileNotFoundError: something that looks like a file but is none.
+        FileNotFoundError: no file of a name that ends like one.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -35,7 +35,7 @@ def load_rows(source: str, split: str = "train") -> Examples:
         except DatasetsError as error:
             raise ValueError(f"{source} could not be read: {error.__cause__ or error}") from error
     elif path.exists():
-        raise ValueError(f"{source} must be a {', '.join(READERS)} file or the name of a data set on the hub")
+        raise ValueError(f"{source} must be a {', '.join(READERS)} file or the name of a dataset on the hub")
     else:
         data = load_dataset(source, split=split)
     rows = [dict(row) for row in data]

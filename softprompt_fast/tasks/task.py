@@ -1,4 +1,4 @@
-"""What a prompt is tuned for: how a row of data becomes text, and what the model should answer."""
+"""A task: how a row of data becomes text, and what the model should answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("classification", "generation")
 
 @dataclass
 class Task:
-    """A task, saved beside its prompt so that ``predict`` and ``evaluate`` need nothing else.
+    """A task, saved with its prompt so that ``predict`` and ``evaluate`` need nothing else.
 
     Classification: the row's text is rendered with ``template`` and each label is a word (or several) that the model
     may say next; the likeliest wins. Generation: the model continues the rendered text with the response.
@@ -24,17 +24,17 @@ class Task:
 
     kind: str
     template: str
-    """Names columns in braces: ``"{text}\\nSentiment:"``."""
+    """The text, with columns in braces: ``"{text}\\nSentiment:"``."""
     target_column: str
-    """The label's or the response's column."""
+    """Column of the label or of the response."""
     label_words: dict[str, str] = field(default_factory=dict)
-    """Classification: what the model says for each label, leading space included."""
+    """Classification: the words that the model says for each label, leading space included."""
     max_length: int = 512
-    """Longest text in tokens, prompt not counted; what is longer loses its beginning."""
+    """Longest text in tokens, prompt not counted; longer texts lose their beginning."""
     model: str | None = None
-    """Where the base model came from."""
+    """Folder or name of the base model."""
     prompt: str = "prompt"
-    """The prompt's name."""
+    """Name of the prompt."""
     special_tokens: bool = True
     """Whether the tokenizer puts its special tokens (BOS) around a text; False for prompts that hold BOS themselves."""
 
@@ -64,14 +64,14 @@ class Task:
         return list(self.label_words)
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """What the model reads for a row."""
+        """The text that the model reads for a row."""
         try:
             return self.template.format_map({name: row[name] for name in self.columns})
         except KeyError as error:
             raise ValueError(f"the template names column {error}, but the data has {list(row)}") from error
 
     def target(self, row: Mapping[str, Any]) -> str:
-        """What the model should say for a row."""
+        """The text that the model should say for a row."""
         if self.target_column not in row:
             raise ValueError(f"no column {self.target_column!r} in the data, which has {list(row)}")
         value = row[self.target_column]
@@ -88,10 +88,10 @@ class Task:
     def load(cls, folder: PathLike[str] | str) -> Task:
         """The task saved in a prompt's folder, or in the only prompt folder below it."""
         folder = Path(folder)
-        found = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
-        if len(found) != 1:
-            raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, found {len(found)}")
-        return cls(**json.loads(found[0].read_text()))
+        files = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
+        if len(files) != 1:
+            raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, got {len(files)}")
+        return cls(**json.loads(files[0].read_text()))
 
 
 def classification_task(
@@ -112,10 +112,10 @@ def classification_task(
     if label_words is None:
         if rows and label_column not in rows[0]:
             raise ValueError(f"no column {label_column!r} in the data, which has {list(rows[0])}")
-        found = sorted({str(row[label_column]) for row in rows if row.get(label_column) is not None})
-        if len(found) > 100:
-            raise ValueError(f"column {label_column!r} holds {len(found)} different values; is it a label?")
-        label_words = {label: f" {label}" for label in found}
+        labels = sorted({str(row[label_column]) for row in rows if row.get(label_column) is not None})
+        if len(labels) > 100:
+            raise ValueError(f"column {label_column!r} holds {len(labels)} different values; is it a label?")
+        label_words = {label: f" {label}" for label in labels}
     return Task("classification", template, label_column, dict(label_words), **fields)
 
 
