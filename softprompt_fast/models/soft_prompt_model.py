@@ -15,6 +15,7 @@ from ..ops.assemble.batch import PromptedBatch
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
+from ..tasks.encoding import IGNORED
 
 # Of a model's output, what has one entry per input position, and what is a tuple of such.
 ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
@@ -247,7 +248,7 @@ class SoftPromptModel(nn.Module):
         logits = output.logits
         if per_token:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        row, column = (labels != -100).nonzero(as_tuple=True)
+        row, column = (labels != IGNORED).nonzero(as_tuple=True)
         return output, loss_function(logits[row, column], labels[row, column], row, **items)
 
     def execution_report(self) -> ExecutionReport:

@@ -23,6 +23,7 @@ from ..hf.architecture import check_architecture
 from ..hf.attention import install, uninstall
 from ..hf.embedding import embedding_table
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from ..tasks.encoding import IGNORED
 from .batch import PackedInputs, SharedBatch, _updated, pack_rows
 from .layout import PackedLayout
 from .self_check import TOLERANCE, compare_with_rows_alone
@@ -95,8 +96,8 @@ class PackedRunner:
         if return_logits:
             tokens = (token_slots >= 0).nonzero()[:, 0]
         if labels is not None:
-            target = torch.where(previous >= 0, labels.flatten(), -100)
-            targets = _places(target != -100, num_targets)
+            target = torch.where(previous >= 0, labels.flatten(), IGNORED)
+            targets = _places(target != IGNORED, num_targets)
         read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
@@ -105,7 +106,7 @@ class PackedRunner:
             return None
         output, logits = result
         if labels is not None:
-            expected = torch.where(targets >= 0, target[targets], -100)
+            expected = torch.where(targets >= 0, target[targets], IGNORED)
             answers = logits[len(tokens) :]
             if loss_function is None:
                 output["loss"] = self._loss(answers, expected, items)
