@@ -301,8 +301,16 @@ def test_one_batch_scores_words_of_one_and_of_several_tokens() -> None:
         assert result["scores"] == pytest.approx(expected["scores"], abs=1e-5)
 
 
-def test_logits_that_are_not_finite_are_an_error_of_their_row() -> None:
+def test_logits_that_are_not_finite_are_an_error_of_their_row(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline()
-    pipe.bank.add("broken", torch.full((3, 32), 1e38))
-    found = pipe.classify(["fine film", "great"], ["broken", "middle"], labels=LABELS)
+    real = pipe.engine.logits_at
+
+    def broken(view: Any, texts: Any, names: Any, places: Any) -> Any:
+        logits = real(view, texts, names, places)
+        if "short" in names:
+            logits[names.index("short"), 3] = torch.nan
+        return logits
+
+    monkeypatch.setattr(pipe.engine, "logits_at", broken)
+    found = pipe.classify(["fine film", "great"], ["short", "middle"], labels=LABELS)
     assert found[0] == {"error": "the model's logits are not finite"} and "prediction" in found[1]
