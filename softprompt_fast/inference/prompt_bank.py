@@ -100,7 +100,7 @@ class PromptBank:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
         self._compiling = threading.Lock()
-        shared = self.model.shared
+        shared = self.model.runner
         if shared is None or shared.unsupported is not None:
             self.uncompiled = (
                 "prompts and texts do not run apart: " + (shared.unsupported or "") if shared else "padded"
@@ -123,7 +123,7 @@ class PromptBank:
                 self.uncompiled = f"the budget of {budget} bytes holds no virtual token ({self.bytes_per_token} bytes)"
         if prompts is not None:
             for name in prompts:
-                self.add(name, prompts.without_token_update(name, "PromptBank"))
+                self.add(name, prompts.plain_parameter(name, purpose="PromptBank"))
 
     # --- what is in it ---
 
@@ -326,7 +326,7 @@ class PromptBank:
         return chosen.to(self.model.device, non_blocking=True), places
 
     def _compile(self, entries: list[Entry]) -> None:
-        shared = self.model.shared
+        shared = self.model.runner
         if not entries or shared is None:
             return
         total = sum(len(entry) for entry in entries)
