@@ -116,7 +116,7 @@ def interpret(
     vectors = _vocabulary(model, tokenizer)
     norms = _norms(vectors)
     readings = {name: _read(tokenizer, values, vectors, norms, k) for name, values in prompts.items()}
-    means, aligned = between_prompts(list(prompts.snapshot()))
+    means, aligned = between_prompts(list(prompts.values()))
     found = None
     if rows:
         if task is None:
