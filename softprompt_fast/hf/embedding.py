@@ -42,14 +42,14 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
             f"`embedding` must be a torch.nn.Embedding or its weight [V, D], got {type(embedding).__name__}"
         )
     if embedding.max_norm is not None:
-        raise TypeError("`embedding` must not renormalise its vectors, but has max_norm set")
+        raise TypeError("`embedding` cannot have max_norm, which the fused pass would not apply")
     if embedding.weight.device.type == "meta":
-        raise TypeError("`embedding` must be on a real device, but its weight is on 'meta' (offloaded?)")
+        raise TypeError("`embedding` must be on a real device, got a weight on 'meta' (is it offloaded?)")
     hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
     # transformers registers this one for gradient checkpointing. It is not needed: the prompt has a gradient itself.
     hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if hooks:
-        raise TypeError(f"`embedding` must not have forward hooks, which the fused pass would not run, got {hooks[0]}")
+        raise TypeError(f"`embedding` cannot have forward hooks, which the fused pass would not run, got {hooks[0]}")
     weight = embedding.weight
     if hasattr(weight, "full_tensor"):  # sharded by FSDP
         weight = weight.full_tensor()

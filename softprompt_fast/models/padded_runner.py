@@ -86,7 +86,7 @@ class PaddedRunner:
     ) -> tuple[Any, Tensor]:
         """A decoder's or encoder-decoder's output, and the caller's loss of it."""
         if not (per_token and self.traits.predicts_next_token) and not self.traits.encoder_decoder:
-            raise ValueError("`loss_function` must not be given: this model's labels are not tokens of a text")
+            raise ValueError("`loss_function` cannot be given because this model's labels are not tokens of a text")
         labels = inputs["labels"]
         if per_token:  # an encoder-decoder needs its labels: they become the decoder's input
             inputs = {key: value for key, value in inputs.items() if key != "labels"}

@@ -57,7 +57,7 @@ class SoftPromptModel(nn.Module):
         "position_ids": "positions follow from the attention mask and the prompts' lengths",
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
     }
-    """Arguments of the model's forward that must not be given here, and why."""
+    """Arguments of the model's forward that cannot be given here, and why."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class SoftPromptModel(nn.Module):
         for argument, reason in self.refused_arguments.items():
             value = options.pop(argument, None)
             if value is not None and value is not False:
-                raise ValueError(f"`{argument}` must not be given: {reason}")
+                raise ValueError(f"`{argument}` cannot be given: {reason}")
         own_loss = {"num_items_in_batch"} if loss_function is not None else set()
         known = self._traits.parameters | own_loss
         options = {k: v for k, v in options.items() if self._traits.any_keyword or k in known}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable
+from .peft_files import read_vectors
 
 INITIALIZATIONS = ("random", "vocabulary", "text", "class_labels")
 COMMON_TOKENS = 5000
@@ -62,8 +63,6 @@ def initial_prompt(
     if isinstance(init, Tensor):
         return _as_given(init, num_virtual_tokens)
     if not isinstance(init, str) or init not in INITIALIZATIONS:
-        from .peft_files import read_vectors
-
         return _as_given(read_vectors(init), num_virtual_tokens)
     if table is None:
         raise ValueError(f"`embedding` must be given for init={init!r}")
@@ -98,7 +97,7 @@ def _as_given(values: Tensor, count: int | None) -> Tensor:
     if count is not None and count != len(values):
         raise ValueError(f"`num_virtual_tokens` must be {len(values)}, as many as `init` has, or None, got {count}")
     if not torch.isfinite(values).all():
-        raise ValueError("`init` must be finite, but holds NaN or infinity")
+        raise ValueError("`init` must be finite, got NaN or infinity")
     return values.detach().to(torch.float32).clone()
 
 

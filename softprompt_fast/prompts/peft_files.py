@@ -137,7 +137,7 @@ def read_config(folder: PathLike[str] | str, kind: str | None = PLAIN) -> dict[s
 
 def _read_json(folder: Path) -> dict[str, Any]:
     if not is_prompt_folder(folder):
-        raise FileNotFoundError(f"{folder} must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise FileNotFoundError(f"{folder} is not a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -240,7 +240,7 @@ def _read_tensor(path: Path, key: str | None = None) -> Tensor:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if key is None and set(FACTORS) & set(keys):
-                raise ValueError(f"{path} must hold a prompt alone, but has a token update too")
+                raise ValueError(f"{path} must hold a prompt alone, got a prompt with a token update")
             if key is None:
                 key = KEY if KEY in keys else keys[0] if len(keys) == 1 else None
             elif key not in keys:

@@ -86,7 +86,7 @@ class Words:
 
 def test_every_way_to_start() -> None:
     tuned = spf.DeepPromptModel(build("gpt2"))
-    tuned.base_model.train()  # its dropout must not reach the first values
+    tuned.base_model.train()  # its dropout must not reach the initial values
     plain = spf.SoftPromptModel(build("gpt2"))
     ids = torch.tensor([[9, 8, 7]])
     for init, given in [
@@ -283,7 +283,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     ids, _ = batch()
     with pytest.raises(ValueError, match=r"must have shape \[P, 32\] \(a plain prompt\) or \[P, 96\], got \[2, 33\]"):
         tuned.add_prompt("wrong", init=torch.zeros(2, 33))
-    with pytest.raises(ValueError, match="`output_attentions` must not be given: deep prompts run in"):
+    with pytest.raises(ValueError, match="`output_attentions` cannot be given: deep prompts run in"):
         tuned(ids, prompt_ids="long", output_attentions=True)
     tuned.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`peft_type` must be 'PROMPT_TUNING', got 'PREFIX_TUNING'"):

@@ -105,9 +105,9 @@ def test_the_norm_bound_shortens_only_what_is_longer() -> None:
     norms = values.norm(dim=1)
     bound = norms.median().item()
     reparameterize(bank, "a", NormBound(bound))
-    found = bank.snapshot("a")
-    assert torch.allclose(found.norm(dim=1), norms.clamp(max=bound), atol=1e-5)
-    assert torch.equal(found[norms < bound], values[norms < bound])
+    bounded = bank.snapshot("a")
+    assert torch.allclose(bounded.norm(dim=1), norms.clamp(max=bound), atol=1e-5)
+    assert torch.equal(bounded[norms < bound], values[norms < bound])
 
 
 def test_dropout_drops_in_training_only_and_keeps_the_mean() -> None:

@@ -90,7 +90,7 @@ def test_a_loss_function_is_refused_where_labels_are_no_tokens() -> None:
     tuned = spf.SoftPromptModel(build("llama", head="SequenceClassification"))
     tuned.add_prompt("a", init=torch.randn(3, 32))
     ids, mask = batch(padding="right")
-    with pytest.raises(ValueError, match="`loss_function` must not be given"):
+    with pytest.raises(ValueError, match="`loss_function` cannot be given"):
         tuned(ids, mask, torch.tensor([0, 1, 0, 1]), "a", loss_function=VocabularyLoss())
 
 

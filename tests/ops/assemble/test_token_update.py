@@ -353,7 +353,7 @@ def test_no_reader_of_prompts_drops_an_update(tmp_path: Path) -> None:
             read(folder)
     with pytest.raises(ValueError, match="prompt 'near' has a token update, which `init` cannot use"):
         tuned.add_prompt("x", init="near")
-    with pytest.raises(ValueError, match="must hold a prompt alone, but has a token update too"):
+    with pytest.raises(ValueError, match="must hold a prompt alone, got a prompt with a token update"):
         read_vectors(folder / "adapter_model.safetensors")
     assert "x" not in tuned.prompts
 
