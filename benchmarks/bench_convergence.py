@@ -136,7 +136,7 @@ def run_peft(
     tuned: Any = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20))
     if ours:
         with torch.no_grad():
-            tuned.prompt_encoder["default"].embedding.weight.copy_(scored.prompts.values(task.prompt))
+            tuned.prompt_encoder["default"].embedding.weight.copy_(scored.prompts.snapshot(task.prompt))
     collate = Collator(pad_token_id(tokenizer))
 
     def collated(features: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class Unsupported(RuntimeError):
-    """The packed layout cannot be run exactly here; the message says why."""
+    """The packed layout cannot run exactly; the message says why."""

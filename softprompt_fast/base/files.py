@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ def write_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def save_tensors_atomically(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file of contiguous tensors on the host."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    save_file(tensors, scratch, metadata=metadata)
     scratch.replace(path)
 
 

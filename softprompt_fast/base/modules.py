@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout."""
+    """Sets a model to evaluation mode; afterwards every module is in its own mode again, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

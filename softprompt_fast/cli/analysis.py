@@ -327,7 +327,7 @@ def _load_prompts(prompt: Path, model: str | None, dtype: str, device: str | Non
     tuned = SoftPromptModel(base)
     for own, folder in folders.items():
         tuned.load_prompt(folder, own)
-        tuned.prompts.without_token_update(own, "this command")
+        tuned.prompts.plain_parameter(own, purpose="this command")
     return tuned, tokenizer, folders
 
 

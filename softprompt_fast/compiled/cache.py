@@ -1,8 +1,8 @@
-"""A key/value cache for ``generate`` behind compiled prompts: prompts stay where they are, padding is never read.
+"""A key/value cache for ``generate`` after compiled prompts: prompts are not copied, padding is never read.
 
-transformers asks a layer's cache for all keys and values and hands them to attention. Here they come with an attribute
-that says where they lie, and the attention in front of the model's own (``shared_attention.py``) reads them in place:
-each row's prompt in the table of compiled prompts, each row's text in the cache, whatever padding stands before it.
+transformers asks a layer's cache for all keys and values and passes them to attention. Here the keys have an attribute,
+the cache's layer. By it the installed attention (``hf/attention.py``) calls :meth:`Layer.attend`, which reads keys and
+values in place: each row's prompt in the table of compiled prompts, each row's text, without its padding, in the cache.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..base.errors import Unsupported
-from ..hf.attention import ATTRIBUTE, check_keywords
+from ..hf.attention import CARRIER_ATTRIBUTE, check_keywords
 from ..ops.segment_attention.functional import available, cached_attention
 
-ROOM = 64
-"""New tokens that a layer makes room for at once."""
+GROWTH = 64
+"""Slots for later tokens that a layer allocates when it grows."""
 
 
 class RowPlaces:
-    """Where the rows of a batch lie, for all layers.
+    """The places of a batch's rows, for all layers.
 
     Args:
         compiled: [L, 2, R, H', E]
         prefixes: first slot and length of each row's prompt in it.
-        padding: tokens of padding in front of each row's text.
+        padding: tokens of padding before each row's text.
     """
 
     def __init__(self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], padding: Sequence[int]) -> None:
@@ -39,13 +39,13 @@ class RowPlaces:
         self._made: tuple[tuple[int, int, int], tuple[Tensor, Tensor]] | None = None
 
     def tables(self, length: int, room: int, new: int) -> tuple[Tensor, Tensor]:
-        """For :func:`cached_attention`: `length` cached tokens in `room` slots a row, the last `new` of them asking."""
+        """For :func:`cached_attention`: `length` cached tokens in `room` slots a row, of which the last `new` ask."""
         key = (length, room, new)
         if self._made is None or self._made[0] != key:
             row = torch.arange(len(self._padding))
             own = torch.stack([row * room + self._padding, length - self._padding], 1)
-            asking = torch.minimum(length - self._padding, torch.tensor(new))
-            queries = torch.stack([row * new + new - asking, asking], 1)
+            count = torch.minimum(length - self._padding, torch.tensor(new))
+            queries = torch.stack([row * new + new - count, count], 1)
             self._made = (key, (torch.cat([own, self._prefixes], 1).contiguous(), queries.contiguous()))
         return self._made[1]
 
@@ -60,16 +60,16 @@ class Layer(CacheLayerMixin):
         self.rows, self.index = rows, index
         self.length = 0
         self._new = 0
-        self._asked = True
+        self._was_read = True
         self._stored: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self._asked:
-            raise Unsupported("its attention never asks for what it has cached")
-        self._asked = False
+        if not self._was_read:
+            raise Unsupported("its attention does not read what it has cached")
+        self._was_read = False
         new = key_states.shape[2]
         if not self._stored or self.length + new > self._stored[0].shape[1]:
             self._grow(key_states, value_states)
@@ -79,7 +79,7 @@ class Layer(CacheLayerMixin):
         self._new = new
         self.is_initialized = True
         keys, values = (stored[:, : self.length].transpose(1, 2) for stored in self._stored)
-        setattr(keys, ATTRIBUTE, self)
+        setattr(keys, CARRIER_ATTRIBUTE, self)
         return keys, values
 
     def _grow(self, *states: Tensor) -> None:
@@ -87,7 +87,7 @@ class Layer(CacheLayerMixin):
         self._stored = []
         for i, x in enumerate(states):
             rows, heads, new, size = x.shape
-            larger = x.new_empty(rows, self.length + new + ROOM, heads, size)
+            larger = x.new_empty(rows, self.length + new + GROWTH, heads, size)
             if before:
                 larger[:, : self.length] = before[i][:, : self.length]
             self._stored.append(larger)
@@ -107,7 +107,7 @@ class Layer(CacheLayerMixin):
         **keywords: Any,
     ) -> tuple[Tensor, None]:
         """Attention of [B, H, new, E] queries -> [B, new, H, E]; keys and values are read where they are stored."""
-        self._asked = True
+        self._was_read = True
         check_keywords(module, is_causal, keywords)
         if softcap is not None or s_aux is not None or dropout or not available(query):
             raise Unsupported("its attention has soft caps, sinks or dropout, or the kernel does not run here")
@@ -140,10 +140,10 @@ class Layer(CacheLayerMixin):
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beams of a row stand among themselves, so prompts and padding stay."""
+        """Beams are reordered within a row, so prompts and padding do not change."""
         self._stored = [stored.index_select(0, beam_idx) for stored in self._stored]
 
 
 def compiled_cache(rows: RowPlaces) -> Cache:
-    """A cache with a layer for each of the compiled prompts'."""
+    """A cache with a layer for each layer of the compiled prompts."""
     return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])

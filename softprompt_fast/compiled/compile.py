@@ -1,4 +1,4 @@
-"""Compiled prompts: the keys and values that a prompt has in every layer, computed once."""
+"""Compiled prompts: a prompt's keys and values in every layer, computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..packed.runner import PackedRunner
 
 
 def slot_shape(model: Any) -> tuple[int, int, int, int]:
-    """(L, 2, H', E) of one virtual token; a model whose layers differ refuses when it is run."""
+    """(L, 2, H', E) of one virtual token. If the layers of a model differ, running it raises Unsupported."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -33,16 +33,16 @@ def flattened(compiled: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compile_prompts(shared: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
-    """Keys and values of prompts [P_n, D], all of them in one run of the model.
+def compile_prompts(runner: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
+    """Keys and values of prompts [P_n, D], computed in one run of the model.
 
     Returns:
         [L, 2, sum of P_n, H', E] in the model's dtype.
 
     Raises:
-        Unsupported: the model cannot be run so.
+        Unsupported: the model cannot run the packed layout.
     """
-    model = shared.model
+    model = runner.model
     weight = model.get_input_embeddings().weight
     lengths = [len(prompt) for prompt in prompts]
     count, device = sum(lengths), weight.device
@@ -55,14 +55,14 @@ def compile_prompts(shared: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
     )
     vectors = torch.cat(list(prompts)).to(device=device, dtype=weight.dtype)
     positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    shared.run(PackedInputs(vectors[None], positions[None], layout), positions[:1] * 0, {})
+    runner.run(PackedInputs(vectors[None], positions[None], layout), positions[:1] * 0, {})
     return capture
 
 
 def pack_texts(
     model: Any, texts: Sequence[Sequence[int]], prefixes: Sequence[tuple[int, int]], compiled: Tensor
 ) -> PackedInputs:
-    """Texts behind compiled prompts; nothing of a prompt runs or is copied.
+    """Packs texts that follow compiled prompts. Prompts neither run nor are copied.
 
     Args:
         texts: token ids of each row.

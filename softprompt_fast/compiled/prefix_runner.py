@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,57 +14,53 @@ from ..packed.batch import SharedBatch, pack_rows
 from ..packed.layout import PackedLayout, RowGroup
 from ..packed.runner import PackedRunner
 from ..packed.self_check import SLACK
-from ..prompts.fast_soft_prompt import Chosen, FastSoftPrompt, PromptIds
+from ..prompts.selection import Selection
 from .compile import layered, slot_shape
 
 
 class PrefixRunner(PackedRunner):
-    """Runs one model on packed texts behind trained keys and values. There is no padded layout to fall back to.
-
-    Raises:
-        TypeError: a model that cannot run so, with the reason; also later, when running shows it.
-    """
+    """Runs one model on packed texts that follow trained keys and values. There is no padded layout to fall back to."""
 
     slack = SLACK
 
     def __init__(self, model: Any, *, check: bool = True) -> None:
         super().__init__(model, check=check, shared_text=None)
-        if self.unsupported:
-            raise TypeError(_refusal(model, self.unsupported))
         self.shape = slot_shape(model)
-        self._no_prompts = FastSoftPrompt(model.get_input_embeddings().weight.shape[1])
 
-    def compiled(self, prompts: Sequence[Tensor]) -> Tensor | None:
-        """[L, 2, sum of P_n, H', E] of prompts [P_n, W], in the model's dtype; None: there are none."""
-        if not prompts:
+    def compiled(self, selection: Selection) -> Tensor | None:
+        """[L, 2, sum of P_n, H', E] of the selected prompts [P_n, W], in the model's dtype; None: no prompts.
+
+        Raises:
+            ValueError: a prompt has a token update.
+        """
+        if any(update is not None for update in selection.updates):
+            raise ValueError("a prompt has a token update, which deep prompts cannot use")
+        if not selection.prompts:
             return None
         weight = self.model.get_input_embeddings().weight
-        joined = prompts[0] if len(prompts) == 1 else torch.cat(list(prompts))
-        return layered(joined.to(weight), self.shape).contiguous()
+        return self._states(selection.joined(weight.device))
+
+    def _states(self, prompts: Tensor) -> Tensor:
+        return layered(prompts.to(self.model.get_input_embeddings().weight), self.shape).contiguous()
 
     def pack(
-        self,
-        bank: FastSoftPrompt,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        prompt_ids: PromptIds,
-        lengths: Sequence[int] | None,
+        self, selection: Selection, input_ids: Tensor, attention_mask: Tensor | None, lengths: Sequence[int] | None
     ) -> SharedBatch:
-        """The packed batch of the rows' texts [B, T]. A row's first token is predicted by nothing."""
+        """The packed batch of the rows' texts [B, T]. Nothing predicts a row's first token."""
         rows, tokens = input_ids.shape
-        chosen = _plain(bank.choose(prompt_ids, rows))
+        compiled = self.compiled(selection)
         if lengths is None:
             lengths = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
         embedding = self.model.get_input_embeddings()
-        batch = pack_rows(self._no_prompts, embedding, input_ids, attention_mask, [None] * rows, lengths, fold=False)
-        starts = chosen.offsets
-        prefixes = [(starts[n], starts[n + 1] - starts[n]) if n >= 0 else (0, 0) for n in chosen.ids]
+        no_prompts = Selection([], [-1] * rows, [], embedding.weight.shape[1])
+        batch = pack_rows(no_prompts, embedding, input_ids, attention_mask, lengths, fold=False)
+        prefixes = selection.prefixes
         virtual = torch.tensor([count for _, count in prefixes], dtype=torch.int64)
         virtual = virtual.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
         layout = PackedLayout(
             prompts=batch.layout.prompts,
             rows=RowGroup.of(0, lengths, prefixes, input_ids.device),
-            compiled=self.compiled(chosen.tensors),
+            compiled=compiled,
         )
         positions = batch.position_ids + virtual.to(input_ids.device, non_blocking=True)
         return replace(batch, position_ids=positions, layout=layout)
@@ -83,24 +79,8 @@ class PrefixRunner(PackedRunner):
 
         vectors = embedding_table(self.model.get_input_embeddings())(input_ids)
         cache: Any = DynamicCache()
-        compiled = None if prompt is None else self.compiled([prompt])
-        for layer, (key, value) in enumerate(() if compiled is None else compiled):
+        for layer, (key, value) in enumerate(() if prompt is None else self._states(prompt)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
         positions = torch.arange(len(vectors), device=vectors.device) + (0 if prompt is None else len(prompt))
-        return self.logits_at(places, inputs_embeds=vectors[None], position_ids=positions[None], past_key_values=cache)[
-            1
-        ]
-
-    def give_up(self, reason: str) -> NoReturn:
-        self.unsupported = reason
-        raise TypeError(_refusal(self.model, reason))
-
-
-def _plain(chosen: Chosen) -> Chosen:
-    if any(update is not None for update in chosen.updates):
-        raise ValueError("`prompts` must not have token updates: deep prompts run without them")
-    return chosen
-
-
-def _refusal(model: Any, reason: str) -> str:
-    return f"{type(model).__name__} cannot run deep prompts: {reason}"
+        inputs = {"inputs_embeds": vectors[None], "position_ids": positions[None], "past_key_values": cache}
+        return self.logits_at(places, **inputs)[1]

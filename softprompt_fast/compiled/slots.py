@@ -1,4 +1,4 @@
-"""Runs of slots in one growing tensor: where compiled prompts lie, so that a batch can point at any of them."""
+"""Runs of slots in one growing tensor that holds compiled prompts, so that a batch can refer to any of them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor
 class SlotTable:
     """Hands out runs of slots of one tensor ``[L, 2, R, H', E]``; first fit. Not safe from several threads by itself.
 
-    A layer's slots lie together: attention reads them key by key.
+    A layer's slots are contiguous because attention reads them key by key.
 
     Args:
         shape: (L, 2, H', E) of one slot.
-        limit: slots there may be at most.
+        limit: largest number of slots.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class SlotTable:
         self.limit = limit
         self._options: dict[str, Any] = {"dtype": dtype, "device": device, "pin_memory": pin_memory}
         self.tensor: Tensor = torch.empty(*shape[:2], 0, *shape[2:], **self._options)
-        """Replaced when the table grows; who holds the old one goes on reading what was in it."""
+        """Replaced when the table grows; an old tensor keeps its contents for those who still read it."""
         self._free: list[tuple[int, int]] = []
 
     @property
@@ -41,7 +41,7 @@ class SlotTable:
 
     @property
     def free(self) -> int:
-        """Slots that could still be handed out, though not always in one run."""
+        """Slots that can still be handed out, though not always in one run."""
         return sum(count for _, count in self._free) + self.limit - self.size
 
     def allocate(self, count: int) -> int | None:

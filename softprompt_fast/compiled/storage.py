@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import weakref
 from pathlib import Path
@@ -11,18 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = "softprompt_fast compiled prompt 1"
+from ..base.files import save_tensors_atomically
+
+FILE_FORMAT = "softprompt_fast compiled prompt 1"
 _known: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of every parameter and buffer of a model, and of what its configuration says of its forward pass.
+    """A hash of every parameter and buffer of a model and of its class.
 
-    Read once per model object, about a second per gigabyte; weights are taken to be frozen.
+    Computed once per model object, about a second per gigabyte; the weights must not change afterwards.
     """
     with _lock:
         if model not in _known:
@@ -36,16 +36,13 @@ def fingerprint(model: Any) -> str:
 
 
 def save(path: Path, values: Tensor, vectors: Tensor, model: Any) -> None:
-    """Writes a compiled prompt [L, 2, P, H', E] and the vectors [P, D] it came from; the file appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    """Writes a compiled prompt [L, 2, P, H', E] and the vectors [P, D] it was computed from; the file appears whole."""
     tensors = {"compiled": values.detach().cpu().contiguous(), "prompt_embeddings": vectors.detach().cpu().contiguous()}
-    save_file(tensors, partial, metadata={"format": FORMAT, "model": fingerprint(model)})
-    os.replace(partial, path)
+    save_tensors_atomically(path, tensors, {"format": FILE_FORMAT, "model": fingerprint(model)})
 
 
 def load(path: Path, model: Any) -> tuple[Tensor, Tensor]:
-    """The keys and values, and the vectors, of a compiled prompt.
+    """Reads a compiled prompt: its keys and values, and the vectors that it was computed from.
 
     Raises:
         ValueError: not such a file, or made with other weights.
@@ -53,7 +50,7 @@ def load(path: Path, model: Any) -> tuple[Tensor, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}
-            if facts.get("format") != FORMAT or set(file.keys()) != {"compiled", "prompt_embeddings"}:
+            if facts.get("format") != FILE_FORMAT or set(file.keys()) != {"compiled", "prompt_embeddings"}:
                 raise ValueError(f"{path} must be a compiled prompt, got {facts.get('format')!r}")
             if facts.get("model") != fingerprint(model):
                 raise ValueError(f"{path} was compiled with other weights than this model's; compile the prompt again")

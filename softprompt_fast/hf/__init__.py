@@ -1,4 +1,4 @@
-"""What depends on how transformers works inside. Few other files should change with a transformers upgrade."""
+"""Everything that depends on how transformers works inside: an upgrade of transformers should change only this."""
 
 from .loading import SMOLLM2, load_base_model
 

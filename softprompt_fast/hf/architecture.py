@@ -1,15 +1,16 @@
-"""What a transformers model is, as far as a soft prompt in front of its input is concerned."""
+"""Facts about transformers models that decide whether and how a soft prompt can be put in front of their input."""
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from ..base.errors import Unsupported
 
 # Heads whose result would be wrong with a prompt in front: they pool a fixed position or return positions.
 DISPLACED_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
-# Attributes of configurations of models that embed each token once more in every layer.
+# Configuration fields of models that embed each token again in every layer.
 PER_LAYER_EMBEDDINGS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 
 
@@ -18,7 +19,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def is_causal(model: Any) -> bool:
-    """Whether text only sees what stands before it: a decoder, with whatever head."""
+    """Whether a token only sees the tokens before it: a decoder, with any head."""
     if is_encoder_decoder(model):
         return False
     can_generate = getattr(model, "can_generate", None)
@@ -33,10 +34,10 @@ def pools_last_token(model: Any) -> bool:
 
 
 def check_supported(model: Any) -> None:
-    """Refuses models that a prompt in front of ``inputs_embeds`` cannot be right for.
+    """Refuses models whose results would be wrong with a prompt in front of ``inputs_embeds``.
 
     Raises:
-        TypeError: naming the model's class and the reason.
+        TypeError: with the model's class and the reason.
     """
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
@@ -44,16 +45,16 @@ def check_supported(model: Any) -> None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     if any(getattr(config, field, None) for field in PER_LAYER_EMBEDDINGS):
         raise TypeError(
-            f"{name} embeds every token once more in each layer (per-layer embeddings) and so needs input_ids beside "
-            "inputs_embeds; a soft prompt has no token ids, and this model cannot take one"
+            f"{name} embeds every token again in each layer (per-layer embeddings) and needs input_ids as well as "
+            "inputs_embeds; a soft prompt has no token ids, so this model cannot use one"
         )
     if "inputs_embeds" not in forward_parameters(model):
-        raise TypeError(f"{name}.forward takes no inputs_embeds, so no prompt can be put in front of its tokens")
+        raise TypeError(f"{name}.forward takes no inputs_embeds, so it cannot use a prompt")
     if name.endswith(DISPLACED_HEADS):
         raise TypeError(f"{name} returns or pools positions that a prompt would displace; this head is not supported")
     if pools_last_token(model) and not is_causal(model):
         raise TypeError(
-            f"{name} pools the first position, where the prompt would stand; use the model with a "
+            f"{name} pools the first position, where the prompt would be; use the model with a "
             "language-modelling or token-classification head"
         )
 
@@ -67,8 +68,38 @@ def accepts_any_keyword(model: Any) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
+@dataclass(frozen=True)
+class ForwardTraits:
+    """How a model's forward takes its inputs, and the kind of its output."""
+
+    parameters: frozenset[str]
+    any_keyword: bool
+    encoder_decoder: bool
+    causal: bool
+    pools_last_token: bool
+
+    @classmethod
+    def of(cls, model: Any) -> ForwardTraits:
+        return cls(
+            parameters=frozenset(forward_parameters(model)),
+            any_keyword=accepts_any_keyword(model),
+            encoder_decoder=is_encoder_decoder(model),
+            causal=is_causal(model),
+            pools_last_token=pools_last_token(model),
+        )
+
+    @property
+    def predicts_next_token(self) -> bool:
+        return self.causal and not self.pools_last_token
+
+    @property
+    def labels_per_token(self) -> bool:
+        """Whether there is one label, and one output, per input token."""
+        return not self.encoder_decoder and not self.pools_last_token
+
+
 def peft_config(model: Any) -> dict[str, Any]:
-    """The model's facts in PEFT's words, for ``adapter_config.json``."""
+    """The model's fields of PEFT's ``adapter_config.json``."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     name = type(model).__name__
     if is_encoder_decoder(model):
@@ -90,7 +121,7 @@ def peft_config(model: Any) -> dict[str, Any]:
 
 
 def context_length(config: Any) -> int | None:
-    """Positions that a model has; None where they are relative and the configuration sets no limit."""
+    """The largest number of positions of a model; None: positions are relative and the configuration sets no limit."""
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
@@ -103,10 +134,10 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def check_architecture(model: Any) -> None:
-    """What can be told from a model's class and configuration.
+    """Checks by class and configuration whether a model can run the packed layout.
 
     Raises:
-        Unsupported: with the reason.
+        Unsupported: it cannot; with the reason.
     """
     if is_encoder_decoder(model) or not is_causal(model):
         raise Unsupported("only causal decoders can share a prompt's hidden states")

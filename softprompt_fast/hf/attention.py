@@ -1,4 +1,4 @@
-"""Installs this library's attention in a transformers model, in front of the model's own."""
+"""Installs this library's attention in a transformers model. The model's own attention runs all other batches."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..base.errors import Unsupported
 
-PREFIX = "softprompt_fast_"
-ATTRIBUTE = "_softprompt_fast_layout"
-# Keywords that change nothing here: positions are in q and k already, nothing is cached, nothing is returned.
+IMPLEMENTATION_PREFIX = "softprompt_fast_"
+CARRIER_ATTRIBUTE = "_softprompt_fast_layout"
+"""Attribute of a mask or of keys. Its value is the object whose ``attend`` method computes the attention."""
+# Keywords that change nothing here: queries and keys already contain positions, nothing is cached or returned.
 IGNORED = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "return_dict", "logits_to_keep"}
 IGNORED |= {"output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "tokenizer"}
-# What an implementation of transformers leaves out of the model's own formula; equal to it means leaving it out too.
+# Parts of a model's formula that an implementation of transformers leaves out. We leave them out too, to equal it.
 IGNORED_BY = {"sdpa": {"softcap", "s_aux"}}
 
 
@@ -24,7 +25,7 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def check_keywords(module: Any, is_causal: bool | None, keywords: dict[str, Any]) -> None:
-    """Raises Unsupported for attention that is not causal, or is told something that is not known here."""
+    """Raises Unsupported for attention that is not causal or gets an unknown keyword."""
     unknown = sorted(k for k, v in keywords.items() if k not in IGNORED and v is not None and v is not False)
     if unknown:
         raise Unsupported(f"its attention uses a keyword unknown here: {', '.join(unknown)}")
@@ -33,7 +34,7 @@ def check_keywords(module: Any, is_causal: bool | None, keywords: dict[str, Any]
 
 
 def install(model: Any) -> None:
-    """Lets a model run packed batches; every other call goes to the implementation it has now.
+    """Lets a model run packed batches; every other call uses the implementation that it has now.
 
     Raises:
         Unsupported: its attention cannot be replaced.
@@ -43,15 +44,15 @@ def install(model: Any) -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = model.config._attn_implementation
-    if before.startswith(PREFIX):
+    if before.startswith(IMPLEMENTATION_PREFIX):
         return
     if before == "eager":
         original: Attention = _eager_attention
     elif before in ALL_ATTENTION_FUNCTIONS:
         original = ALL_ATTENTION_FUNCTIONS[before]
     else:
-        raise Unsupported(f"its attention implementation {before!r} is not one that can be put behind another")
-    name = PREFIX + before
+        raise Unsupported(f"its attention implementation {before!r} is not a function that can be wrapped")
+    name = IMPLEMENTATION_PREFIX + before
     ignored = IGNORED_BY.get(before, set())
 
     @torch.compiler.disable  # the carrier is another object in every batch
@@ -62,7 +63,7 @@ def install(model: Any) -> None:
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor | None]:
-        carrier = getattr(key, ATTRIBUTE, None) or getattr(attention_mask, ATTRIBUTE, None)
+        carrier = getattr(key, CARRIER_ATTRIBUTE, None) or getattr(attention_mask, CARRIER_ATTRIBUTE, None)
         if carrier is None:
             return original(module, query, key, value, attention_mask, *args, **keywords)
         if args:
@@ -89,5 +90,5 @@ def _eager_attention(module: Any, *args: Any, **keywords: Any) -> tuple[Tensor, 
 def uninstall(model: Any) -> None:
     """Gives a model back the attention implementation it had."""
     name = model.config._attn_implementation
-    if name.startswith(PREFIX):
-        model.set_attn_implementation(name.removeprefix(PREFIX))
+    if name.startswith(IMPLEMENTATION_PREFIX):
+        model.set_attn_implementation(name.removeprefix(IMPLEMENTATION_PREFIX))

@@ -1,4 +1,4 @@
-"""What the fused pass must know of a model's input embedding module."""
+"""The facts about a model's input embedding module that the fused pass needs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ..base.compiling import constant_when_compiled
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """A look-up table and what its module does with the vectors."""
+    """A look-up table, and the factor its module applies to the vectors."""
 
     weight: Tensor
     """[V, D]"""
     scale: float = 1.0
-    """Factor on what is looked up (Gemma, BART and others multiply by sqrt(D)), as rounded by the module."""
+    """Factor on the vectors, as rounded by the module (Gemma, BART and others multiply by sqrt(D))."""
     padding_idx: int | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """[...] ids -> [..., D], as the module itself would give them."""
+        """[...] ids -> [..., D], as the module itself computes them."""
         vectors = torch.nn.functional.embedding(input_ids, self.weight)
         return vectors * self.scale if self.scale != 1.0 else vectors
 
 
 def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
-    """The table behind an embedding module that is known to be a look-up, possibly times a constant.
+    """The table of an embedding module that is a look-up, possibly times a constant.
 
     Args:
         embedding: ``nn.Embedding``, a subclass that multiplies by its ``embed_scale``, or a weight [V, D].
@@ -42,14 +42,14 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
             f"`embedding` must be a torch.nn.Embedding or its weight [V, D], got {type(embedding).__name__}"
         )
     if embedding.max_norm is not None:
-        raise TypeError("`embedding` must not renormalise what it looks up, but has max_norm set")
+        raise TypeError("`embedding` cannot have max_norm, which the fused pass would not apply")
     if embedding.weight.device.type == "meta":
-        raise TypeError("`embedding` must be on a real device, but its weight is on 'meta' (offloaded?)")
+        raise TypeError("`embedding` must be on a real device, got a weight on 'meta' (is it offloaded?)")
     hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
-    # transformers registers one for gradient checkpointing; a prompt's own gradient makes it needless.
+    # transformers registers this one for gradient checkpointing. It is not needed: the prompt has a gradient itself.
     hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
     if hooks:
-        raise TypeError(f"`embedding` must not have forward hooks, which the fused pass would not run, got {hooks[0]}")
+        raise TypeError(f"`embedding` cannot have forward hooks, which the fused pass would not run, got {hooks[0]}")
     weight = embedding.weight
     if hasattr(weight, "full_tensor"):  # sharded by FSDP
         weight = weight.full_tensor()
@@ -59,7 +59,7 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
 
 @constant_when_compiled
 def _scale_of(embedding: nn.Embedding) -> float:
-    """The constant a subclass multiplies by, verified on a few rows so that nothing else can hide in its forward."""
+    """The constant a subclass multiplies by; a few rows verify that its forward does nothing else."""
     weight = embedding.weight.detach()
     scale = getattr(embedding, "embed_scale", None)
     if isinstance(scale, Tensor):  # Gemma rounds it to the weight's dtype first

@@ -1,4 +1,4 @@
-"""Text generation of a decoder from a left-padded prompted batch, through transformers' own ``generate``."""
+"""Text generation of a decoder with prompts, through transformers' own ``generate``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops.assemble.batch import PromptedBatch
 
 
 class _TextOnly:
-    """A streamer that does not see the ids standing in for prompts and padding."""
+    """A streamer that does not see the stand-in ids of prompts and padding."""
 
     def __init__(self, streamer: Any, hidden: int) -> None:
         self._streamer, self._hidden = streamer, hidden
@@ -29,20 +29,22 @@ def generate(model: Any, input_ids: Tensor, batch: PromptedBatch, options: dict[
     """``model.generate`` on a batch with padding on the left; returns ``input_ids`` followed by the new tokens."""
     ids = _aligned_ids(input_ids, batch, batch.inputs_embeds.shape[1])
     inputs = {"inputs_embeds": batch.inputs_embeds, "attention_mask": batch.attention_mask}
-    return generate_behind(model, input_ids, ids, inputs, options)
+    return generate_with_stand_ins(model, input_ids, ids, inputs, options)
 
 
-def generate_behind(model: Any, input_ids: Tensor, ids: Tensor, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+def generate_with_stand_ins(
+    model: Any, input_ids: Tensor, ids: Tensor, inputs: dict[str, Any], options: dict[str, Any]
+) -> Any:
     """``model.generate`` on rows that hold more than their text; returns ``input_ids`` followed by the new tokens.
 
-    ``generate`` reads vectors or a cache for its first step and ids for everything else (penalties, stopping,
-    lengths). So each prompt position and each padding position gets a stand-in id: the row's own first token, which no
-    penalty on repeated tokens can mistake for something the row does not hold.
+    ``generate`` reads vectors or a cache in its first step, and ids for everything else (penalties, stopping,
+    lengths). So each prompt position and each padding position gets a stand-in id. It is the row's own first token:
+    a penalty on repeated tokens then never affects a token that the row does not hold.
 
     Args:
         input_ids: [B, T]
-        ids: [B, S], the same behind its prompts, with stand-ins.
-        inputs: what the first step reads.
+        ids: [B, S], the same tokens after prompts and padding, which have stand-in ids.
+        inputs: the other arguments of the first step: vectors or a cache, and the mask.
         options: of ``generate``; lengths count ``input_ids`` and new tokens.
     """
     rows, tokens = input_ids.shape
@@ -64,7 +66,7 @@ def generate_behind(model: Any, input_ids: Tensor, ids: Tensor, inputs: dict[str
 
 
 def _aligned_ids(input_ids: Tensor, batch: PromptedBatch, width: int) -> Tensor:
-    """[B, S]: the text's ids at their slots, each row's first one elsewhere."""
+    """[B, S]: the text's ids at their slots, and each row's first id at all other slots."""
     real = batch.token_slots >= 0
     first = input_ids.gather(1, real.int().argmax(1, keepdim=True)) if input_ids.shape[1] else input_ids.new_zeros(1, 1)
     ids = first.expand(-1, width).flatten().clone()

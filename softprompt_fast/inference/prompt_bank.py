@@ -100,10 +100,10 @@ class PromptBank:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
         self._compiling = threading.Lock()
-        shared = self.model.shared
-        assert shared is not None  # only execution="padded" has none
-        if shared.unsupported is not None:
-            self.uncompiled = f"the model cannot run prompts and texts separately: {shared.unsupported}"
+        runner = self.model.runner
+        assert runner is not None  # only execution="padded" has none
+        if runner.unsupported is not None:
+            self.uncompiled = f"the model cannot run prompts and texts separately: {runner.unsupported}"
             self.bytes_per_token = 0
             self._shape: tuple[int, int, int, int] | None = None
         else:
@@ -122,7 +122,7 @@ class PromptBank:
                 self.uncompiled = f"the budget of {budget} bytes holds no virtual token ({self.bytes_per_token} bytes)"
         if prompts is not None:
             for name in prompts:
-                self.add(name, prompts.without_token_update(name, "PromptBank"))
+                self.add(name, prompts.plain_parameter(name, purpose="PromptBank"))
 
     # --- what is in it ---
 
@@ -325,15 +325,15 @@ class PromptBank:
         return chosen.to(self.model.device, non_blocking=True), places
 
     def _compile(self, entries: list[Entry]) -> None:
-        shared = self.model.shared
-        if not entries or shared is None:
+        runner = self.model.runner
+        if not entries or runner is None:
             return
         total = sum(len(entry) for entry in entries)
         if total > self._table.limit:
             return  # more than the budget: they run with their batch
         plain = [entry for entry in entries if not entry.deep]
         try:
-            values = compile_prompts(shared, [entry.vectors for entry in plain]) if plain else None
+            values = compile_prompts(runner, [entry.vectors for entry in plain]) if plain else None
         except Unsupported as error:
             self.stop_compiling(str(error))
             return

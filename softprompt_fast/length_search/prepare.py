@@ -110,7 +110,7 @@ def measure_costs(
         passes = len(task.labels)
     if isinstance(model, DeepPromptModel):
         per_step = per_row = 0.0  # nothing of the prompt runs
-    elif model.shared is None or model.shared.unsupported is not None or encoder_decoder:
+    elif model.runner is None or model.runner.unsupported is not None or encoder_decoder:
         per_step, per_row = float(rows), float(passes)
     else:
         per_step, per_row = float(settings.gradient_accumulation_steps), passes / settings.batch_size

@@ -242,7 +242,7 @@ class _Search:
         def scorer(prompt: str | None) -> dict[str, float]:
             if prompt is None:
                 return self.before
-            scored.append(self._score(task, held_out, {prompt: model.prompts.values(prompt)})[prompt])
+            scored.append(self._score(task, held_out, {prompt: model.prompts.snapshot(prompt)})[prompt])
             return scored[-1].summary()
 
         job = TuningJob(task, self._rows(rung), held_out, scorer=scorer)

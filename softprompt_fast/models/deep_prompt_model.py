@@ -1,7 +1,7 @@
 """Deep prompts: the keys and values of every layer for P virtual tokens are trained, not vectors at the input.
 
-Prefix tuning (Li & Liang 2021, arXiv 2101.00190) and P-tuning v2 (arXiv 2110.07602). A deep prompt is what compiling
-makes of a plain one, so nothing of it runs through the model: texts are packed behind the trained keys and values.
+Prefix tuning (Li & Liang 2021, arXiv 2101.00190) and P-tuning v2 (arXiv 2110.07602). A deep prompt has the form of a
+compiled plain prompt, so it does not run through the model: packed texts follow the trained keys and values.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,24 +19,28 @@ from ..base.errors import Unsupported
 from ..base.modules import evaluating
 from ..compiled.compile import compile_prompts, flattened, slot_shape
 from ..compiled.continuation import Continuation
-from ..compiled.prefix_runner import PrefixRunner, _plain, _refusal
+from ..compiled.prefix_runner import PrefixRunner
 from ..hf import architecture
 from ..hf.architecture import check_architecture
 from ..hf.embedding import embedding_table
-from ..ops.assemble.batch import PromptedBatch
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
-from ..prompts.initialization import METHODS, initial_prompt
+from ..prompts.initialization import INITIALIZATIONS, initial_prompt
 from ..prompts.peft_files import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
-from .soft_prompt_model import SoftPromptModel
+from .soft_prompt_model import PADDED_OPTIONS, SoftPromptModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..prompts.initialization import InitOptions
 
 
 class DeepPromptModel(SoftPromptModel):
     """Freezes a decoder and holds deep prompts: ``prompts[name]`` is [P, W], with W = L * 2 * H' * E.
 
-    What a row's ``prompts[name]`` holds stands before its text as cached keys and values of every layer, in PEFT's
-    order. Used like :class:`SoftPromptModel`: any mix of prompts in a batch, outputs aligned with ``input_ids``. A
-    prompt has no output of its own, so a row's first token is predicted by nothing, and a label on it is not read.
+    A row's text follows its ``prompts[name]``, cached keys and values of every layer in PEFT's order. Used like
+    :class:`SoftPromptModel`: any mix of prompts in a batch, outputs aligned with ``input_ids``. A prompt has no output
+    of its own, so nothing predicts a row's first token, and a label on it is not read.
 
     Args:
         model: a causal language model that can run the packed layout.
@@ -44,29 +48,39 @@ class DeepPromptModel(SoftPromptModel):
         check: compare the first training and the first inference batch with each row run alone.
 
     Raises:
-        TypeError: a model that cannot run the packed layout, with the reason. If only running shows it, the first
-            batch raises it.
+        TypeError: the model cannot run the packed layout; with the reason. If only running shows it, the first batch
+            raises it.
     """
 
-    shared: PrefixRunner
+    runner: PrefixRunner
     prompts: FastSoftPrompt
+    refused_arguments = SoftPromptModel.refused_arguments | dict.fromkeys(
+        PADDED_OPTIONS, "deep prompts run in the packed layout, which does not support it"
+    )
 
     def __init__(self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True) -> None:
         architecture.check_supported(model)
         try:
             check_architecture(model)
         except Unsupported as error:
-            raise TypeError(_refusal(model, str(error))) from error
+            raise _refusal(model, str(error)) from error
         super().__init__(model, prompts, check=check, shared_text=None)
-        self._continuation = Continuation(self.shared)
+        if self.runner.unsupported is not None:
+            self._fallback(self.runner.unsupported)
+        self._continuation = Continuation(self.runner)
 
     @staticmethod
     def _prompt_width(model: Any) -> int:
         return torch.Size(slot_shape(model)).numel()
 
     @staticmethod
-    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
+    def _packed_runner(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
         return PrefixRunner(model, check=check)
+
+    def _fallback(self, reason: str) -> NoReturn:
+        """Refuses the call: there is no other layout."""
+        self.runner.unsupported = reason
+        raise _refusal(self.base_model, reason)
 
     def add_prompt(
         self,
@@ -74,33 +88,29 @@ class DeepPromptModel(SoftPromptModel):
         num_virtual_tokens: int | None = None,
         *,
         init: str | Tensor | PathLike[str] = "random",
-        tokenizer: Any = None,
-        init_text: str | None = None,
-        class_labels: Sequence[str] | None = None,
-        seed: int | None = None,
+        **options: Unpack[InitOptions],
     ) -> nn.Parameter:
         """Adds a prompt and returns its parameter [P, W].
 
         Args:
-            init: a plain prompt to start from, whose keys and values are computed: "random", "vocabulary", "text",
-                "class_labels", a tensor [P, D] or the folder of a tuned prompt, as in
-                :meth:`FastSoftPrompt.add_prompt`. Taken as it is: a tensor [P, W], PEFT's folder of a prefix, or the
-                name of a prompt of this bank.
+            init: one of:
+
+                * a plain prompt, whose keys and values are computed: "random", "vocabulary", "text", "class_labels", a
+                  tensor [P, D] or the folder of a tuned prompt, as in :meth:`FastSoftPrompt.add_prompt`.
+                * a deep prompt to copy: a tensor [P, W], PEFT's folder of a prefix, or a name in this bank.
+            name, num_virtual_tokens, options: as in :meth:`FastSoftPrompt.add_prompt`.
         """
         source: str | Tensor | PathLike[str] = init
-        if isinstance(init, str) and init not in METHODS and init in self.prompts:
+        if isinstance(init, str) and init not in INITIALIZATIONS and init in self.prompts:
             source = self.prompts[init].detach()
-        elif not isinstance(init, Tensor) and init not in METHODS:
+        elif not isinstance(init, Tensor) and init not in INITIALIZATIONS:
             deep = is_prompt_folder(Path(init)) and peft_type(init) == DEEP
             source = self.read_prompt(init) if deep else read_vectors(init)
         values = initial_prompt(
             source,
             num_virtual_tokens,
             embedding_table(self.get_input_embeddings()),
-            tokenizer=tokenizer,
-            init_text=init_text,
-            class_labels=class_labels,
-            seed=seed,
+            **options,
         )
         width = self.base_model.get_input_embeddings().weight.shape[1]
         if values.shape[1] not in (width, self.prompts.embedding_dim):
@@ -109,17 +119,17 @@ class DeepPromptModel(SoftPromptModel):
         if values.shape[1] != self.prompts.embedding_dim:
             try:
                 with evaluating(self.base_model):
-                    values = flattened(compile_prompts(self.shared, [values])).float()
+                    values = flattened(compile_prompts(self.runner, [values])).float()
             except Unsupported as error:
-                self.shared.give_up(str(error))
+                self._fallback(str(error))
         return self.prompts.add_prompt(name, init=values)
 
     def execution_report(self) -> ExecutionReport:
-        """Shared, or refused with the reason; what the comparison with rows alone gave, once it was made."""
+        """ "shared", or "refused" with the reason; and the result of the check once it has run."""
         report = super().execution_report()
         return report if report.execution == "shared" else replace(report, execution="refused")
 
-    def _logits_behind(
+    def _logits_after(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -129,7 +139,7 @@ class DeepPromptModel(SoftPromptModel):
     ) -> Tensor:
         if places is None:
             _check_no_empty_row(input_ids, attention_mask)
-        return super()._logits_behind(input_ids, attention_mask, prompt_ids, places, prompts)
+        return super()._logits_after(input_ids, attention_mask, prompt_ids, places, prompts)
 
     @torch.no_grad()
     def generate(
@@ -141,27 +151,19 @@ class DeepPromptModel(SoftPromptModel):
         prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
-        """``model.generate`` behind each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
+        """``model.generate`` after each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
         bank = self.prompts if prompts is None else prompts
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _check_no_empty_row(input_ids, mask)
-        chosen = _plain(bank.choose(prompt_ids, len(input_ids)))
-        starts = chosen.offsets
-        prefixes = [(starts[n], starts[n + 1] - starts[n]) if n >= 0 else (0, 0) for n in chosen.ids]
-        compiled = self.shared.compiled(chosen.tensors)
+        selection = bank.select(prompt_ids, len(input_ids))
+        compiled = self.runner.compiled(selection)
         if compiled is None:
-            compiled = self.base_model.get_input_embeddings().weight.new_empty(
-                *self.shared.shape[:2], 0, *self.shared.shape[2:]
-            )
+            layers, two, heads, size = self.runner.shape
+            compiled = self.base_model.get_input_embeddings().weight.new_empty(layers, two, 0, heads, size)
         try:
-            return self._continuation.generate(compiled, prefixes, input_ids, mask, options)
+            return self._continuation.generate(compiled, selection.prefixes, input_ids, mask, options)
         except Unsupported as error:
-            self.shared.give_up(str(error))
-
-    def _assemble(self, *args: Any, **options: Any) -> PromptedBatch:
-        if self.shared.unsupported is not None:
-            raise TypeError(_refusal(self.base_model, self.shared.unsupported))
-        raise ValueError("`output_attentions` and `use_cache` must not be given: deep prompts run packed only")
+            self._fallback(str(error))
 
     # --- files ---
 
@@ -169,18 +171,22 @@ class DeepPromptModel(SoftPromptModel):
         """Writes each prompt as PEFT's prefix-tuning folder, ``directory/<name>/``. The base model is not written."""
         facts = architecture.peft_config(self.base_model)
         for name in self.prompts.names if names is None else names:
-            write_prefix(Path(directory) / name, self.prompts.values(name), self.shared.shape, facts)
+            write_prefix(Path(directory) / name, self.prompts.snapshot(name), self.runner.shape, facts)
 
     def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
         """[P, W] float32, the deep prompt of an adapter folder.
 
         Raises:
-            ValueError: it was made for a model of another shape.
+            ValueError: the prompt was made for a model of another shape.
         """
-        return read_prefix(folder, self.shared.shape)[0]
+        return read_prefix(folder, self.runner.shape)[0]
 
 
 def _check_no_empty_row(input_ids: Tensor, attention_mask: Tensor | None) -> None:
     empty = input_ids.shape[1] == 0 if attention_mask is None else not (attention_mask != 0).any(1).all()
     if empty and len(input_ids):
-        raise ValueError("`input_ids` must hold a token in each row: behind a deep prompt alone nothing is predicted")
+        raise ValueError("`input_ids` must hold a token in each row because a deep prompt alone predicts nothing")
+
+
+def _refusal(model: Any, reason: str) -> TypeError:
+    return TypeError(f"{type(model).__name__} cannot run deep prompts: {reason}")

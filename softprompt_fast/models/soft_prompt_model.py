@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..base.errors import Unsupported
 from ..hf import architecture, generation
-from ..ops.assemble.batch import PromptedBatch
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
-from ..tasks.encoding import IGNORED
+from .padded_runner import LossFunction, PaddedRunner
 
-# Of a model's output, what has one entry per input position, and what is a tuple of such.
-ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
-ALIGNED_TUPLES = ("hidden_states", "encoder_hidden_states")
-LossFunction = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..prompts.initialization import InitOptions
+
+Result = TypeVar("Result")
 EXECUTIONS = ("auto", "shared", "padded")
-OWN_ARGUMENTS = {
-    "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
-    "position_ids": "positions follow from the attention mask and the prompts' lengths",
-    "past_key_values": "forward runs whole rows; `generate` handles the cache",
-}
+PADDED_OPTIONS = ("output_attentions", "use_cache")
+"""Options of a model's forward whose results only the padded layout has."""
 
 
 class SoftPromptModel(nn.Module):
@@ -34,21 +33,31 @@ class SoftPromptModel(nn.Module):
 
     ``forward`` returns what the model returns, with logits and hidden states aligned with ``input_ids``: position
     ``t`` of the output belongs to token ``t`` of the input, prompts are dropped, padding is zero. A row's numbers do
-    not depend on the other rows of its batch or on where its padding stands.
+    not depend on the other rows of its batch or on where its padding is.
 
     Args:
         model: a transformers decoder, encoder or encoder-decoder; its parameters are frozen in place.
         prompts: a bank to use; None: an empty one, on the model's device.
-        execution: "shared": each distinct prompt runs once per batch, padding never runs, logits only where they are
-            read (``shared_prompt.py``). "padded": every row carries its prompt, for any architecture. "auto": shared
-            where that is exact, else padded, with one log line that says why; :meth:`execution_report` tells too.
+        execution: one of:
+
+            * "shared": each distinct prompt runs once per batch, padding never runs, and logits are computed only
+              where they are read (``packed/runner.py``).
+            * "padded": every row carries its prompt; for any architecture (``models/padded_runner.py``).
+            * "auto": "shared" where that is exact, else "padded". One log line and :meth:`execution_report` say why.
         check: compare the first training and the first inference batch of "shared" with each row run alone.
-        shared_text: "auto": tokens that all rows of a prompt share at their start (an instruction, examples) run once
-            too; None: they do not.
+        shared_text: "auto": tokens that all rows of a prompt share at their start (an instruction, examples) also run
+            once; None: they run in every row.
 
     Raises:
-        TypeError: a model that a prompt in front of its input cannot be right for, with the reason.
+        TypeError: the model's results would be wrong with a prompt in front of its input; with the reason.
     """
+
+    refused_arguments: ClassVar[dict[str, str]] = {
+        "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
+        "position_ids": "positions follow from the attention mask and the prompts' lengths",
+        "past_key_values": "forward runs whole rows; `generate` handles the cache",
+    }
+    """Arguments of the model's forward that cannot be given here, and why."""
 
     def __init__(
         self,
@@ -72,15 +81,13 @@ class SoftPromptModel(nn.Module):
         if prompts is not None and prompts.embedding_dim != width:
             raise ValueError(f"`prompts` must have embedding_dim={width} like the model, got {prompts.embedding_dim}")
         self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
-        self._parameters_of_forward = architecture.forward_parameters(model)
-        self._any_keyword = architecture.accepts_any_keyword(model)
-        self.accepts_loss_kwargs = self._any_keyword  # Trainer asks before it passes num_items_in_batch
+        self._traits = architecture.ForwardTraits.of(model)
+        self.accepts_loss_kwargs = self._traits.any_keyword  # Trainer asks before it passes num_items_in_batch
         self.execution = execution
-        self.shared = self._shared_prompt(model, check, shared_text) if execution != "padded" else None
-        if execution == "shared" and self.shared is not None and self.shared.unsupported:
-            raise ValueError(f"execution='shared' is not exact for this model: {self.shared.unsupported}")
-        self._next_token_model = architecture.is_causal(model) and not architecture.pools_last_token(model)
-        self._padding_side = "left" if architecture.pools_last_token(model) else "right"
+        self.runner = self._packed_runner(model, check, shared_text) if execution != "padded" else None
+        """Runs the packed layout; None: padded execution was asked for."""
+        if execution == "shared" and self.runner is not None and self.runner.unsupported:
+            raise ValueError(f"execution='shared' is not exact for this model: {self.runner.unsupported}")
 
     @staticmethod
     def _prompt_width(model: Any) -> int:
@@ -89,7 +96,7 @@ class SoftPromptModel(nn.Module):
         return width
 
     @staticmethod
-    def _shared_prompt(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
+    def _packed_runner(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
         return PackedRunner(model, check=check, shared_text=shared_text)
 
     @property
@@ -114,22 +121,11 @@ class SoftPromptModel(nn.Module):
         num_virtual_tokens: int | None = None,
         *,
         init: str | Tensor | PathLike[str] = "random",
-        tokenizer: Any = None,
-        init_text: str | None = None,
-        class_labels: Sequence[str] | None = None,
-        seed: int | None = None,
+        **options: Unpack[InitOptions],
     ) -> nn.Parameter:
         """Adds a prompt and returns its parameter [P, D]; arguments as in :meth:`FastSoftPrompt.add_prompt`."""
-        return self.prompts.add_prompt(
-            name,
-            num_virtual_tokens,
-            init=init,
-            embedding=self.get_input_embeddings(),
-            tokenizer=tokenizer,
-            init_text=init_text,
-            class_labels=class_labels,
-            seed=seed,
-        )
+        embedding = self.get_input_embeddings()
+        return self.prompts.add_prompt(name, num_virtual_tokens, init=init, embedding=embedding, **options)
 
     def remove_prompt(self, name: str) -> None:
         self.prompts.remove_prompt(name)
@@ -153,37 +149,38 @@ class SoftPromptModel(nn.Module):
         """Runs the model with each row's prompt in front of its tokens.
 
         Args:
-            input_ids: [B, T]; of the encoder, if the model has one.
+            input_ids: [B, T]; the encoder's, if the model has one.
             attention_mask: [B, T] of 1 and 0; None: no padding.
-            labels: [B, T] for language models and token classification, -100 where there is none; [B] for sequence
-                classification; [B, T'] of the decoder for encoder-decoders.
-            prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). May
-                be left out if there is one prompt.
+            labels: [B, T] for language models and token classification, -100: no label; [B] for sequence
+                classification; [B, T'], the decoder's, for encoder-decoders.
+            prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). Not
+                needed if there is one prompt.
             lengths: [B] on the host, real tokens per row; with ``num_targets`` a step never waits for a GPU.
-            num_targets: labels of real tokens that are not -100.
-            return_logits: of decoders' language-modelling heads; None: only without labels. With labels, shared
-                execution computes logits only where the loss reads them, unless all are asked for.
+            num_targets: number of labels of real tokens that are not -100.
+            return_logits: whether decoders' language-modelling heads return logits; None: only without labels. With
+                labels and False, shared execution computes logits only where the loss reads them.
             prompts: a bank for this call; None: the model's own.
-            loss_function: instead of a language model's own loss: called with the logits [M, V] where labels are
-                expected, the labels [M] (-100: none), the row of the batch [M] that each belongs to, and, as Trainer
-                passes it, ``num_items_in_batch``; see ``tuning/objective.py``.
+            loss_function: replaces a language model's own loss. It is called with logits [M, V], their labels [M]
+                (-100: none), the row of the batch [M] of each, and ``num_items_in_batch`` if that is given, as by
+                Trainer; see ``tuning/objective.py``.
             options: passed on to the model.
 
         Returns:
             The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``.
         """
-        for argument, reason in OWN_ARGUMENTS.items():
-            if options.pop(argument, None) is not None:
-                raise ValueError(f"`{argument}` must not be given: {reason}")
+        for argument, reason in self.refused_arguments.items():
+            value = options.pop(argument, None)
+            if value is not None and value is not False:
+                raise ValueError(f"`{argument}` cannot be given: {reason}")
         own_loss = {"num_items_in_batch"} if loss_function is not None else set()
-        known = self._parameters_of_forward | own_loss
-        options = {k: v for k, v in options.items() if self._any_keyword or k in known}
+        known = self._traits.parameters | own_loss
+        options = {k: v for k, v in options.items() if self._traits.any_keyword or k in known}
         if return_logits is None:
             return_logits = labels is None
         bank = self.prompts if prompts is None else prompts
-        if self._shares(options):
-            assert self.shared is not None
-            output = self.shared.forward(
+
+        def packed(runner: PackedRunner) -> Any:
+            return runner.forward(
                 bank,
                 input_ids,
                 attention_mask,
@@ -193,80 +190,54 @@ class SoftPromptModel(nn.Module):
                 num_targets=num_targets,
                 return_logits=return_logits,
                 loss_function=loss_function,
+                options={k: v for k, v in options.items() if k != "use_cache"},
+            )
+
+        def padded() -> Any:
+            return self._padded.forward(
+                bank,
+                input_ids,
+                attention_mask,
+                labels,
+                prompt_ids,
+                return_logits=return_logits,
+                loss_function=loss_function,
                 options=options,
             )
-            if output is not None:
-                return output
-        return self._forward_padded(
-            bank, input_ids, attention_mask, labels, prompt_ids, return_logits, options, loss_function
-        )
 
-    def _forward_padded(
-        self,
-        bank: FastSoftPrompt,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None,
-        prompt_ids: PromptIds,
-        return_logits: bool,
-        options: dict[str, Any],
-        loss_function: LossFunction | None = None,
-    ) -> Any:
-        per_token = labels is not None and labels.shape == input_ids.shape and not self._labels_stand_apart()
-        per_slot = labels if per_token else None
-        batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, per_slot, self._padding_side)
-        inputs = dict(batch)
-        if labels is not None and not per_token:
-            inputs["labels"] = labels
-        if "use_cache" in self._parameters_of_forward:
-            options = {"use_cache": False} | options
-        if loss_function is not None and labels is not None:
-            items = {key: options.pop(key) for key in ("num_items_in_batch",) if key in options}
-            output, loss = self._with_own_loss(inputs, per_token, loss_function, items, options)
-            output["loss"] = loss
-        else:
-            output = self.base_model(**inputs, **options)
-        if not return_logits and self._next_token_model and getattr(output, "logits", None) is not None:
-            output["logits"] = None
-        return self._align(output, batch)
+        if any(options.get(option) for option in PADDED_OPTIONS):
+            return padded()
+        return self._run(packed, padded)
 
-    def _with_own_loss(
-        self,
-        inputs: dict[str, Any],
-        per_token: bool,
-        loss_function: LossFunction,
-        items: dict[str, Any],
-        options: dict[str, Any],
-    ) -> tuple[Any, Tensor]:
-        """A decoder's or encoder-decoder's output, and the caller's loss of it."""
-        if not (per_token and self._next_token_model) and not architecture.is_encoder_decoder(self.base_model):
-            raise ValueError("`loss_function` must not be given: this model's labels are not tokens of a text")
-        labels = inputs["labels"]
-        if per_token:  # else labels become the decoder's input
-            inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        output = self.base_model(**inputs, **options)
-        logits = output.logits
-        if per_token:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        row, column = (labels != IGNORED).nonzero(as_tuple=True)
-        return output, loss_function(logits[row, column], labels[row, column], row, **items)
+    def _run(self, packed: Callable[[PackedRunner], Result], padded: Callable[[], Result]) -> Result:
+        """The result of `packed`, or of `padded` where the model cannot run the packed layout."""
+        if self.runner is None:
+            return padded()
+        reason = self.runner.unsupported
+        if reason is None:
+            try:
+                return packed(self.runner)
+            except Unsupported as error:
+                reason = str(error)
+        self._fallback(reason)
+        return padded()
+
+    def _fallback(self, reason: str) -> None:
+        """Uses the padded layout from now on."""
+        if self.runner is not None and self.runner.unsupported is None:
+            self.runner.give_up(reason)
+
+    @property
+    def _padded(self) -> PaddedRunner:
+        return PaddedRunner(self.base_model, self._traits)  # not kept: replicas (nn.DataParallel) have another base
 
     def execution_report(self) -> ExecutionReport:
-        """Which execution is used, and why; what the comparison with the padded layout gave, once it was made."""
-        if self.shared is None:
+        """The execution that is used, the reason, and the result of the check once it has run."""
+        if self.runner is None:
             return ExecutionReport("padded", "asked for", {})
-        if self.shared.unsupported is not None:
-            return ExecutionReport("padded", self.shared.unsupported, self.shared.checked)
-        return ExecutionReport("shared", "exact for this architecture", self.shared.checked)
-
-    def _shares(self, options: dict[str, Any]) -> bool:
-        """Whether a call can take the shared path; what only the padded one gives is not a reason to give it up."""
-        return (
-            self.shared is not None
-            and self.shared.unsupported is None
-            and not options.get("output_attentions")
-            and not options.get("use_cache")
-        )
+        if self.runner.unsupported is not None:
+            return ExecutionReport("padded", self.runner.unsupported, self.runner.checked)
+        return ExecutionReport("shared", "exact for this architecture", self.runner.checked)
 
     @torch.no_grad()
     def next_token_logits(
@@ -277,8 +248,8 @@ class SoftPromptModel(nn.Module):
         *,
         prompts: FastSoftPrompt | None = None,
     ) -> Tensor:
-        """[B, V], what a decoder expects behind each row's text; computed nowhere else."""
-        return self._logits_behind(input_ids, attention_mask, prompt_ids, None, prompts)
+        """[B, V], a decoder's logits after each row's text; other logits are not computed."""
+        return self._logits_after(input_ids, attention_mask, prompt_ids, None, prompts)
 
     @torch.no_grad()
     def logits_at(
@@ -290,12 +261,12 @@ class SoftPromptModel(nn.Module):
         *,
         prompts: FastSoftPrompt | None = None,
     ) -> Tensor:
-        """[M, V], what a decoder expects behind the tokens at ``places`` [M, 2] (row, column of ``input_ids``)."""
+        """[M, V], a decoder's logits after the tokens at ``places`` [M, 2] (row, column of ``input_ids``)."""
         if places.dim() != 2 or places.shape[1] != 2:
             raise ValueError(f"`places` must be [M, 2], row and column of tokens, got {list(places.shape)}")
-        return self._logits_behind(input_ids, attention_mask, prompt_ids, places, prompts)
+        return self._logits_after(input_ids, attention_mask, prompt_ids, places, prompts)
 
-    def _logits_behind(
+    def _logits_after(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
@@ -303,28 +274,10 @@ class SoftPromptModel(nn.Module):
         places: Tensor | None,
         prompts: FastSoftPrompt | None,
     ) -> Tensor:
-        if not architecture.is_causal(self.base_model):
+        if not self._traits.causal:
             raise TypeError(f"{type(self.base_model).__name__} is not a decoder and has no next token")
-        bank = self.prompts if prompts is None else prompts
-        if self._shares({}):
-            assert self.shared is not None
-            logits = self.shared.logits_behind(bank, input_ids, attention_mask, prompt_ids, places)
-            if logits is not None:
-                return logits
-        if places is None:
-            return self._padded_next_token_logits(bank, input_ids, attention_mask, prompt_ids)
-        every: Tensor = self._forward_padded(bank, input_ids, attention_mask, None, prompt_ids, True, {}).logits
-        return every[places[:, 0], places[:, 1]]
-
-    def _padded_next_token_logits(
-        self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
-    ) -> Tensor:
-        batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
-        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters_of_forward else {}
-        if "use_cache" in self._parameters_of_forward:
-            options["use_cache"] = False
-        logits: Tensor = self.base_model(**batch, **options).logits
-        return logits[:, -1]
+        arguments = (self.prompts if prompts is None else prompts, input_ids, attention_mask, prompt_ids, places)
+        return self._run(lambda runner: runner.logits_after(*arguments), lambda: self._padded.logits_after(*arguments))
 
     def generate(
         self,
@@ -341,60 +294,21 @@ class SoftPromptModel(nn.Module):
             input_ids: [B, T]
             attention_mask: [B, T] of 1 and 0; None: no padding.
             prompt_ids, prompts: as in :meth:`forward`.
-            options: of transformers' ``generate``. ``max_length`` and ``min_length`` count ``input_ids`` and new
-                tokens, never prompts.
+            options: options of transformers' ``generate``. ``max_length`` and ``min_length`` count ``input_ids`` and
+                new tokens, never prompts.
 
         Returns:
-            What ``generate`` returns. Decoders: ``input_ids`` followed by the new tokens, as without a prompt.
+            The result of ``generate``; for decoders ``input_ids`` followed by the new tokens, as without a prompt.
         """
         if not getattr(self.base_model, "can_generate", lambda: False)():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
         bank = self.prompts if prompts is None else prompts
         with torch.no_grad():
-            if architecture.is_encoder_decoder(self.base_model):
-                batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")
+            if self._traits.encoder_decoder:
+                batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")
                 return self.base_model.generate(**batch, **options)
-            batch = self._assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
+            batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
             return generation.generate(self.base_model, input_ids, batch, options)
-
-    def _assemble(
-        self,
-        bank: FastSoftPrompt,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        prompt_ids: PromptIds,
-        labels: Tensor | None,
-        padding_side: str,
-    ) -> PromptedBatch:
-        batch: PromptedBatch = bank(
-            input_ids,
-            attention_mask,
-            embedding=self.get_input_embeddings(),
-            prompt_ids=prompt_ids,
-            labels=labels,
-            padding_side=padding_side,
-        )
-        return batch
-
-    def _labels_stand_apart(self) -> bool:
-        """Labels that are not one per input token."""
-        return architecture.is_encoder_decoder(self.base_model) or architecture.pools_last_token(self.base_model)
-
-    def _align(self, output: Any, batch: PromptedBatch) -> Any:
-        aligned = set(ALIGNED)
-        if self._labels_stand_apart():
-            aligned.discard("logits")
-        tuples = set(ALIGNED_TUPLES)
-        if architecture.is_encoder_decoder(self.base_model):
-            aligned.discard("last_hidden_state")
-            tuples.discard("hidden_states")
-        for name in aligned:
-            if getattr(output, name, None) is not None:
-                output[name] = batch.unpack(output[name])
-        for name in tuples:
-            if getattr(output, name, None) is not None:
-                output[name] = tuple(batch.unpack(states) for states in output[name])
-        return output
 
     # --- training helpers that transformers' Trainer looks for ---
 
@@ -409,11 +323,11 @@ class SoftPromptModel(nn.Module):
     def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
         """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
 
-        PEFT refuses a prompt that has a token update, for it knows none.
+        PEFT refuses a prompt that has a token update because it does not know them.
         """
         facts = architecture.peft_config(self.base_model)
         for name in self.prompts.names if names is None else names:
-            write_prompt(Path(directory) / name, self.prompts.values(name), facts, self.prompts.token_update(name))
+            write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, self.prompts.token_update(name))
 
     def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
         """Adds the prompt of an adapter folder, ours or PEFT's, with its token update, ready to be trained further.
@@ -433,7 +347,7 @@ class SoftPromptModel(nn.Module):
         """[P, D] float32, the prompt of an adapter folder.
 
         Raises:
-            ValueError: it was made for a model of another size, or has a token update.
+            ValueError: the prompt was made for a model of another size, or has a token update.
         """
         values, config = read_prompt(folder)
         return self._fitting(folder, values, config)
@@ -456,10 +370,10 @@ class SoftPromptModel(nn.Module):
 
         Args:
             names: load only these.
-            options: of the constructor.
+            options: options of the constructor.
 
         Raises:
-            FileNotFoundError: no prompt there.
+            FileNotFoundError: there is no such prompt.
         """
         folders = prompt_folders(directory)
         if names is not None:

@@ -1,9 +1,9 @@
 """Attention over the packed layout, as an attention implementation of transformers.
 
 The packed batch is one sequence ``[prompt a][prompt b]..[text of row 0][text of row 1]..``. Each prompt attends to
-itself; each row's text to its prompt and to itself. What the batch looks like travels as an attribute of a 4-D
-attention mask, which transformers hands from the model's arguments to its attention untouched, also when gradient
-checkpointing runs a layer a second time. Any other mask goes to the implementation that the model had before.
+itself; each row's text attends to its prompt and to itself. The batch's :class:`PackedLayout` is an attribute of a 4-D
+attention mask. transformers passes such a mask unchanged from the model's arguments to its attention, also when
+gradient checkpointing runs a layer a second time. With any other mask the model's own implementation runs.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def packed_attention(
     if sliding_window:
         layout.windows.add(sliding_window)
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # what autocast would do to SDPA's arguments
+    if torch.is_autocast_enabled(device):  # as autocast casts SDPA's arguments
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
     if layout.capture is not None:
-        layout.keep(module, packed[1], packed[2])
-    prefix = layout.compiled_for(module, packed[1], packed[2])
+        layout.store_captured(module, packed[1], packed[2])
+    prefix = layout.compiled_states(module, packed[1], packed[2])
     with torch.autocast(device, enabled=False):
         if segment_attention.available(query) and not dropout and softcap is None and s_aux is None:
             out = segment_attention.segment_attention(
@@ -64,15 +64,15 @@ def packed_attention(
                 prefix_value=prefix[1] if prefix else None,
             )
             return out[None], None
-        before = 0
+        compiled_slots = 0
         if prefix is not None:  # one sequence of compiled and own slots
-            before = prefix[0].shape[0]
+            compiled_slots = prefix[0].shape[0]
             packed[1:] = [torch.cat([a, b]) for a, b in zip(prefix, packed[1:], strict=True)]
         parts = [
             _attend(
                 group,
                 packed,
-                before,
+                compiled_slots,
                 scaling=scaling,
                 dropout=dropout,
                 window=sliding_window,
@@ -88,7 +88,7 @@ def packed_attention(
 def _attend(
     group: RowGroup,
     packed: list[Tensor],
-    before: int,
+    compiled_slots: int,
     *,
     scaling: float | None,
     dropout: float,
@@ -96,15 +96,16 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[slots, H, E'], the results of a group's own parts; `before`: slots in front of its own in keys and values."""
+    """[slots, H, E'], the results of a group's own parts; keys and values begin with `compiled_slots` other slots."""
     query, key, value = packed
     dtype = compute_dtype(query)
-    alone = len(group.prefixes) == 1 and not group.prefixes[0] and not before  # one row: it lies there as it is
-    if alone:
+    # A single row without prefix is contiguous already.
+    single = len(group.prefixes) == 1 and not group.prefixes[0] and not compiled_slots
+    if single:
         q, k, v = (x[None, group.first_slot : group.first_slot + group.slots].to(dtype) for x in packed)
     else:
         (q,) = unpack((query,), group.query_table, group.queries, dtype)
-        k, v = unpack((key, value), group.behind(before), group.keys, dtype)
+        k, v = unpack((key, value), group.shifted(compiled_slots), group.keys, dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     plain = not any(group.prefixes) and (not window or window >= group.keys)
     mask = None if plain and softcap is None and sinks is None else group.mask(window, dtype)
@@ -116,7 +117,7 @@ def _attend(
         assert mask is not None
         out = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, sinks)
     out = out.transpose(1, 2)
-    if alone:
+    if single:
         return out[0].to(query.dtype)
     return pack((out,), group.result_table, group.slots, query.dtype)[0]
 
@@ -140,7 +141,7 @@ def _explicit_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with a soft-capped score (Gemma 2) or a sink per head (gpt-oss), neither of which SDPA has."""
+    """Attention with soft-capped scores (Gemma 2) or a sink per head (gpt-oss); SDPA has neither."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)

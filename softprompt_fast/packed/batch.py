@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable, embedding_table
 from ..ops.assemble.functional import assemble, token_update
-from ..prompts.fast_soft_prompt import Chosen, FastSoftPrompt, PromptIds
+from ..prompts.selection import Selection
 from .layout import PackedLayout, RowGroup
 
 
 @dataclass(eq=False)
 class PackedInputs:
-    """What a model runs on."""
+    """A packed batch as the model reads it."""
 
     inputs_embeds: Tensor
     """[1, K, D]"""
@@ -29,49 +29,46 @@ class PackedInputs:
 
 @dataclass(eq=False)
 class SharedBatch(PackedInputs):
-    """A packed batch, and where each token of ``input_ids`` stands in it."""
+    """A packed batch, and the slot of each token of ``input_ids`` in it."""
 
     token_slots: Tensor
     """[B, T]: slot of each real token, -1 at padding. Tokens of shared text have the slot of the shared copy."""
     previous_slots: Tensor
-    """[B, T]: slot of what stands before each real token, -1 where nothing does."""
+    """[B, T]: slot of the vector before each real token, -1: none."""
     last_slots: Tensor
     """[B]: slot of the last vector of each row, -1 for an empty one."""
 
 
 def pack_rows(
-    bank: FastSoftPrompt,
+    selection: Selection,
     embedding: Any,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    prompt_ids: PromptIds,
     lengths: Sequence[int] | None,
     *,
     fold: bool,
 ) -> SharedBatch:
-    """Packs rows behind their prompts, each distinct prompt once.
+    """Packs each distinct prompt once, then the text of every row.
 
     Args:
-        bank: the prompts.
+        selection: the prompts of the rows.
         embedding: the model's input embedding module.
         input_ids: [B, T]
         attention_mask: [B, T] or None.
-        prompt_ids: of each row.
         lengths: [B] real tokens on the host; None: counted, which waits for a GPU.
-        fold: count text that all rows of a prompt share at their start to the prompt.
+        fold: move text that all rows of a prompt share at their start into the prompt, where it runs once.
     """
     rows, tokens = input_ids.shape
     device = input_ids.device
-    chosen = bank.choose(prompt_ids, rows)
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     if lengths is None:
         lengths = [tokens] * rows if attention_mask is None else real.sum(1).tolist()
     folded = [0] * rows
     table = embedding_table(embedding)
-    prompt_lengths = [tensor.shape[0] for tensor in chosen.tensors]
+    prompt_lengths = [prompt.shape[0] for prompt in selection.prompts]
     ranks = real.cumsum(1) - 1
     if fold and device.type == "cpu" and rows > 1:
-        folded, chosen = _fold_shared_text(chosen, table, input_ids, real, lengths)
+        folded, selection = _fold_shared_text(selection, table, input_ids, real, lengths)
     mask = attention_mask
     if any(folded):
         shared_tokens = ranks < torch.tensor(folded)[:, None]
@@ -80,11 +77,11 @@ def pack_rows(
     packed = assemble(
         input_ids,
         table.weight,
-        chosen.joined(bank, device),
-        chosen.offsets,
-        chosen.ids,
+        selection.joined(device),
+        selection.offsets,
+        selection.ids,
         mask,
-        token_factors=chosen.token_factors(),
+        token_factors=selection.token_factors(),
         layout="packed",
         embedding_scale=table.scale,
         padding_idx=table.padding_idx,
@@ -100,11 +97,11 @@ def pack_rows(
         rows=RowGroup.of(prompt_starts[-1], info.lengths[count:], prefixes, device),
     )
 
-    # Slots of a row's vectors by their place in [prompt][text]: prompt and folded text are shared, the rest its own.
+    # Slots of a row's vectors by their place in [prompt][text]: prompt and folded text are shared, the rest is its own.
     shared = torch.tensor(
         [
             (start, prompt_lengths[n] if n >= 0 else 0, f)
-            for (start, _), n, f in zip(prefixes, chosen.ids, folded, strict=True)
+            for (start, _), n, f in zip(prefixes, selection.ids, folded, strict=True)
         ],
         dtype=torch.int64,
     ).view(-1, 3)
@@ -112,7 +109,7 @@ def pack_rows(
     own = layout.rows.query_table[:, 0]
 
     def slot_of(rank: Tensor) -> Tensor:
-        """[B, X] ranks among a row's real tokens, -1 the last virtual token -> slots; -1 where nothing stands."""
+        """[B, X] ranks among a row's real tokens (-1: the last virtual token) -> slots; -1: there is no such vector."""
         at = torch.where(
             rank < common[:, None], start[:, None] + virtual[:, None] + rank, own[:, None] + rank - common[:, None]
         )
@@ -130,17 +127,17 @@ def pack_rows(
 
 
 def _fold_shared_text(
-    chosen: Chosen, table: EmbeddingTable, input_ids: Tensor, real: Tensor, lengths: Sequence[int]
-) -> tuple[list[int], Chosen]:
-    """Per row, how many of its first tokens all rows of its prompt share; and the prompts with those tokens behind.
+    selection: Selection, table: EmbeddingTable, input_ids: Tensor, real: Tensor, lengths: Sequence[int]
+) -> tuple[list[int], Selection]:
+    """Per row, how many of its first tokens all rows of its prompt share; and the prompts followed by these tokens.
 
-    Each row keeps a token of its own. Vectors of tokens carry no gradient of the prompt, so the prompt's is as before.
-    A token update is part of the folded vectors, and what is left of it begins behind them.
+    Each row keeps at least one token of its own. Token vectors do not depend on the prompt, so its gradient does not
+    change. The first part of a token update is added to the folded vectors; the rest of it begins after them.
     """
-    folded = [0] * len(chosen.ids)
-    longer, updates = list(chosen.tensors), list(chosen.updates)
-    for n, prompt in enumerate(chosen.tensors):
-        members = [row for row, used in enumerate(chosen.ids) if used == n]
+    folded = [0] * len(selection.ids)
+    longer, updates = list(selection.prompts), list(selection.updates)
+    for n, prompt in enumerate(selection.prompts):
+        members = [row for row, used in enumerate(selection.ids) if used == n]
         common = min(lengths[row] for row in members) - 1
         if len(members) < 2 or common < 1:
             continue
@@ -155,15 +152,15 @@ def _fold_shared_text(
                 text = table(first).detach()
             else:
                 a, b = update
-                text, updates[n] = _updated(table, first, a, b), (a[len(first) :], b)
+                text, updates[n] = updated_embeddings(table, first, a, b), (a[len(first) :], b)
             longer[n] = torch.cat([prompt, text.to(prompt.dtype)])
             for row in members:
                 folded[row] = len(first)
-    return folded, Chosen(longer, chosen.ids, updates)
+    return folded, Selection(longer, selection.ids, updates, selection.width)
 
 
-def _updated(table: EmbeddingTable, input_ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """[T] ids of a text from its start -> [T, D] float32 (float64 of float64), with a token update [U, r], [r, D]."""
+def updated_embeddings(table: EmbeddingTable, input_ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Ids [T] of a text -> vectors [T, D] with a token update [U, r], [r, D]; float32, or float64 if the table is."""
     update = token_update(a[None], b[None], len(input_ids), table.weight.dtype)[0]
     vectors = torch.nn.functional.embedding(input_ids, table.weight).to(update.dtype) * table.scale
     return vectors + torch.nn.functional.pad(update, (0, 0, 0, len(vectors) - len(update)))

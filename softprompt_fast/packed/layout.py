@@ -1,4 +1,4 @@
-"""Where the segments of a packed batch are, as attention needs to know it."""
+"""Where the segments of a packed batch are: the facts that attention needs."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from ..base.errors import Unsupported
-from ..hf.attention import ATTRIBUTE
+from ..hf.attention import CARRIER_ATTRIBUTE
 from .attention import packed_attention
 
 
 @dataclass(eq=False)
 class RowGroup:
-    """Rows that attend in one call: a table for :func:`unpack`, and the sizes it needs on the host."""
+    """Rows that attend in one call: a table for :func:`unpack`, and the sizes that it needs on the host."""
 
     table: Tensor
     """[rows, 4]: first slot and length of a row's own part, first slot and length of its prefix."""
     query_table: Tensor
-    """The same without prefixes."""
+    """The same rows without prefixes."""
     result_table: Tensor
-    """That again, counted from the group's first slot."""
+    """The same as ``query_table``, with slots counted from the group's first slot."""
     first_slot: int
     slots: int
-    """Slots of all own parts together; they stand next to each other."""
+    """Slots of all own parts together; they are contiguous."""
     queries: int
     """Longest own part."""
     keys: int
@@ -36,7 +36,7 @@ class RowGroup:
     prefixes: list[int]
     """Prefix lengths, on the host."""
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
-    _behind: tuple[int, Tensor] | None = None
+    _shifted: tuple[int, Tensor] | None = None
 
     @classmethod
     def of(
@@ -66,24 +66,24 @@ class RowGroup:
             prefixes=[length for _, length in prefixes],
         )
 
-    def behind(self, slots: int) -> Tensor:
-        """The table if `slots` others, which prefixes lie in, stand in front of the batch's own."""
+    def shifted(self, slots: int) -> Tensor:
+        """The table for keys and values that begin with `slots` other slots, which contain the prefixes."""
         if not slots:
             return self.table
-        if self._behind is None or self._behind[0] != slots:
-            self._behind = (slots, self.table + torch.tensor([slots, 0, 0, 0], device=self.table.device))
-        return self._behind[1]
+        if self._shifted is None or self._shifted[0] != slots:
+            self._shifted = (slots, self.table + torch.tensor([slots, 0, 0, 0], device=self.table.device))
+        return self._shifted[1]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive ``[rows or 1, 1, queries, keys]``: query i stands at key prefix + i and sees what is not behind it.
+        """Additive ``[rows or 1, 1, queries, keys]``: query i is at key prefix + i and sees this key and earlier ones.
 
-        Padding stands behind every row, so only padding sees it. Built once per batch, not once per layer.
+        Padding comes after each row's own tokens, so only padding sees it. Built once per batch, not once per layer.
         """
         key = (window or 0, dtype)
         if key not in self.masks:
             device = self.table.device
-            alike = len(set(self.prefixes)) <= 1
-            prefix = self.table[:1, 3] if alike else self.table[:, 3]
+            same = len(set(self.prefixes)) <= 1
+            prefix = self.table[:1, 3] if same else self.table[:, 3]
             query = torch.arange(self.queries, device=device) + prefix[:, None]
             distance = query[:, :, None] - torch.arange(self.keys, device=device)
             seen = distance >= 0
@@ -96,20 +96,22 @@ class RowGroup:
 
 @dataclass(eq=False)
 class PackedLayout:
-    """What attention must know of a packed batch."""
+    """The facts about a packed batch that attention needs."""
 
     prompts: RowGroup
     rows: RowGroup
     compiled: Tensor | None = None
-    """[L, 2, R, H', E]: keys and values of prompts per layer, computed before; prefixes of rows are slots of it."""
+    """[L, 2, R, H', E]: keys and values of prompts per layer, computed earlier; the rows' prefixes are slots of it."""
     capture: Tensor | None = None
-    """[L, 2, K, H', E]: takes the keys and values that this batch computes."""
+    """[L, 2, K, H', E]: attention writes the keys and values of this batch here."""
     calls: int = 0
+    """Attention calls with this layout."""
     windows: set[int] = field(default_factory=set)
+    """Sliding windows of these calls."""
     _compiled_layers: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
-        if self.compiled is not None:  # at once: indexing layer by layer, each gradient would be as large as all
+        if self.compiled is not None:  # one unbind: a gradient per indexed layer would be as large as all layers
             self._compiled_layers = self.compiled.unbind(0)
 
     @property
@@ -119,10 +121,10 @@ class PackedLayout:
 
     @cached_property
     def table(self) -> Tensor:
-        """[prompts + rows, 4]: of all segments, for :func:`segment_attention`."""
+        """[prompts + rows, 4], all segments, for :func:`segment_attention`."""
         return torch.cat([self.prompts.table, self.rows.table])
 
-    def compiled_for(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    def compiled_states(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys [R, H', E] and values of compiled prompts in a module's layer."""
         if self.compiled is None:
             return None
@@ -130,20 +132,21 @@ class PackedLayout:
         keys, values = self._compiled_layers[module.layer_idx].unbind(0)
         return keys.to(key.dtype), values.to(value.dtype)
 
-    def keep(self, module: Any, key: Tensor, value: Tensor) -> None:
+    def store_captured(self, module: Any, key: Tensor, value: Tensor) -> None:
+        """Writes the keys and values of a module's layer into ``capture``."""
         assert self.capture is not None
         _check_cache_shape(module, self.capture, key, value)
         self.capture[module.layer_idx, 0] = key
         self.capture[module.layer_idx, 1] = value
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
-        """What ``hf/attention.py`` calls for a batch that carries this layout."""
+        """Attention of a batch that carries this layout; called by ``hf/attention.py``."""
         return packed_attention(self, module, query, key, value, **options)
 
     def marker(self, device: torch.device) -> Tensor:
         """The mask that carries this layout."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-        setattr(mask, ATTRIBUTE, self)
+        setattr(mask, CARRIER_ATTRIBUTE, self)
         return mask
 
 

@@ -1,8 +1,8 @@
 """Shared-prompt execution: each distinct prompt runs once per step, padding never, logits only where they are read.
 
-In a causal decoder a prompt's hidden states do not depend on the text behind it. So one copy per step is enough, and
-its gradient is exact: it flows back through the keys and values that all its rows read. Linear layers see one sequence
-of useful tokens; only attention knows the layout (``shared_attention.py``).
+In a causal decoder a prompt's hidden states do not depend on the text after it. So one copy per step is enough. The
+prompt's gradient is exact: it flows back through the keys and values that all its rows read. Linear layers see one
+sequence of useful tokens; only attention knows the layout (``packed/attention.py``).
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from ..hf.architecture import check_architecture
 from ..hf.attention import install, uninstall
 from ..hf.embedding import embedding_table
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from ..prompts.selection import Selection
 from ..tasks.encoding import IGNORED
-from .batch import PackedInputs, SharedBatch, _updated, pack_rows
+from .batch import PackedInputs, SharedBatch, pack_rows, updated_embeddings
 from .layout import PackedLayout
-from .self_check import TOLERANCE, compare_with_rows_alone
+from .self_check import checked_rows, compare_with_rows_alone, tolerance
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -36,23 +37,23 @@ class ExecutionReport:
     """How a model is executed, and why."""
 
     execution: str
-    """"shared" or "padded"; of deep prompts, which have no padded form, "shared" or "refused"."""
+    """"shared" or "padded"; "shared" or "refused" for deep prompts, which have no padded layout."""
     reason: str
     checked: dict[str, float]
-    """Largest relative difference from each row alone, in the first training and the first inference batch."""
+    """Largest relative difference from each row run alone, in the first training and the first inference batch."""
 
 
 class PackedRunner:
-    """Runs one model on packed batches; knows whether that is exact for it.
+    """Runs one model on packed batches, where that is exact; :attr:`unsupported` is the reason where it is not.
 
     Args:
         model: a causal language model of transformers.
         check: compare the first training and the first inference batch with each row run alone.
-        shared_text: "auto": text that all rows of a prompt share at their start runs once too.
+        shared_text: "auto": text that all rows of a prompt share at their start also runs once.
     """
 
     slack = 1.0
-    """Times the tolerance of the comparison."""
+    """Factor on the tolerance of the check."""
 
     def __init__(self, model: Any, *, check: bool = True, shared_text: str | None = "auto") -> None:
         self.model = model
@@ -82,15 +83,17 @@ class PackedRunner:
         loss_function: Callable[..., Tensor] | None,
         options: dict[str, Any],
     ) -> Any:
-        """The model's output as :meth:`SoftPromptModel.forward` gives it; None: run the padded layout instead."""
+        """The model's output as :meth:`SoftPromptModel.forward` returns it.
+
+        Raises:
+            Unsupported: the model cannot run this batch exactly in the packed layout.
+        """
         if labels is not None and labels.shape != input_ids.shape:
             shapes = f"{list(input_ids.shape)}, got {list(labels.shape)}"
             raise ValueError(f"`labels` must have the shape of input_ids {shapes}")
-        batch = self.pack(
-            bank, input_ids, attention_mask, prompt_ids, lengths
-        )  # raises for bad input, before the check
-        if not self._checked(bank, input_ids, attention_mask, prompt_ids):
-            return None
+        # Before the check, which takes any error for a fault of the layout: errors of bad input are raised here.
+        batch = self.pack(bank.select(prompt_ids, len(input_ids)), input_ids, attention_mask, lengths)
+        self._check(bank, input_ids, attention_mask, prompt_ids)
         token_slots, previous = batch.token_slots.flatten(), batch.previous_slots.flatten()
         tokens = targets = token_slots[:0]  # places in the flattened input
         if return_logits:
@@ -101,10 +104,7 @@ class PackedRunner:
         read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
-        result = self._attempt(batch, read, passed)
-        if result is None:
-            return None
-        output, logits = result
+        output, logits = self.run(batch, read, passed)
         if labels is not None:
             expected = torch.where(targets >= 0, target[targets], IGNORED)
             answers = logits[len(tokens) :]
@@ -121,33 +121,23 @@ class PackedRunner:
             output["hidden_states"] = tuple(_of_tokens(x[0], batch.token_slots) for x in output["hidden_states"])
         return output
 
-    def logits_behind(
+    def logits_after(
         self,
         bank: FastSoftPrompt,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         prompt_ids: PromptIds,
         places: Tensor | None = None,
-    ) -> Tensor | None:
-        """[M, V] behind the tokens at `places` [M, 2] (row, column); None: [B, V] behind each row's last vector.
+    ) -> Tensor:
+        """[M, V] after the tokens at `places` [M, 2] (row, column); None: [B, V] after each row's last vector.
 
-        Returns:
-            None: run the padded layout instead.
+        Raises:
+            Unsupported: the model cannot run this batch exactly in the packed layout.
         """
-        batch = self.pack(bank, input_ids, attention_mask, prompt_ids, None)
-        if not self._checked(bank, input_ids, attention_mask, prompt_ids):
-            return None
+        batch = self.pack(bank.select(prompt_ids, len(input_ids)), input_ids, attention_mask, None)
+        self._check(bank, input_ids, attention_mask, prompt_ids)
         slots = batch.last_slots if places is None else batch.token_slots[places[:, 0], places[:, 1]]
-        result = self._attempt(batch, slots.clamp(min=0), {})
-        return None if result is None else result[1]
-
-    def _attempt(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
-        """Runs the packed batch; None if the model did something that the packed layout does not stand for."""
-        try:
-            return self.run(batch, read, options)
-        except Unsupported as error:
-            self.give_up(str(error))
-            return None
+        return self.run(batch, slots.clamp(min=0), {})[1]
 
     def _loss(self, logits: Tensor, targets: Tensor, items: dict[str, Any]) -> Tensor:
         """The model's own loss; targets are shifted already."""
@@ -157,69 +147,59 @@ class PackedRunner:
         )
         return loss
 
-    def _checked(
+    def _check(
         self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
-    ) -> bool:
+    ) -> None:
         """Compares rows of the first training and the first inference batch with each row run alone, unpadded.
 
-        Returns:
-            False if the two differ, or the packed layout fails; it is given up then.
+        Raises:
+            Unsupported: the two differ, or the packed layout fails.
         """
         kind = "training" if torch.is_grad_enabled() else "inference"
         if not self.check or kind in self.checked or not input_ids.numel():
-            return True
+            return
         try:
             # Without dropout there is one right answer, and no random number is drawn (a resumed run would lack it).
             with evaluating(self.model), evaluating(bank), parametrize.cached():
-                difference = compare_with_rows_alone(self, bank, input_ids, attention_mask, prompt_ids)
-        except Unsupported as error:
-            self.give_up(str(error))
-            return False
+                rows = checked_rows(len(input_ids))
+                selection = bank.select(prompt_ids, len(input_ids)).of_rows(rows)
+                mask = None if attention_mask is None else attention_mask[rows]
+                batch = self.pack(selection, input_ids[rows], mask, None)
+                difference = compare_with_rows_alone(
+                    lambda slots: self.run(batch, slots, {})[1],
+                    self.logits_alone,
+                    selection,
+                    input_ids[rows],
+                    batch.token_slots,
+                )
+        except Unsupported:
+            raise
         except Exception as error:
-            self.give_up(f"the packed layout failed: {type(error).__name__}: {error}")
-            return False
+            raise Unsupported(f"the packed layout failed: {type(error).__name__}: {error}") from error
         self.checked[kind] = difference
-        weight = self.model.get_input_embeddings().weight
-        device = weight.device.type
-        rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        if getattr(self.model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
-            rounded = torch.bfloat16
-        tolerance = TOLERANCE[rounded] * self.slack
-        if not difference <= tolerance:
-            self.give_up(f"it differs from each row run alone by {difference:.1e} (rounding explains {tolerance:.0e})")
-            return False
-        return True
+        allowed = tolerance(self.model, self.slack)
+        if not difference <= allowed:
+            reason = f"packed logits differ from row-by-row logits by {difference:.1e}"
+            raise Unsupported(f"{reason}, more than the tolerance {allowed:.0e}")
 
     def give_up(self, reason: str) -> None:
-        """The padded layout from now on."""
+        """Stops using the packed layout: the model gets its own attention back."""
         self.unsupported = reason
         uninstall(self.model)
         logger.warning("%s runs in the padded layout: %s", type(self.model).__name__, reason)
 
     def pack(
-        self,
-        bank: FastSoftPrompt,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        prompt_ids: PromptIds,
-        lengths: Sequence[int] | None,
+        self, selection: Selection, input_ids: Tensor, attention_mask: Tensor | None, lengths: Sequence[int] | None
     ) -> SharedBatch:
         """The packed batch of rows [B, T] with their prompts."""
-        return pack_rows(
-            bank,
-            self.model.get_input_embeddings(),
-            input_ids,
-            attention_mask,
-            prompt_ids,
-            lengths,
-            fold=self.shared_text == "auto",
-        )
+        embedding = self.model.get_input_embeddings()
+        return pack_rows(selection, embedding, input_ids, attention_mask, lengths, fold=self.shared_text == "auto")
 
     def run(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
         """The model's output on a packed batch, and its logits [M, V] at the slots `read` [M].
 
         Raises:
-            Unsupported: the model did something that the packed layout does not stand for.
+            Unsupported: the model did something that the packed layout does not support.
         """
         layout = batch.layout
         output, logits = self.logits_at(
@@ -249,16 +229,18 @@ class PackedRunner:
         gradient: bool,
         update: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself, its prompt in front of it."""
+        """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself after its prompt."""
         table = embedding_table(self.model.get_input_embeddings())
-        vectors = table(input_ids) if update is None else _updated(table, input_ids, *update).to(table.weight.dtype)
+        vectors = table(input_ids)
+        if update is not None:
+            vectors = updated_embeddings(table, input_ids, *update).to(table.weight.dtype)
         joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
-        if gradient and not joined.requires_grad:  # quantized layers take another way where none is asked for
+        if gradient and not joined.requires_grad:  # quantized layers compute differently without a gradient
             joined.requires_grad_()
         return self.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1]
 
     def _count_calls(self, layout: PackedLayout) -> None:
-        """Every layer must have attended, with its window: what bypasses attention would see across rows."""
+        """Checks that every layer called attention, with its window: a layer that did not would mix rows."""
         if self._counted or not layout.slots:
             return
         config = self.model.config.get_text_config()
@@ -273,7 +255,7 @@ class PackedRunner:
 
 
 def _places(wanted: Tensor, count: int | None) -> Tensor:
-    """Places where `wanted` holds; with their number known nothing waits for a GPU, and -1 fills what is missing."""
+    """Places where `wanted` is true. With a `count` nothing waits for a GPU; -1 fills missing places."""
     if count is None:
         return wanted.nonzero()[:, 0]
     return torch.nonzero_static(wanted, size=count, fill_value=-1)[:, 0]

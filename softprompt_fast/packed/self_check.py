@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from ..prompts.selection import Selection
 
-if TYPE_CHECKING:
-    from .runner import PackedRunner
-
-# Largest difference between the two ways, relative to the largest logit, that rounding explains.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Tolerance for packed against row-by-row logits, relative to the largest logit."""
 GRADIENT_SHARE = 0.2
-"""Weight of the prompts' gradients in that difference: a backward pass rounds several times as much."""
+"""Weight of a relative difference of gradients: a backward pass rounds several times as much as a forward pass."""
 SLACK = 2.0
-"""Times that tolerance for deep prompts, which are refused where plain ones only run slower: in bfloat16 sound batches
-differ by up to 0.11 (SmolLM2-135M), ones with wrong positions or a lost virtual token by 0.23 and more."""
+"""Factor on the tolerance for deep prompts: a failed check refuses them, while plain prompts then only run slower. In
+bfloat16 correct batches differ by up to 0.11 (SmolLM2-135M), batches with wrong positions or a lost virtual token by
+0.23 and more."""
 CHECKED_ROWS = 8
-"""Rows of the first batches that are compared at most, spread over the batch."""
+"""Largest number of rows of a batch that are compared."""
+
+
+class RowAlone(Protocol):
+    """Runs one row by itself: logits [M, V] at `places` [M] among its tokens [T]."""
+
+    def __call__(
+        self,
+        prompt: Tensor | None,
+        input_ids: Tensor,
+        places: Tensor,
+        *,
+        gradient: bool,
+        update: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor: ...
 
 
 def tolerance(model: Any, slack: float = 1.0) -> float:
-    """The largest relative difference that rounding explains in the precision a model computes in."""
+    """The largest relative difference that rounding explains, in the dtype in which the model computes.
+
+    Args:
+        slack: factor on it.
+    """
     weight = model.get_input_embeddings().weight
     device = weight.device.type
     rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -34,61 +50,66 @@ def tolerance(model: Any, slack: float = 1.0) -> float:
     return TOLERANCE[rounded] * slack
 
 
-def compare_with_rows_alone(
-    shared: PackedRunner,
-    bank: FastSoftPrompt,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    prompt_ids: PromptIds,
-) -> float:
-    """The largest difference between rows run packed and each run alone: of their logits in the middle and at the end,
-    relative to the largest logit, and, where a gradient is recorded, of the prompts' gradients (and of those of their
-    token updates), relative to theirs."""
-    rows = input_ids.shape[0]
-    some = torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long().tolist()
-    chosen = bank.choose(prompt_ids, rows)
-    names = bank.indices(prompt_ids, rows)
-    ids = names[some] if isinstance(names, Tensor) else [names[row] for row in some]
-    mask = None if attention_mask is None else attention_mask[some]
-    batch = shared.pack(bank, input_ids[some], mask, ids, None)
+def checked_rows(rows: int) -> list[int]:
+    """The rows of a batch to compare: at most CHECKED_ROWS, spread over the batch."""
+    return torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long().tolist()  # type: ignore[no-any-return]
 
-    parameters = [*chosen.tensors, *(factor for update in chosen.updates if update is not None for factor in update)]
-    trained = [tensor for tensor in parameters if tensor.requires_grad] if torch.is_grad_enabled() else []
+
+def compare_with_rows_alone(
+    packed_logits: Callable[[Tensor], Tensor],
+    row_alone: RowAlone,
+    selection: Selection,
+    input_ids: Tensor,
+    token_slots: Tensor,
+) -> float:
+    """The largest difference between a packed batch and each of its rows run alone.
+
+    Compared are logits in the middle and at the end of each row, relative to the largest logit. Where gradients are
+    recorded, the gradients of the prompts and of their token updates are compared too, relative to their norms.
+
+    Args:
+        packed_logits: runs the packed batch; slots [M] -> logits [M, V].
+        row_alone: runs a single row.
+        selection: the prompts of the rows.
+        input_ids: [B, T]
+        token_slots: [B, T], the slot of each real token in the packed batch, -1 at padding.
+    """
+    factors = [factor for update in selection.updates if update is not None for factor in update]
+    trained = [tensor for tensor in (*selection.prompts, *factors) if tensor.requires_grad]
+    if not torch.is_grad_enabled():
+        trained = []
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        trained = []  # a sharded model's backward needs every rank, whose rows may use fewer prompts
-    theirs = [torch.zeros_like(tensor) for tensor in trained]
-    alone, read = [], []
-    for i, row in enumerate(some):
-        real = batch.token_slots[i] >= 0
-        slots = batch.token_slots[i][real]
+        trained = []  # a sharded model's backward needs every rank, but their rows may use different prompts
+    row_gradients = [torch.zeros_like(tensor) for tensor in trained]
+    row_logits, read = [], []
+    for row, n in enumerate(selection.ids):
+        real = token_slots[row] >= 0
+        slots = token_slots[row][real]
         if not len(slots):
             continue
-        prompt = update = None
-        if chosen.ids[row] >= 0:
-            prompt, update = chosen.tensors[chosen.ids[row]], chosen.updates[chosen.ids[row]]
+        prompt, update = (selection.prompts[n], selection.updates[n]) if n >= 0 else (None, None)
         places = torch.tensor([len(slots) // 2, len(slots) - 1], device=slots.device)
-        text = input_ids[row][real]
-        logits = shared.logits_alone(prompt, text, places, gradient=bool(trained), update=update).double()
-        if logits.requires_grad:  # at once, so that one row's graph is held at a time
-            for total, grad in zip(theirs, _gradients(logits, trained), strict=True):
-                total += grad
-        alone.append(logits.detach())
+        logits = row_alone(prompt, input_ids[row][real], places, gradient=bool(trained), update=update).double()
+        if logits.requires_grad:  # row by row, so that only one row's graph is in memory
+            for total, gradient in zip(row_gradients, _gradients(logits, trained), strict=True):
+                total += gradient
+        row_logits.append(logits.detach())
         read.append(slots[places])
-    if not alone:
+    if not row_logits:
         return 0.0
-    expected = torch.cat(alone)
-    got = shared.run(batch, torch.cat(read), {})[1].double()
-    difference = ((got - expected).abs().max() / expected.abs().max()).item()
-    if trained and got.requires_grad:
-        for mine, other in zip(_gradients(got, trained), theirs, strict=True):
-            apart = ((mine - other).norm() / other.norm().clamp(min=1e-30)).item()
-            difference = max(difference, GRADIENT_SHARE * apart)
+    expected = torch.cat(row_logits)
+    logits = packed_logits(torch.cat(read)).double()
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    if trained and logits.requires_grad:
+        for packed, alone in zip(_gradients(logits, trained), row_gradients, strict=True):
+            relative = ((packed - alone).norm() / alone.norm().clamp(min=1e-30)).item()
+            difference = max(difference, GRADIENT_SHARE * relative)
     return difference
 
 
-def _gradients(logits: Tensor, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """Of the sum of squares of the logits; zeros for a prompt that does not reach them."""
-    if not prompts:
+def _gradients(logits: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the sum of squares of the logits; zeros for a tensor that the logits do not depend on."""
+    if not tensors:
         return []
-    found = torch.autograd.grad(logits.square().sum(), list(prompts), allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(prompts, found, strict=True)]
+    gradients = torch.autograd.grad(logits.square().sum(), list(tensors), allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]

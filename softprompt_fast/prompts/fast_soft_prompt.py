@@ -5,86 +5,53 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..base.modules import evaluating
 from ..hf.embedding import embedding_table
 from ..ops.assemble.batch import PromptedBatch
 from ..ops.assemble.functional import assemble
-from .initialization import METHODS, initial_prompt
+from .initialization import INITIALIZATIONS, InitOptions, initial_prompt
+from .selection import Selection
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
-PREFIX = "prompt_"
-"""Of the parameters' names, so that no prompt can hide an attribute of the module."""
+PARAMETER_PREFIX = "prompt_"
+"""Begins the name of each prompt's parameter, so that no prompt can hide an attribute of the module."""
 
 UPDATE_A, UPDATE_B = "update_a_", "update_b_"
-"""Of the names of a token update's factors."""
+"""Begin the names of a token update's factors."""
 
 PromptIds = str | Sequence["str | int | None"] | Tensor | None
-
-
-@dataclass
-class Chosen:
-    """The prompts that a batch uses."""
-
-    tensors: list[Tensor]
-    """[P_n, D] each, in the order in which rows first use them."""
-    ids: list[int]
-    """[B]: each row's place in ``tensors``, -1 for none."""
-    updates: list[tuple[Tensor, Tensor] | None]
-    """The factors a [U_n, r_n] and b [r_n, D] of each prompt's token update, None where it has none."""
-
-    @property
-    def offsets(self) -> list[int]:
-        return list(accumulate((tensor.shape[0] for tensor in self.tensors), initial=0))
-
-    def joined(self, bank: FastSoftPrompt, device: torch.device) -> Tensor:
-        """[R, D]; one prompt is passed on as it is."""
-        if len(self.tensors) == 1:
-            return self.tensors[0]
-        return torch.cat(self.tensors) if self.tensors else torch.empty(0, bank.embedding_dim, device=device)
-
-    def token_factors(self) -> tuple[Tensor, Tensor] | None:
-        """a [N, U, r] and b [N, r, D] for ``assemble``, filled up with zeros; None if no prompt has an update."""
-        known = [update for update in self.updates if update is not None]
-        if not known:
-            return None
-        reach, rank = max(a.shape[0] for a, _ in known), max(a.shape[1] for a, _ in known)
-        nothing = known[0][0].new_zeros(0, 0), known[0][1].new_zeros(0, known[0][1].shape[1])
-        pairs = [update or nothing for update in self.updates]
-        return (
-            torch.stack([F.pad(a, (0, rank - a.shape[1], 0, reach - a.shape[0])) for a, _ in pairs]),
-            torch.stack([F.pad(b, (0, 0, 0, rank - b.shape[0])) for _, b in pairs]),
-        )
 
 
 class FastSoftPrompt(nn.Module):
     """A bank of soft prompts, each a parameter ``[P_n, D]`` of its own.
 
-    Works inside anybody's loop: an optimiser sees ordinary parameters, ``state_dict`` holds one entry per prompt, and
-    the result of a call goes straight into a transformers model::
+    Works in any training loop: an optimiser sees ordinary parameters, ``state_dict`` holds one entry per prompt, and
+    a transformers model takes the result of a call as it is::
 
         bank = FastSoftPrompt(model.config.hidden_size, {"movies": 20, "tweets": 50})
         batch = bank(input_ids, attention_mask, embedding=model.get_input_embeddings(), prompt_ids=["movies", "tweets"])
         output = model(**batch)
 
-    A prompt may have a token update besides (DePT, arXiv 2309.05173): the vector of its rows' token number t, t < U,
-    gets row t of ``update_a_<name> [U, r] @ update_b_<name> [r, D]`` added, in the same pass. See
+    A prompt may also have a token update (DePT, arXiv 2309.05173): row t of ``update_a_<name> [U, r] @
+    update_b_<name> [r, D]`` is added to the vector of its rows' token number t, t < U, in the same pass. See
     :meth:`add_token_update`.
 
     Args:
         embedding_dim: D, the model's hidden size at its input.
-        prompts: names and lengths, filled with normal noise of standard deviation 0.02. Other first values:
-            :meth:`add_prompt`.
-        padding_side: of the batches it makes, "right" or "left".
-        dtype, device: of the parameters. float32 is right for a bfloat16 model too: the cast is part of the pass.
+        prompts: names and lengths, filled with normal noise of standard deviation 0.02. For other initial
+            values use :meth:`add_prompt`.
+        padding_side: where the batches that it makes are padded, "right" or "left".
+        dtype, device: dtype and device of the parameters. Use float32 for a bfloat16 model too: the pass casts.
     """
 
     def __init__(
@@ -112,10 +79,10 @@ class FastSoftPrompt(nn.Module):
 
     @classmethod
     def frozen(cls, prompts: Mapping[str, Tensor], like: FastSoftPrompt) -> FastSoftPrompt:
-        """A bank of tensors [P, D] that are neither copied nor trained, otherwise like another."""
+        """A bank of tensors [P, D] that are neither copied nor trained, with the settings of another bank."""
         bank = cls(like.embedding_dim, padding_side=like.padding_side)
         for name, tensor in prompts.items():
-            bank.register_parameter(PREFIX + name, nn.Parameter(tensor, requires_grad=False))
+            bank.register_parameter(PARAMETER_PREFIX + name, nn.Parameter(tensor, requires_grad=False))
             bank._names.append(name)
         return bank
 
@@ -123,7 +90,7 @@ class FastSoftPrompt(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """The prompts' names; their order is that of integer prompt ids."""
+        """The prompts' names, in the order of integer prompt ids."""
         return list(self._names)
 
     @property
@@ -134,26 +101,22 @@ class FastSoftPrompt(nn.Module):
     def __getitem__(self, name: str) -> nn.Parameter:
         """The parameter [P, D] of a prompt."""
         self._check_known(name)
-        return getattr(self, PREFIX + name)  # type: ignore[no-any-return]
+        return getattr(self, PARAMETER_PREFIX + name)  # type: ignore[no-any-return]
 
     def forms(self, name: str) -> Any:
-        """The ``ParametrizationList`` that a prompt is computed by, None: it is a parameter of its own."""
+        """The ``ParametrizationList`` that computes a prompt; None: the prompt is an ordinary parameter."""
         self._check_known(name)
-        parametrized = parametrize.is_parametrized(self, PREFIX + name)
-        return self.parametrizations[PREFIX + name] if parametrized else None  # type: ignore[index]
+        parametrized = parametrize.is_parametrized(self, PARAMETER_PREFIX + name)
+        return self.parametrizations[PARAMETER_PREFIX + name] if parametrized else None  # type: ignore[index]
 
     @torch.no_grad()
-    def values(self, name: str) -> Tensor:
-        """[P, D], a copy of a prompt as it is outside training (without dropout): what is saved."""
+    def snapshot(self, name: str) -> Tensor:
+        """[P, D], a copy of a prompt's values outside training (without dropout): the values that are saved."""
         forms = self.forms(name)
         if forms is None:
             return self[name].detach().clone()
-        training = forms.training
-        forms.eval()
-        try:
-            return forms().detach().clone()
-        finally:
-            forms.train(training)
+        with evaluating(forms):
+            return forms().detach().clone()  # type: ignore[no-any-return]
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -171,38 +134,29 @@ class FastSoftPrompt(nn.Module):
         *,
         init: str | Tensor | PathLike[str] = "random",
         embedding: nn.Module | Tensor | None = None,
-        tokenizer: Any = None,
-        init_text: str | None = None,
-        class_labels: Sequence[str] | None = None,
-        seed: int | None = None,
+        **options: Unpack[InitOptions],
     ) -> nn.Parameter:
         """Adds a prompt and returns its parameter.
 
         Args:
             name: letters, digits, ``_`` and ``-``; it becomes a folder's name on disk.
-            init: "random", "vocabulary", "text", "class_labels", a tensor [P, D], a path, or the name of a prompt of
-                this bank, without a token update, to start from; see
-                :func:`softprompt_fast.initial_prompt` for all arguments.
+            num_virtual_tokens, init: as in :func:`softprompt_fast.initial_prompt`. ``init`` may also be the name of a
+                prompt of this bank to copy; that prompt must not have a token update.
+            embedding: the model's input embedding module, or its weight [V, D]; not needed to copy values.
+            options: ``tokenizer``, ``init_text``, ``class_labels``, ``seed``: see
+                :class:`~softprompt_fast.prompts.initialization.InitOptions`.
         """
         check_name(name)
         if name in self._names:
-            raise ValueError(f"`name` must be new, but the bank has a prompt {name!r}; remove_prompt it first")
+            raise ValueError(f"the bank already has a prompt {name!r}; choose another name or remove it first")
         source: str | Tensor | PathLike[str] = init
-        if isinstance(init, str) and init not in METHODS and init in self._names:
-            source = self.without_token_update(init, "`init`").detach()
+        if isinstance(init, str) and init not in INITIALIZATIONS and init in self._names:
+            source = self.plain_parameter(init, purpose="`init`").detach()
         table = None if embedding is None else embedding_table(embedding)
-        values = initial_prompt(
-            source,
-            num_virtual_tokens,
-            table,
-            tokenizer=tokenizer,
-            init_text=init_text,
-            class_labels=class_labels,
-            seed=seed,
-        )
+        values = initial_prompt(source, num_virtual_tokens, table, **options)
         self._check_width(name, values)
         parameter = nn.Parameter(values.to(**self._placement()))
-        self.register_parameter(PREFIX + name, parameter)
+        self.register_parameter(PARAMETER_PREFIX + name, parameter)
         self._names.append(name)
         return parameter
 
@@ -211,11 +165,11 @@ class FastSoftPrompt(nn.Module):
     ) -> tuple[nn.Parameter, nn.Parameter]:
         """Gives a prompt a trainable low-rank update of its rows' token embeddings, by the token's place in its text.
 
-        It starts as no change: a is random, uniform within 1 / sqrt(rank), b zero. DePT trains the two with a much
-        smaller learning rate than the prompt: their names begin with ``update_``.
+        The update is zero at the start: a is random, uniform within 1 / sqrt(rank), and b is zero. DePT trains the
+        factors with a much smaller learning rate than the prompt; their names begin with ``update_``.
 
         Args:
-            max_length: U, the longest text; tokens from number U on keep their embeddings.
+            max_length: U, the longest text; tokens from number U on are not changed.
             rank: r
 
         Returns:
@@ -226,14 +180,14 @@ class FastSoftPrompt(nn.Module):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"`{argument}` must be a positive integer, got {value!r}")
         if self.token_update(name) is not None:
-            raise ValueError(f"`name` must be of a prompt without a token update, but {name!r} has one")
+            raise ValueError(f"prompt {name!r} already has a token update; set_token_update replaces it")
         random = None if seed is None else torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(rank)
         a = torch.empty(max_length, rank).uniform_(-bound, bound, generator=random)
         return self.set_token_update(name, a, torch.zeros(rank, self.embedding_dim))
 
     def set_token_update(self, name: str, a: Tensor, b: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-        """Gives a prompt the token update of these factors, a [U, r] and b [r, D], in place of any it has."""
+        """Sets the factors a [U, r] and b [r, D] of a prompt's token update; an earlier update is replaced."""
         self._check_known(name)
         self._check_factors(name, a, b)
         factors = tuple(nn.Parameter(values.detach().to(**self._placement(), copy=True)) for values in (a, b))
@@ -242,19 +196,22 @@ class FastSoftPrompt(nn.Module):
         return factors[0], factors[1]
 
     def token_update(self, name: str) -> tuple[nn.Parameter, nn.Parameter] | None:
-        """The factors a [U, r] and b [r, D] of a prompt's token update; None if it has none."""
+        """The factors a [U, r] and b [r, D] of a prompt's token update; None: it has none."""
         self._check_known(name)
         a = getattr(self, UPDATE_A + name, None)
         return None if a is None else (a, getattr(self, UPDATE_B + name))
 
-    def without_token_update(self, name: str, what: str) -> nn.Parameter:
-        """The parameter [P, D] of a prompt, for `what` that knows prompts only.
+    def plain_parameter(self, name: str, *, purpose: str) -> nn.Parameter:
+        """The parameter [P, D] of a prompt that has no token update.
+
+        Args:
+            purpose: what cannot use a token update; named in the error.
 
         Raises:
-            ValueError: it has a token update, without which it is not the prompt that was tuned.
+            ValueError: the prompt has a token update; without it the prompt is not what was tuned.
         """
         if self.token_update(name) is not None:
-            raise ValueError(f"prompt {name!r} must not have a token update: {what} takes prompts alone")
+            raise ValueError(f"prompt {name!r} has a token update, which {purpose} cannot use")
         return self[name]
 
     def remove_prompt(self, name: str) -> None:
@@ -269,14 +226,14 @@ class FastSoftPrompt(nn.Module):
         self._check_known(old)
         check_name(new)
         if new in self._names:
-            raise ValueError(f"`new` must be unused, but the bank has a prompt {new!r}")
+            raise ValueError(f"the bank already has a prompt {new!r}; choose another name")
         forms = self.forms(old)
         parameter = self[old] if forms is None else forms.original
         values = parameter.detach().clone()
         self._drop(old)
-        self.register_parameter(PREFIX + new, parameter)
+        self.register_parameter(PARAMETER_PREFIX + new, parameter)
         for form in forms or ():
-            parametrize.register_parametrization(self, PREFIX + new, form, unsafe=True)
+            parametrize.register_parametrization(self, PARAMETER_PREFIX + new, form, unsafe=True)
         with torch.no_grad():  # registering writes a form's inverse into the parameter
             parameter.copy_(values)
         for prefix, factor in self._factors(old).items():
@@ -284,8 +241,14 @@ class FastSoftPrompt(nn.Module):
             self.register_parameter(prefix + new, factor)
         self._names[self._names.index(old)] = new
 
+    def replace_parameter(self, name: str, parameter: nn.Parameter) -> None:
+        """Makes `parameter` [P, D] the prompt; parametrizations that computed it are removed."""
+        self._check_known(name)
+        self._drop(name)
+        self.register_parameter(PARAMETER_PREFIX + name, parameter)
+
     def freeze_prompt(self, name: str, frozen: bool = True) -> None:
-        """Keeps a prompt, and its token update, from being trained, or frees it again."""
+        """Excludes a prompt and its token update from training, or includes them again."""
         forms = self.forms(name)
         own = [self[name]] if forms is None else forms.parameters()
         for parameter in (*own, *self._factors(name).values()):
@@ -313,93 +276,89 @@ class FastSoftPrompt(nn.Module):
             prompt_ids: the prompt of each row: one name for all, a list of names (None: no prompt), a list or tensor
                 of positions in :attr:`names` (-1: no prompt). None: the only prompt of the bank.
             labels: [B, T]
-            padding_side: if other than the bank's own.
-            options: ``layout``, ``mask_format``, ``lengths`` and whatever else :func:`assemble` takes.
+            padding_side: None: the bank's own.
+            options: ``layout``, ``mask_format``, ``lengths`` and other arguments of :func:`assemble`.
 
         Returns:
             A mapping for ``model(**batch)``.
         """
         table = embedding_table(embedding)
-        chosen, ids, longest = self._select(prompt_ids, input_ids)
-        if longest is not None:
-            options.setdefault("max_prompt_length", longest)
+        if input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must have shape [B, T], got {list(input_ids.shape)}")
+        ids: list[int] | Tensor | None
+        if isinstance(prompt_ids, Tensor) and (prompt_ids.device.type != "cpu" or torch.compiler.is_compiling()):
+            # The host does not know the ids without waiting: all prompts are passed, and slots for the longest.
+            selection, ids = self._selection(self._names, []), prompt_ids
+            options.setdefault("max_prompt_length", max([0, *self.lengths.values()]))
+        else:
+            selection = self.select(prompt_ids, input_ids.shape[0])
+            one_for_all = len(selection.prompts) == 1 and selection.ids.count(0) == len(selection.ids)
+            ids = None if one_for_all else selection.ids
         return assemble(
             input_ids,
             table.weight,
-            chosen.joined(self, input_ids.device),
-            chosen.offsets,
+            selection.joined(input_ids.device),
+            selection.offsets,
             ids,
             attention_mask,
             labels,
-            token_factors=chosen.token_factors(),
+            token_factors=selection.token_factors(),
             padding_side=padding_side or self.padding_side,
             embedding_scale=table.scale,
             padding_idx=table.padding_idx,
             **options,
         )
 
-    def indices(self, prompt_ids: PromptIds, rows: int) -> list[int] | Tensor:
-        """Positions in :attr:`names` for each of the rows; a tensor is returned as it is.
+    def select(self, prompt_ids: PromptIds, rows: int) -> Selection:
+        """The prompts that rows use, each once, and each row's place among them. Waits for a GPU if the ids are there.
 
         Raises:
             KeyError: an unknown name.
+            IndexError: an id that is not -1 or a position in :attr:`names`.
             ValueError: not one prompt per row.
         """
-        if prompt_ids is None:
-            if len(self) > 1:
-                raise ValueError(f"`prompt_ids` must be given, for the bank has {len(self)} prompts: {self.names}")
-            return [0 if self._names else -1] * rows
-        if isinstance(prompt_ids, Tensor):
-            return prompt_ids
-        if isinstance(prompt_ids, str):
-            prompt_ids = [prompt_ids] * rows
-        if len(prompt_ids) != rows:
-            raise ValueError(f"`prompt_ids` must name a prompt for each of the {rows} rows, got {len(prompt_ids)}")
-        found = []
-        for value in prompt_ids:
-            if isinstance(value, str):
-                self._check_known(value)
-                found.append(self._names.index(value))
-            else:
-                found.append(-1 if value is None else int(value))
-        return found
-
-    def choose(self, prompt_ids: PromptIds, rows: int) -> Chosen:
-        """The prompts that rows use, each once, and each row's place among them; waits for a GPU if ids are there."""
-        ids = self.indices(prompt_ids, rows)
-        if isinstance(ids, Tensor):
-            if ids.dim() != 1 or ids.is_floating_point():
-                raise ValueError(f"`prompt_ids` must be [B] integers, got {ids.dtype} {list(ids.shape)}")
-            ids = ids.tolist()
+        ids = self._positions(prompt_ids, rows)
         for row, n in enumerate(ids):
             if not -1 <= n < len(self):
                 raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
         used = list(dict.fromkeys(n for n in ids if n >= 0))
         place = {n: i for i, n in enumerate(used)} | {-1: -1}
-        return self._chosen([self._names[n] for n in used], [place[n] for n in ids])
+        return self._selection([self._names[n] for n in used], [place[n] for n in ids])
 
-    def _select(self, prompt_ids: PromptIds, input_ids: Tensor) -> tuple[Chosen, list[int] | Tensor | None, int | None]:
-        """The used prompts, the batch's ids into them, and the width for prompts if it must be given."""
-        if input_ids.dim() != 2:
-            raise ValueError(f"`input_ids` must have shape [B, T], got {list(input_ids.shape)}")
-        ids = self.indices(prompt_ids, input_ids.shape[0])
-        if isinstance(ids, Tensor) and (ids.device.type != "cpu" or torch.compiler.is_compiling()):
-            # Unknown on the host without waiting: all prompts, and room for the longest.
-            return self._chosen(self._names, []), ids, max([0, *self.lengths.values()])
-        chosen = self.choose(ids, input_ids.shape[0])
-        if len(chosen.tensors) == 1 and chosen.ids.count(0) == len(chosen.ids):
-            return chosen, None, None
-        return chosen, chosen.ids, None
+    def _positions(self, prompt_ids: PromptIds, rows: int) -> list[int]:
+        """The position in :attr:`names` of each row's prompt; -1: no prompt."""
+        if prompt_ids is None:
+            if len(self) > 1:
+                raise ValueError(f"`prompt_ids` must be given because the bank has {len(self)} prompts: {self.names}")
+            return [0 if self._names else -1] * rows
+        if isinstance(prompt_ids, Tensor):
+            if prompt_ids.dim() != 1 or prompt_ids.is_floating_point():
+                shape = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
+                raise ValueError(f"`prompt_ids` must be [B] integers, got {shape}")
+            return prompt_ids.tolist()  # type: ignore[no-any-return]
+        if isinstance(prompt_ids, str):
+            prompt_ids = [prompt_ids] * rows
+        if len(prompt_ids) != rows:
+            raise ValueError(f"`prompt_ids` must name a prompt for each of the {rows} rows, got {len(prompt_ids)}")
+        positions = []
+        for value in prompt_ids:
+            if isinstance(value, str):
+                self._check_known(value)
+                positions.append(self._names.index(value))
+            else:
+                positions.append(-1 if value is None else int(value))
+        return positions
 
-    def _chosen(self, names: Sequence[str], ids: list[int]) -> Chosen:
-        return Chosen([self[name] for name in names], ids, [self.token_update(name) for name in names])
+    def _selection(self, names: Sequence[str], ids: list[int]) -> Selection:
+        updates = [self.token_update(name) for name in names]
+        return Selection([self[name] for name in names], ids, [*updates], self.embedding_dim)
 
     # --- saving ---
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """What a saved bank has and this one lacks, prompts and token updates, is added; other shapes are replaced."""
+        """Adds the prompts and token updates that only the saved bank has; replaces those that have another shape."""
         for key, value in state_dict.items():
-            name = key.removeprefix(prefix + PREFIX)
+            name = key.removeprefix(prefix + PARAMETER_PREFIX)
             if name == key or not NAME_PATTERN.fullmatch(name):
                 continue
             self._check_width(name, value)
@@ -407,7 +366,8 @@ class FastSoftPrompt(nn.Module):
                 self.add_prompt(name, init=value)
             elif self[name].shape != value.shape:
                 trained = self[name].requires_grad
-                setattr(self, PREFIX + name, nn.Parameter(torch.empty_like(value, **self._placement()), trained))
+                empty = torch.empty_like(value, **self._placement())
+                setattr(self, PARAMETER_PREFIX + name, nn.Parameter(empty, trained))
         for name in self._names:
             a, b = (state_dict.get(prefix + kind + name) for kind in (UPDATE_A, UPDATE_B))
             if a is None or b is None:
@@ -428,7 +388,7 @@ class FastSoftPrompt(nn.Module):
     # --- helpers ---
 
     def _placement(self) -> dict[str, Any]:
-        """dtype and device of the prompts there are, or those asked for at first."""
+        """dtype and device of the bank's prompts; of the constructor's arguments while there is no prompt."""
         for parameter in self.parameters():
             return {"dtype": parameter.dtype, "device": parameter.device}
         return self._factory
@@ -436,13 +396,8 @@ class FastSoftPrompt(nn.Module):
     def _drop(self, name: str) -> None:
         """Removes a prompt's parameter, and the parametrizations that compute it."""
         if self.forms(name) is not None:
-            parametrize.remove_parametrizations(self, PREFIX + name, leave_parametrized=False)
-        delattr(self, PREFIX + name)
-
-    def _replace(self, name: str, parameter: nn.Parameter) -> None:
-        """Another parameter in a prompt's place, without parametrizations."""
-        self._drop(name)
-        self.register_parameter(PREFIX + name, parameter)
+            parametrize.remove_parametrizations(self, PARAMETER_PREFIX + name, leave_parametrized=False)
+        delattr(self, PARAMETER_PREFIX + name)
 
     def _check_known(self, name: str) -> None:
         if name not in self._names:

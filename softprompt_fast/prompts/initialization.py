@@ -1,21 +1,35 @@
-"""First values of a soft prompt. All are float32 ``[P, D]`` in the space that the model sees, scale included."""
+"""Initial values of a soft prompt: float32 ``[P, D]``, as the model sees them, its embedding scale included."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable
 from ..tasks.encoding import token_ids
+from .peft_files import read_vectors
 
-METHODS = ("random", "vocabulary", "text", "class_labels")
+INITIALIZATIONS = ("random", "vocabulary", "text", "class_labels")
 COMMON_TOKENS = 5000
 """Lester et al. 2021 (arXiv 2104.08691, section 3.2) sample from the 5,000 most common tokens; tokenizers number
 tokens roughly by frequency."""
+
+
+class InitOptions(TypedDict, total=False):
+    """The keywords of every ``add_prompt`` that say how initial values are made; see :func:`initial_prompt`."""
+
+    tokenizer: Any
+    """A tokenizer of transformers; needed by "text" and "class_labels"."""
+    init_text: str | None
+    """The text of "text"."""
+    class_labels: Sequence[str] | None
+    """The labels of "class_labels"."""
+    seed: int | None
+    """Seed of random draws; None: torch's global generator."""
 
 
 def initial_prompt(
@@ -28,17 +42,19 @@ def initial_prompt(
     class_labels: Sequence[str] | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    """A prompt's first values.
+    """The initial values of a prompt.
 
     Args:
-        init: "random": normal with the spread of the embedding's entries. "vocabulary": vectors of tokens drawn
-            without replacement among the first 5,000. "text": the tokens of ``init_text``, repeated or cut to length.
-            "class_labels": one vector per label, the mean of its tokens; further ones as for "vocabulary".
-            A tensor [P, D], or the path of a PEFT prompt folder or of a safetensors file.
-        num_virtual_tokens: P. May be None for "text", "class_labels", tensors and files: as many as there are.
-        table: of the model's embeddings; needed by all but tensors and files.
-        tokenizer: of transformers; needed by "text" and "class_labels".
-        seed: of the draw; None: torch's global generator.
+        init: one of:
+
+            * "random": normal, with the standard deviation of the embedding's entries.
+            * "vocabulary": vectors of tokens drawn without replacement from the first 5,000.
+            * "text": the tokens of ``init_text``, repeated or cut to length.
+            * "class_labels": one vector per label, the mean of its tokens; more vectors are drawn as by "vocabulary".
+            * a tensor [P, D], or the path of a PEFT prompt folder or of a safetensors file.
+        num_virtual_tokens: P. None: as many as "text", "class_labels", the tensor or the file gives.
+        table: the model's embedding table; needed unless ``init`` is a tensor or a path.
+        tokenizer, init_text, class_labels, seed: see :class:`InitOptions`.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -47,9 +63,7 @@ def initial_prompt(
         raise ValueError(f"`num_virtual_tokens` must be a positive integer, got {num_virtual_tokens!r}")
     if isinstance(init, Tensor):
         return _as_given(init, num_virtual_tokens)
-    if not isinstance(init, str) or init not in METHODS:
-        from .peft_files import read_vectors
-
+    if not isinstance(init, str) or init not in INITIALIZATIONS:
         return _as_given(read_vectors(init), num_virtual_tokens)
     if table is None:
         raise ValueError(f"`embedding` must be given for init={init!r}")
@@ -84,7 +98,7 @@ def _as_given(values: Tensor, count: int | None) -> Tensor:
     if count is not None and count != len(values):
         raise ValueError(f"`num_virtual_tokens` must be {len(values)}, as many as `init` has, or None, got {count}")
     if not torch.isfinite(values).all():
-        raise ValueError("`init` must be finite, but holds NaN or infinity")
+        raise ValueError("`init` must be finite, got NaN or infinity")
     return values.detach().to(torch.float32).clone()
 
 

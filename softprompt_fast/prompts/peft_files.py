@@ -1,23 +1,27 @@
 """Prompts on disk: PEFT's adapter folders (``adapter_config.json``, ``adapter_model.safetensors``). No pickle.
 
-The one tensor is ``prompt_embeddings [P, D]`` in float32. PEFT's own encoder-decoder prompts hold ``[2 P, D]``, of
-which its forward pass reads the first P rows; so do we. Of a deep prompt (prefix tuning) it is ``[P, L * 2 * H' * E]``:
-each virtual token's key and value of the first layer, of the second, and so on. A prompt with a token update (DePT) has
-``token_update_a [U, r]`` and ``token_update_b [r, D]`` beside it; its ``peft_type`` is ours, so that PEFT refuses it.
+The tensor of a prompt is ``prompt_embeddings``, in float32:
+
+* plain prompts: ``[P, D]``. PEFT's own encoder-decoder prompts hold ``[2 P, D]``; its forward pass reads the first P
+  rows, and so do we.
+* deep prompts (prefix tuning): ``[P, L * 2 * H' * E]``, each virtual token's key and value of the first layer, then of
+  the second, and so on.
+* prompts with a token update (DePT): ``[P, D]``, and also ``token_update_a [U, r]`` and ``token_update_b [r, D]``. The
+  ``peft_type`` is our own, so PEFT refuses them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ..base.files import save_tensors_atomically, write_atomically
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -31,10 +35,10 @@ def is_prompt_folder(path: Path) -> bool:
 
 
 def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
-    """The directory itself, if it is an adapter folder, or all adapter folders in it, sorted.
+    """The directory itself if it is an adapter folder, else all adapter folders in it, sorted.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there are none.
     """
     directory = Path(directory)
     if is_prompt_folder(directory):
@@ -55,8 +59,8 @@ def write_prompt(
 
     Args:
         prompt: [P, D]
-        config: facts of the model, merged into PEFT's fields (``task_type``, ``base_model_name_or_path``, ...).
-        token_update: its factors [U, r] and [r, D], if it has one.
+        config: the model's values of PEFT's fields (``task_type``, ``base_model_name_or_path``, ...).
+        token_update: the factors [U, r] and [r, D] of the prompt's token update, if it has one.
     """
     fields: dict[str, Any] = {
         "peft_type": PLAIN,
@@ -91,7 +95,6 @@ def write_prefix(
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "task_type": None,
         "auto_mapping": None,
@@ -106,35 +109,35 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
     values = {
         key: tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for key, tensor in tensors.items()
     }
-    partial = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(values, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS_FILE)
-    partial = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(fields | config, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, folder / CONFIG_FILE)
+    save_tensors_atomically(folder / WEIGHTS_FILE, values, {"format": "pt"})
+    write_atomically(folder / CONFIG_FILE, json.dumps(fields | config, indent=2, sort_keys=True) + "\n")
 
 
 def peft_type(folder: PathLike[str] | str) -> str:
-    """Which method an adapter folder is of; raises as :func:`read_prompt` does."""
+    """The method of an adapter folder, in PEFT's words; raises as :func:`read_prompt` does."""
     return str(read_config(folder, None).get("peft_type"))
 
 
 def read_config(folder: PathLike[str] | str, kind: str | None = PLAIN) -> dict[str, Any]:
-    """The configuration of an adapter folder of this `peft_type`, None: of any; raises as :func:`read_prompt` does."""
+    """The configuration of an adapter folder; raises as :func:`read_prompt` does.
+
+    Args:
+        kind: the `peft_type` that it must have; None: any.
+    """
     config = _read_json(Path(folder))
-    found = config.get("peft_type")
-    if kind is not None and found != kind and found == UPDATED:
+    method = config.get("peft_type")
+    if kind is not None and method != kind and method == UPDATED:
         raise ValueError(
             f"{folder}: the prompt has a token update, which only SoftPromptModel.load_prompt and from_pretrained read"
         )
-    if kind is not None and found != kind:
-        raise ValueError(f"{Path(folder) / CONFIG_FILE}: `peft_type` must be {kind!r}, got {found!r}")
+    if kind is not None and method != kind:
+        raise ValueError(f"{Path(folder) / CONFIG_FILE}: `peft_type` must be {kind!r}, got {method!r}")
     return config
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
     if not is_prompt_folder(folder):
-        raise FileNotFoundError(f"{folder} must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise FileNotFoundError(f"{folder} is not a folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -228,12 +231,16 @@ def read_vectors(path: PathLike[str] | str) -> Tensor:
 
 
 def _read_tensor(path: Path, key: str | None = None) -> Tensor:
-    """A tensor of a file; None: its only one, or the one named KEY, but not what needs a token update beside it."""
+    """A tensor of a file.
+
+    Args:
+        key: None: the file's only tensor, or the one named KEY; a file that also holds a token update is refused.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if key is None and set(FACTORS) & set(keys):
-                raise ValueError(f"{path} must hold a prompt alone, but has a token update too")
+                raise ValueError(f"{path} must hold a prompt alone, got a prompt with a token update")
             if key is None:
                 key = KEY if KEY in keys else keys[0] if len(keys) == 1 else None
             elif key not in keys:

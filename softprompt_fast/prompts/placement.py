@@ -1,7 +1,7 @@
-"""A prompt behind the beginning-of-sequence token: ``[BOS][prompt][text]`` instead of ``[prompt][BOS][text]``.
+"""A prompt after the beginning-of-sequence token: ``[BOS][prompt][text]`` instead of ``[prompt][BOS][text]``.
 
-Its first vector is BOS's embedding and stays so; texts are tokenised without special tokens
-(``Task.special_tokens = False``). To everything else it is an ordinary prompt of P + 1 vectors.
+The prompt's first vector is BOS's embedding and is not trained; texts are tokenised without special tokens
+(``Task.special_tokens = False``). Everything else sees an ordinary prompt of P + 1 vectors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..hf.embedding import embedding_table
 
 
 class FixedFirst(nn.Module):
-    """A parametrization (``torch.nn.utils.parametrize``) that keeps a prompt's first vector; the others are trained.
+    """A parametrization (``torch.nn.utils.parametrize``) that keeps a prompt's first vector as it is.
 
     ::
 
@@ -43,10 +43,10 @@ class FixedFirst(nn.Module):
 
 
 def bos_vector(model: Any, tokenizer: Any) -> Tensor:
-    """[D] float32, what the model sees for the beginning-of-sequence token, any scale included.
+    """[D] float32, the vector that the model sees for the beginning-of-sequence token, its scale included.
 
     Args:
-        model: of transformers, or a :class:`SoftPromptModel`.
+        model: a transformers model, or a :class:`SoftPromptModel`.
 
     Raises:
         ValueError: the tokenizer has no such token.

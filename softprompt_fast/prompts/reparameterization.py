@@ -1,7 +1,7 @@
-"""Other ways to write a prompt while it is trained, as parametrizations of ``torch.nn.utils.parametrize``.
+"""Prompts computed from other parameters while they are trained: parametrizations of ``torch.nn.utils.parametrize``.
 
-A bank's prompt then is computed from other parameters whenever it is read. :func:`fold` makes it an ordinary prompt
-again, so that what is saved and served costs nothing more::
+The bank computes such a prompt whenever it is read. :func:`fold` makes it an ordinary prompt again, which costs nothing
+extra to save and serve::
 
     reparameterize(bank, "movies", ResidualMLP(bank.embedding_dim))
     ...                                                               # train bank.parameters()
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .fast_soft_prompt import PREFIX, FastSoftPrompt
+from .fast_soft_prompt import PARAMETER_PREFIX, FastSoftPrompt
 
 
 class Offset(nn.Module):
-    """``P = P0 + d``, d is trained: weight decay of d is a decay towards the initial prompt P0 [P, D]."""
+    """``P = P0 + d`` with d trained: weight decay of d is decay towards the initial prompt P0 [P, D]."""
 
     def __init__(self, initial: Tensor) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Offset(nn.Module):
 class ResidualMLP(nn.Module):
     """``P = p + LayerNorm(up(relu(down(p))))``, shared by the vectors (Razdaibiedina et al. 2023, arXiv 2305.03937).
 
-    The norm's scale starts at 0, not at 1 as in the paper: the prompt starts as it was initialised.
+    The norm's scale starts at 0, not at 1 as in the paper, so the prompt starts at its initial values.
 
     Args:
         dim: D
@@ -114,19 +114,19 @@ class SharedPart(nn.Module):
 
 
 def reparameterize(bank: FastSoftPrompt, name: str, form: nn.Module) -> None:
-    """Lets a prompt be computed by ``form``, after any form it has already. Its name and its uses stay the same."""
+    """Computes a prompt by ``form``, after any form that it has already. Its name and its use stay the same."""
     parameter = bank[name]
     form = form.to(device=parameter.device, dtype=parameter.dtype)
     # A shared part changes the shape, which the check of `unsafe=False` forbids.
-    parametrize.register_parametrization(bank, PREFIX + name, form, unsafe=isinstance(form, SharedPart))
+    parametrize.register_parametrization(bank, PARAMETER_PREFIX + name, form, unsafe=isinstance(form, SharedPart))
     if isinstance(form, LowRank):
         bank.forms(name).original.requires_grad_(False)
 
 
 def fold(bank: FastSoftPrompt, name: str) -> nn.Parameter:
-    """Makes a prompt an ordinary parameter of its computed values, without dropout; returns it."""
+    """Turns a prompt into an ordinary parameter with its computed values, without dropout; returns the parameter."""
     forms = bank.forms(name)
     if forms is not None:
         trained = any(parameter.requires_grad for parameter in forms.parameters())
-        bank._replace(name, nn.Parameter(bank.values(name), requires_grad=trained))
+        bank.replace_parameter(name, nn.Parameter(bank.snapshot(name), requires_grad=trained))
     return bank[name]

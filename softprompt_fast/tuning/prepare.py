@@ -68,7 +68,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
     if settings.placement == "after_bos":
         bos = bos_vector(model, tokenizer)
         if isinstance(init, str) and init in model.prompts:
-            init = model.prompts.values(init)
+            init = model.prompts.snapshot(init)
         values = initial_prompt(init, count, embedding_table(model.get_input_embeddings()), **options)
         init, count = torch.cat([bos[None].to(values), values]), None
     parameter = model.add_prompt(task.prompt, count, init=init, **options)

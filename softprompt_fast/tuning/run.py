@@ -241,7 +241,7 @@ class _Run:
             settings = replace(self.settings, num_virtual_tokens=self.shared_tokens)
             apart = type(self.model)(self.model.base_model)
             add_prompt(apart, self.tokenizer, self.jobs[0].task, settings)
-            shared = nn.Parameter(apart.prompts.values(self.jobs[0].task.prompt))
+            shared = nn.Parameter(apart.prompts.snapshot(self.jobs[0].task.prompt))
         for job in self.jobs:
             if job.task.prompt in self.model.prompts:
                 if shared is not None:
@@ -261,7 +261,7 @@ class _Run:
         """That a prompt which is tuned further behind BOS begins with it: its first vector would be lost."""
         if self.settings.placement == "after_bos":
             bos = bos_vector(self.model, self.tokenizer)
-            if not torch.equal(self.model.prompts.values(name)[0], bos.to(self.model.prompts[name])):
+            if not torch.equal(self.model.prompts.snapshot(name)[0], bos.to(self.model.prompts[name])):
                 raise ValueError(
                     f"`placement` must be 'before_bos' for {name!r}, which does not begin with BOS; got 'after_bos'"
                 )
@@ -272,7 +272,7 @@ class _Run:
         if context is None or is_encoder_decoder(self.model.base_model):
             return
         for job, longest in zip(self.jobs, self.longest, strict=True):
-            tokens = len(self.model.prompts.values(job.task.prompt))
+            tokens = len(self.model.prompts.snapshot(job.task.prompt))
             if tokens + longest > context:
                 raise ValueError(
                     f"`max_length` must leave room for {tokens} virtual tokens in the model's context of {context}, "

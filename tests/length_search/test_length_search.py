@@ -286,7 +286,7 @@ def test_rungs_go_on_from_the_prompt_of_the_rung_before(tmp_path: Path, monkeypa
     tune_tasks = search_module.tune_tasks
 
     def spy(model: Any, tokenizer: Any, jobs: Any, folder: Path, settings: Any, **options: Any) -> Any:
-        values = model.prompts.values("p") if "p" in model.prompts else None
+        values = model.prompts.snapshot("p") if "p" in model.prompts else None
         started.append((folder.parent.name + "/" + folder.name, values))
         return tune_tasks(model, tokenizer, jobs, folder, settings, **options)
 

@@ -86,7 +86,7 @@ class Words:
 
 def test_every_way_to_start() -> None:
     tuned = spf.DeepPromptModel(build("gpt2"))
-    tuned.base_model.train()  # its dropout must not reach the first values
+    tuned.base_model.train()  # its dropout must not reach the initial values
     plain = spf.SoftPromptModel(build("gpt2"))
     ids = torch.tensor([[9, 8, 7]])
     for init, given in [
@@ -269,11 +269,11 @@ def test_models_that_cannot_run_packed_are_refused(name: str) -> None:
 
 def test_a_failed_check_raises_and_goes_on_raising(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = deep_model("llama")
-    true = tuned.shared.logits_alone
-    monkeypatch.setattr(tuned.shared, "logits_alone", lambda *args, **options: true(*args, **options) * 1.5)
+    true = tuned.runner.logits_alone
+    monkeypatch.setattr(tuned.runner, "logits_alone", lambda *args, **options: true(*args, **options) * 1.5)
     ids, mask = batch()
     for _ in range(2):
-        with pytest.raises(TypeError, match="LlamaForCausalLM cannot run deep prompts: it differs from each row run"):
+        with pytest.raises(TypeError, match="LlamaForCausalLM cannot run deep prompts: packed logits differ from"):
             tuned(ids, mask, prompt_ids=ROWS)
     assert tuned.execution_report().execution == "refused"
 
@@ -283,7 +283,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     ids, _ = batch()
     with pytest.raises(ValueError, match=r"must have shape \[P, 32\] \(a plain prompt\) or \[P, 96\], got \[2, 33\]"):
         tuned.add_prompt("wrong", init=torch.zeros(2, 33))
-    with pytest.raises(ValueError, match="`output_attentions` and `use_cache` must not be given"):
+    with pytest.raises(ValueError, match="`output_attentions` cannot be given: deep prompts run in"):
         tuned(ids, prompt_ids="long", output_attentions=True)
     tuned.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`peft_type` must be 'PROMPT_TUNING', got 'PREFIX_TUNING'"):

@@ -32,9 +32,9 @@ def test_two_processes_equal_one(kind: str) -> None:
 def test_the_trainer_on_two_processes_equals_one(tmp_path: Path) -> None:
     on_two_processes("trainer", str(tmp_path / "two"))
     expected = tune_tiny(tmp_path / "one", batch_size=8)
-    found = read_prompt(tmp_path / "two" / "p")[0]
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, tune_tiny(tmp_path / "half", batch_size=4), atol=1e-4)  # it would notice
+    tuned = read_prompt(tmp_path / "two" / "p")[0]
+    assert torch.allclose(tuned, expected, atol=1e-5)
+    assert not torch.allclose(tuned, tune_tiny(tmp_path / "half", batch_size=4), atol=1e-4)  # it would notice
 
 
 def test_gradient_accumulation_equals_a_large_batch(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shared-prompt execution: exact on every architecture it takes, and given up where it would not be."""
+"""Shared-prompt execution: exact on every architecture that it supports; all others use the padded layout."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from support.deep_rows_alone import deep_model
 from support.rows_alone import ROWS, alone, relative, tuned_model
 from support.tiny_models import DECODERS, ENCODERS, LLAMA, WINDOW, batch, build
 
@@ -67,7 +68,7 @@ def test_the_packed_batch_holds_useful_tokens_only(monkeypatch: pytest.MonkeyPat
     tuned = tuned_model("llama")
     ids, mask = batch()
     seen: list[torch.Size] = []
-    monkeypatch.setattr(tuned.shared, "check", False)
+    monkeypatch.setattr(tuned.runner, "check", False)
     monkeypatch.setattr(tuned.base_model.model, "forward", _spy(tuned.base_model.model.forward, seen))
     tuned(ids, mask, labels=ids, prompt_ids=ROWS)
     assert seen == [torch.Size([1, 7 + 2 + int(mask.sum()), 32])]
@@ -93,7 +94,7 @@ def test_text_that_rows_share_runs_once_and_changes_nothing(labelled: bool) -> N
     labels = ids if labelled else None
     outputs = [model(ids, mask, labels=labels, prompt_ids=rows, return_logits=True) for model in (tuned, plain)]
     assert relative(outputs[0].logits, outputs[1].logits) < 1e-5
-    packs = [m.shared.pack(m.prompts, ids, mask, rows, None).layout.slots for m in (tuned, plain)]
+    packs = [m.runner.pack(m.prompts.select(rows, len(ids)), ids, mask, None).layout.slots for m in (tuned, plain)]
     assert packs[1] - packs[0] == 4 * 2  # one copy of four tokens instead of two, for each of two prompts
     if labelled:
         grads = [torch.autograd.grad(o.loss, [tuned.prompts["long"], tuned.prompts["short"]]) for o in outputs]
@@ -212,7 +213,16 @@ def test_host_counts_give_the_same_result() -> None:
     assert torch.equal(with_counts, tuned(ids, mask, labels=labels, prompt_ids=ROWS).loss)
 
 
-# --- giving up ---
+@pytest.mark.parametrize("model", ["plain", "deep"])
+def test_use_cache_false_changes_nothing(model: str) -> None:
+    tuned = tuned_model("llama") if model == "plain" else deep_model("llama")
+    ids, mask = batch()
+    logits = tuned(ids, mask, prompt_ids=ROWS, use_cache=False).logits
+    assert tuned.execution_report().execution == "shared"
+    assert torch.equal(logits, tuned(ids, mask, prompt_ids=ROWS).logits)
+
+
+# --- falling back to the padded layout ---
 
 
 @pytest.mark.parametrize("name", [*sorted(FALLBACK), *ENCODERS, "t5"])
@@ -237,14 +247,14 @@ def test_a_model_that_mixes_neighbours_is_found_by_the_first_batch(caplog: pytes
         logits = tuned(ids, mask, prompt_ids=ROWS).logits
         tuned(ids, mask, prompt_ids=ROWS)
     assert tuned.execution_report().execution == "padded"
-    assert sum("differs from each row run alone" in record.message for record in caplog.records) == 1
+    assert sum("differ from row-by-row logits" in record.message for record in caplog.records) == 1
     expected, used = alone(tuned, ids[0], ROWS[0])
     assert relative(logits[0], expected.logits[0, len(used) :]) < 1e-5
 
 
 def test_a_layer_without_attention_is_found_by_counting() -> None:
     tuned = tuned_model("llama")
-    tuned.shared.check = False
+    tuned.runner.check = False
     attention = tuned.base_model.model.layers[1].self_attn
     attention.forward = lambda hidden_states, **_: (hidden_states, None)
     ids, mask = batch()
@@ -254,7 +264,7 @@ def test_a_layer_without_attention_is_found_by_counting() -> None:
 
 def test_an_unknown_keyword_is_never_guessed() -> None:
     tuned = tuned_model("llama")
-    tuned.shared.check = False
+    tuned.runner.check = False
     attention = tuned.base_model.model.layers[0].self_attn
     original = attention.forward
     attention.forward = lambda *args, **kwargs: original(*args, novelty=1.0, **kwargs)
@@ -263,12 +273,12 @@ def test_an_unknown_keyword_is_never_guessed() -> None:
     assert "novelty" in tuned.execution_report().reason
 
 
-def test_after_giving_up_the_model_is_as_it_was() -> None:
+def test_after_falling_back_the_model_is_as_it_was() -> None:
     model = build("llama")
     before = model.config._attn_implementation
-    shared = PackedRunner(model)
+    runner = PackedRunner(model)
     assert model.config._attn_implementation != before
-    shared.give_up("asked to")
+    runner.give_up("asked to")
     assert model.config._attn_implementation == before
 
 
@@ -289,7 +299,7 @@ def test_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("what", ["id", "additive mask", "id in shared text"])
-def test_bad_input_is_the_callers_error_and_not_a_reason_to_give_up(what: str) -> None:
+def test_bad_input_is_the_callers_error_and_not_a_reason_to_fall_back(what: str) -> None:
     tuned = tuned_model("llama")
     ids, mask = torch.randint(3, 90, (3, 6)), torch.ones(3, 6)
     ids[:, :3] = torch.tensor([5, 6, 7])

@@ -1,4 +1,4 @@
-"""A prompt behind BOS: its first vector is BOS's, texts come without it, and the rest alone is trained."""
+"""A prompt after BOS: its first vector is BOS's and is not trained, and texts come without BOS."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_bos_prompt_text_equals_the_row_alone_and_bos_is_not_trained(name: str, 
     TASK.save(tmp_path / "mine")
     bank = PromptBank(model)
     bank.add_directory(tmp_path)
-    found = SoftPromptPipeline(bank, words).classify(["a good film"], "mine")[0]
+    answer = SoftPromptPipeline(bank, words).classify(["a good film"], "mine")[0]
     wanted = expected[-1, [6, 7]].softmax(-1).tolist()
-    assert list(found["scores"].values()) == pytest.approx(wanted, rel=1e-4)
+    assert list(answer["scores"].values()) == pytest.approx(wanted, rel=1e-4)
     assert not Task.load(tmp_path).special_tokens
 
 
@@ -85,9 +85,9 @@ def test_a_text_is_tokenised_for_each_way(tmp_path: Path) -> None:
     bank.add("without", values, task=TASK)
     pipe = SoftPromptPipeline(bank, tokenizer())
     both = pipe.classify(["a good film"], ensemble=["with", "without"])[0]
-    apart = [pipe.classify(["a good film"], name)[0]["scores"]["good"] for name in ("with", "without")]
-    assert apart[0] != pytest.approx(apart[1], rel=1e-3)
-    assert both["scores"]["good"] == pytest.approx(sum(apart) / 2, rel=1e-4)
+    single = [pipe.classify(["a good film"], name)[0]["scores"]["good"] for name in ("with", "without")]
+    assert single[0] != pytest.approx(single[1], rel=1e-3)
+    assert both["scores"]["good"] == pytest.approx(sum(single) / 2, rel=1e-4)
 
 
 def test_errors() -> None:

@@ -47,7 +47,7 @@ def a_bank(form: str | None = None) -> tuple[spf.FastSoftPrompt, torch.Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_starts_as_the_prompt_it_is_put_on(form: str) -> None:
     bank, values = a_bank(form)
-    assert torch.allclose(bank.values("a"), values, atol=1e-6)
+    assert torch.allclose(bank.snapshot("a"), values, atol=1e-6)
     assert bank.lengths == {"a": P, "other": 2}
 
 
@@ -61,7 +61,7 @@ def test_training_moves_the_prompt_and_folding_keeps_its_values(form: str) -> No
         optimizer.zero_grad()
         tuned(ids, mask, ids.masked_fill(mask == 0, -100), ["a", "other", None, "a"]).loss.backward()
         optimizer.step()
-    after = bank.values("a")
+    after = bank.snapshot("a")
     assert not torch.allclose(after[1:], values[1:], atol=1e-3)
     tuned.eval()
     computed = tuned(ids, mask, prompt_ids="a").logits
@@ -78,7 +78,7 @@ def test_weight_decay_of_the_offset_is_a_decay_to_the_initial_prompt() -> None:
     for parameter in bank.parameters():
         parameter.grad = torch.zeros_like(parameter)
     torch.optim.AdamW(bank.parameters(), lr=0.1, weight_decay=0.5).step()
-    assert torch.allclose(bank.values("a"), values + 1 - 0.1 * 0.5, atol=1e-6)
+    assert torch.allclose(bank.snapshot("a"), values + 1 - 0.1 * 0.5, atol=1e-6)
 
 
 def test_low_rank_updates_have_that_rank_and_train_only_the_factors() -> None:
@@ -87,7 +87,7 @@ def test_low_rank_updates_have_that_rank_and_train_only_the_factors() -> None:
     assert {name.rsplit(".", 1)[-1] for name in trained} == {"a", "b"}
     with torch.no_grad():
         bank.forms("a")[0].b.normal_()
-    assert torch.linalg.matrix_rank(bank.values("a") - values, rtol=1e-4) == 2
+    assert torch.linalg.matrix_rank(bank.snapshot("a") - values, rtol=1e-4) == 2
 
 
 def test_the_residual_form_is_the_papers_mlp() -> None:
@@ -97,7 +97,7 @@ def test_the_residual_form_is_the_papers_mlp() -> None:
         mlp.norm.weight.normal_()
     hidden = (values @ mlp.down.weight.T + mlp.down.bias).clamp(min=0) @ mlp.up.weight.T + mlp.up.bias
     normed = (hidden - hidden.mean(1, keepdim=True)) / (hidden.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-    assert torch.allclose(bank.values("a"), values + normed * mlp.norm.weight, atol=1e-5)
+    assert torch.allclose(bank.snapshot("a"), values + normed * mlp.norm.weight, atol=1e-5)
 
 
 def test_the_norm_bound_shortens_only_what_is_longer() -> None:
@@ -105,9 +105,9 @@ def test_the_norm_bound_shortens_only_what_is_longer() -> None:
     norms = values.norm(dim=1)
     bound = norms.median().item()
     reparameterize(bank, "a", NormBound(bound))
-    found = bank.values("a")
-    assert torch.allclose(found.norm(dim=1), norms.clamp(max=bound), atol=1e-5)
-    assert torch.equal(found[norms < bound], values[norms < bound])
+    bounded = bank.snapshot("a")
+    assert torch.allclose(bounded.norm(dim=1), norms.clamp(max=bound), atol=1e-5)
+    assert torch.equal(bounded[norms < bound], values[norms < bound])
 
 
 def test_dropout_drops_in_training_only_and_keeps_the_mean() -> None:
@@ -115,7 +115,7 @@ def test_dropout_drops_in_training_only_and_keeps_the_mean() -> None:
     seen = torch.stack([bank["a"].detach() for _ in range(600)])
     assert 0.45 < (seen == 0).float().mean() < 0.55
     assert torch.allclose(seen.mean(0), values, atol=0.6)
-    assert torch.equal(bank.values("a"), values) and bank.training
+    assert torch.equal(bank.snapshot("a"), values) and bank.training
     bank.eval()
     assert torch.equal(bank["a"].detach(), values)
 
@@ -123,10 +123,10 @@ def test_dropout_drops_in_training_only_and_keeps_the_mean() -> None:
 def test_a_shared_part_stands_in_front_of_each_prompt_and_is_one_parameter() -> None:
     bank, values = a_bank()
     shared = nn.Parameter(torch.randn(3, D))
-    other = bank.values("other")
+    other = bank.snapshot("other")
     for name in ("a", "other"):
         reparameterize(bank, name, SharedPart(shared))
-    assert torch.equal(bank.values("a"), torch.cat([shared, values])) and bank.lengths == {"a": 8, "other": 5}
+    assert torch.equal(bank.snapshot("a"), torch.cat([shared, values])) and bank.lengths == {"a": 8, "other": 5}
     assert sum(p is shared for p in bank.parameters()) == 1
     tuned = spf.SoftPromptModel(build("llama"), bank)
     ids, mask = batch()
@@ -135,7 +135,7 @@ def test_a_shared_part_stands_in_front_of_each_prompt_and_is_one_parameter() -> 
     assert both is not None and both.abs().min() > 0
     fold(bank, "a")
     fold(bank, "other")
-    assert torch.equal(bank.values("other"), torch.cat([shared, other]))
+    assert torch.equal(bank.snapshot("other"), torch.cat([shared, other]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,7 +143,7 @@ def test_parametrized_prompts_are_renamed_frozen_and_removed(form: str) -> None:
     bank, values = a_bank(form)
     parameters = {id(p) for p in bank.forms("a").parameters()}
     bank.rename_prompt("a", "b")
-    assert bank.names == ["b", "other"] and torch.allclose(bank.values("b"), values, atol=1e-6)
+    assert bank.names == ["b", "other"] and torch.allclose(bank.snapshot("b"), values, atol=1e-6)
     assert {id(p) for p in bank.forms("b").parameters()} == parameters
     bank.freeze_prompt("b")
     assert not any(p.requires_grad for p in bank.forms("b").parameters()) and bank["other"].requires_grad
@@ -161,9 +161,9 @@ def test_forms_stack_in_order_and_their_state_is_loaded_back() -> None:
     again, _ = a_bank("offset")
     for form in ("residual", "norm", "dropout"):
         reparameterize(again, "a", FORMS[form](values))
-    assert not torch.equal(again.values("a"), bank.values("a"))
+    assert not torch.equal(again.snapshot("a"), bank.snapshot("a"))
     again.load_state_dict(bank.state_dict())
-    assert torch.equal(again.values("a"), bank.values("a"))
+    assert torch.equal(again.snapshot("a"), bank.snapshot("a"))
 
 
 def test_saving_in_training_writes_values_without_dropout(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ def deep_alone(tuned: spf.DeepPromptModel, ids: Tensor, values: Tensor | None) -
     cache = DynamicCache()
     length = 0 if values is None else len(values)
     if values is not None:
-        layers, _, heads, size = tuned.shared.shape
+        layers, _, heads, size = tuned.runner.shape
         by_layer = values.to(model.dtype).view(1, length, 2 * layers, heads, size).permute(2, 0, 3, 1, 4).split(2)
         for layer, (key, value) in enumerate(by_layer):
             cache.update(key, value, layer)

@@ -1,4 +1,4 @@
-"""A tuning run of two steps, alike in one process and in several."""
+"""A tuning run of two steps, the same in one process and in several."""
 
 from __future__ import annotations
 

@@ -185,13 +185,13 @@ def test_the_callers_task_is_not_changed(tmp_path: Path) -> None:
 def test_a_prompt_from_behind_bos_starts_others_without_its_first_vector(tmp_path: Path) -> None:
     source = spf.SoftPromptModel(build("llama"))
     tuned(tmp_path / "source", source, placement="after_bos")
-    values = source.prompts.values("p")
+    values = source.prompts.snapshot("p")
     start: dict[str, Any] = {"init": str(tmp_path / "source" / "p"), "num_virtual_tokens": None, "learning_rate": 1e-12}
     before, behind = spf.SoftPromptModel(build("llama")), spf.SoftPromptModel(build("llama"))
     tuned(tmp_path / "before", before, **start)
     tuned(tmp_path / "behind", behind, placement="after_bos", **start)
-    assert torch.allclose(before.prompts.values("p"), values[1:], atol=1e-6)
-    assert torch.allclose(behind.prompts.values("p"), values, atol=1e-6)
+    assert torch.allclose(before.prompts.snapshot("p"), values[1:], atol=1e-6)
+    assert torch.allclose(behind.prompts.snapshot("p"), values, atol=1e-6)
     assert torch.equal(values[0], bos_vector(source, tiny_tokenizer()))
 
 
@@ -217,7 +217,7 @@ def test_members_that_would_start_alike_do_not(tmp_path: Path) -> None:
     task = classification_task(reviews(), prompt="p")
     options = COMMON | {"learning_rate": 1e-12, "num_virtual_tokens": 30}
     tune_ensemble(model, tiny_tokenizer(), task, reviews(16), reviews(8), tmp_path, members=3, **options)
-    first, *others = (model.prompts.values(f"p-{i}") for i in range(3))
+    first, *others = (model.prompts.snapshot(f"p-{i}") for i in range(3))
     for other in others:
         share = (other - first).std() / first.std()
         assert 0.05 < share < 0.2
@@ -232,7 +232,7 @@ def test_only_distances_from_the_start_decay(tmp_path: Path) -> None:
         model = spf.SoftPromptModel(build("llama"))
         options = COMMON | {"decay_to_initial": decay, "learning_rate": 1e-3, "steps": 1, "eval_every": 1}
         tune_tasks(model, tiny_tokenizer(), [job], tmp_path / str(decay), shared_tokens=2, **options)
-        found.append(model.prompts.values("p"))
+        found.append(model.prompts.snapshot("p"))
     assert torch.allclose(found[0][:2], found[1][:2], atol=1e-5)
 
 

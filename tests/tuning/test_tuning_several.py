@@ -72,13 +72,13 @@ def test_each_task_counts_alike_whatever_its_rows(tmp_path: Path) -> None:
         **COMMON,
     )
     # Adam divides by the gradient's size, so half of it (the mean is over twice the rows) moves a prompt as far.
-    assert torch.allclose(both.prompts.values("right"), alone.prompts.values("right"), atol=1e-3)
+    assert torch.allclose(both.prompts.snapshot("right"), alone.prompts.snapshot("right"), atol=1e-3)
 
 
 def test_prompts_of_several_tasks_can_share_a_part(tmp_path: Path) -> None:
     model = spf.SoftPromptModel(build("llama"))
     results = tune_tasks(model, tiny_tokenizer(), the_jobs(), tmp_path, shared_tokens=3, steps=60, **COMMON)
-    right, other = model.prompts.values("right"), model.prompts.values("turned")
+    right, other = model.prompts.snapshot("right"), model.prompts.snapshot("turned")
     assert model.prompts.lengths == {"right": 7, "turned": 7} and "shared" not in model.prompts
     assert not torch.allclose(right[3:], other[3:], atol=1e-2)
     assert all(result.after["accuracy"] >= 0.9 for result in results)
@@ -89,12 +89,12 @@ def test_prompts_of_several_tasks_can_share_a_part(tmp_path: Path) -> None:
 def test_a_shared_part_learns_from_all_tasks(tmp_path: Path) -> None:
     model = spf.SoftPromptModel(build("llama"))
     tune_tasks(model, tiny_tokenizer(), the_jobs(), tmp_path, shared_tokens=3, steps=2, eval_every=2, **COMMON)
-    right, other = model.prompts.values("right"), model.prompts.values("turned")
+    right, other = model.prompts.snapshot("right"), model.prompts.snapshot("turned")
     start = spf.SoftPromptModel(build("llama"))
     tune(start, tiny_tokenizer(), the_jobs()[0].task, reviews(), reviews(4), tmp_path / "start", steps=1, eval_every=1,
          batch_size=4, learning_rate=1e-12, num_virtual_tokens=3)  # fmt: skip
     assert torch.equal(right[:3], other[:3])
-    assert not torch.allclose(right[:3], start.prompts.values("right"), atol=1e-2)
+    assert not torch.allclose(right[:3], start.prompts.snapshot("right"), atol=1e-2)
 
 
 def test_an_interrupted_run_of_several_goes_on(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_an_ensemble_is_tuned_in_one_run_and_decides_together(tmp_path: Path) ->
     result = tune_ensemble(
         model, tokenizer, task, reviews(), reviews(24), tmp_path, members=3, init="vocabulary", steps=40, **COMMON
     )
-    values = [model.prompts.values(f"p-{i}") for i in range(3)]
+    values = [model.prompts.snapshot(f"p-{i}") for i in range(3)]
     assert not torch.allclose(values[0], values[1], atol=0.1) and not torch.allclose(values[1], values[2], atol=0.1)
     assert all(member.after["loss"] < member.before["loss"] for member in result.members)
     each = [predict(model, tokenizer, task, reviews(24), prompt=f"p-{i}") for i in range(3)]
@@ -162,7 +162,7 @@ def test_members_may_start_from_text_and_otherwise(tmp_path: Path) -> None:
     table = model.get_input_embeddings().weight
     for name, words in (("p-0", "film plot"), ("p-1", "no yes")):
         ids = tiny_tokenizer()(words, add_special_tokens=False).input_ids
-        assert torch.allclose(model.prompts.values(name)[:2], table[ids], atol=1e-6)
+        assert torch.allclose(model.prompts.snapshot(name)[:2], table[ids], atol=1e-6)
 
 
 def test_a_majority_outvotes_a_wrong_member() -> None:

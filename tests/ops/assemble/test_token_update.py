@@ -17,8 +17,8 @@ from torch import Tensor
 
 import softprompt_fast as spf
 from softprompt_fast.inference.prompt_bank import PromptBank
-from softprompt_fast.prompts.fast_soft_prompt import Chosen
 from softprompt_fast.prompts.peft_files import read_prompt, read_vectors
+from softprompt_fast.prompts.selection import Selection
 
 WIDTH = 32
 ROWS = ["far", None, "near", "plain", "far", "near"]
@@ -128,7 +128,7 @@ def test_shared_text_is_folded_with_its_update(common: int) -> None:
     outputs = [model(ids, mask, labels=ids, prompt_ids=ROWS, return_logits=True) for model in (tuned, plain)]
     assert relative(outputs[0].logits, outputs[1].logits) < 1e-5
     assert all(model.execution_report().execution == "shared" for model in (tuned, plain))
-    packs = [m.shared.pack(m.prompts, ids, mask, ROWS, None).layout.slots for m in (tuned, plain)]
+    packs = [m.runner.pack(m.prompts.select(ROWS, len(ids)), ids, mask, None).layout.slots for m in (tuned, plain)]
     assert packs[1] - packs[0] == 2 * common
     grads = [torch.autograd.grad(output.loss, list(tuned.prompts.parameters())) for output in outputs]
     assert all(relative(a, b) < 1e-5 for a, b in zip(*grads, strict=True))
@@ -139,11 +139,11 @@ def test_the_comparison_with_rows_alone_knows_the_update(
 ) -> None:
     tuned = tuned_model(shared_text=None)
     ids, mask = batch(rows=len(ROWS))
-    monkeypatch.setattr(Chosen, "token_factors", lambda self: None)
+    monkeypatch.setattr(Selection, "token_factors", lambda self: None)
     with caplog.at_level(logging.WARNING):
         tuned(ids, mask, prompt_ids=ROWS)
     assert tuned.execution_report().execution == "padded"
-    assert "differs from each row run alone" in caplog.text
+    assert "differ from row-by-row logits" in caplog.text
 
 
 def test_generates_what_each_row_alone_generates() -> None:
@@ -264,7 +264,7 @@ def test_state_dict_round_trip() -> None:
         (("other", 4, 2), KeyError, "no prompt 'other'"),
         (("plain", 0, 2), ValueError, "`max_length` must be a positive integer, got 0"),
         (("plain", 4, 1.5), ValueError, "`rank` must be a positive integer, got 1.5"),
-        (("near", 4, 2), ValueError, "a prompt without a token update, but 'near' has one"),
+        (("near", 4, 2), ValueError, "prompt 'near' already has a token update"),
     ],
 )
 def test_bad_updates_are_refused(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
@@ -292,7 +292,7 @@ def test_bad_factors_are_refused(a: Tensor, b: Tensor, message: str) -> None:
 
 def test_banks_of_compiled_prompts_refuse_an_update(tmp_path: Path) -> None:
     tuned = tuned_model()
-    with pytest.raises(ValueError, match="prompt 'near' must not have a token update: PromptBank"):
+    with pytest.raises(ValueError, match="prompt 'near' has a token update, which PromptBank cannot use"):
         PromptBank(tuned)
     tuned.save_pretrained(tmp_path)
     bank = PromptBank(tuned.base_model)
@@ -307,7 +307,7 @@ def test_deep_prompts_refuse_an_update() -> None:
     deep.prompts.add_token_update("p", 4, 2)
     ids, mask = batch()
     for call in (deep, deep.generate):
-        with pytest.raises(ValueError, match="`prompts` must not have token updates"):
+        with pytest.raises(ValueError, match="a token update, which deep prompts cannot use"):
             call(ids, mask, prompt_ids="p")
 
 
@@ -351,9 +351,9 @@ def test_no_reader_of_prompts_drops_an_update(tmp_path: Path) -> None:
     for read in (read_prompt, read_vectors, tuned.read_prompt, lambda path: tuned.add_prompt("x", init=path)):
         with pytest.raises(ValueError, match="has a token update"):
             read(folder)
-    with pytest.raises(ValueError, match="prompt 'near' must not have a token update: `init` takes prompts alone"):
+    with pytest.raises(ValueError, match="prompt 'near' has a token update, which `init` cannot use"):
         tuned.add_prompt("x", init="near")
-    with pytest.raises(ValueError, match="must hold a prompt alone, but has a token update too"):
+    with pytest.raises(ValueError, match="must hold a prompt alone, got a prompt with a token update"):
         read_vectors(folder / "adapter_model.safetensors")
     assert "x" not in tuned.prompts
 

@@ -1,0 +1,143 @@
+"""Runs a model on padded batches in which every row carries its prompt: for any architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..hf.architecture import ForwardTraits
+from ..ops.assemble.batch import PromptedBatch
+from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from ..tasks.encoding import IGNORED
+
+LossFunction = Callable[..., Tensor]
+# Fields of a model's output with one entry per input position, and fields that are tuples of such tensors.
+ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
+ALIGNED_TUPLES = ("hidden_states", "encoder_hidden_states")
+
+
+@dataclass(frozen=True)
+class PaddedRunner:
+    """Runs one model on padded batches."""
+
+    model: Any
+    traits: ForwardTraits
+
+    def assemble(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        labels: Tensor | None,
+        padding_side: str,
+    ) -> PromptedBatch:
+        """The batch with each row's prompt in front of its tokens."""
+        batch: PromptedBatch = bank(
+            input_ids,
+            attention_mask,
+            embedding=self.model.get_input_embeddings(),
+            prompt_ids=prompt_ids,
+            labels=labels,
+            padding_side=padding_side,
+        )
+        return batch
+
+    def forward(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        prompt_ids: PromptIds,
+        *,
+        return_logits: bool,
+        loss_function: LossFunction | None,
+        options: dict[str, Any],
+    ) -> Any:
+        """The model's output as :meth:`SoftPromptModel.forward` returns it."""
+        per_token = labels is not None and labels.shape == input_ids.shape and self.traits.labels_per_token
+        side = "left" if self.traits.pools_last_token else "right"
+        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, labels if per_token else None, side)
+        inputs = dict(batch)
+        if labels is not None and not per_token:
+            inputs["labels"] = labels
+        if "use_cache" in self.traits.parameters:
+            options = {"use_cache": False} | options
+        if loss_function is not None and labels is not None:
+            items = {key: options.pop(key) for key in ("num_items_in_batch",) if key in options}
+            output, loss = self._with_own_loss(inputs, per_token, loss_function, items, options)
+            output["loss"] = loss
+        else:
+            output = self.model(**inputs, **options)
+        if not return_logits and self.traits.predicts_next_token and getattr(output, "logits", None) is not None:
+            output["logits"] = None
+        return self._align(output, batch)
+
+    def _with_own_loss(
+        self,
+        inputs: dict[str, Any],
+        per_token: bool,
+        loss_function: LossFunction,
+        items: dict[str, Any],
+        options: dict[str, Any],
+    ) -> tuple[Any, Tensor]:
+        """A decoder's or encoder-decoder's output, and the caller's loss of it."""
+        if not (per_token and self.traits.predicts_next_token) and not self.traits.encoder_decoder:
+            raise ValueError("`loss_function` cannot be given because this model's labels are not tokens of a text")
+        labels = inputs["labels"]
+        if per_token:  # an encoder-decoder needs its labels: they become the decoder's input
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        output = self.model(**inputs, **options)
+        logits = output.logits
+        if per_token:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        row, column = (labels != IGNORED).nonzero(as_tuple=True)
+        return output, loss_function(logits[row, column], labels[row, column], row, **items)
+
+    def logits_after(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """[M, V] after the tokens at `places` [M, 2] (row, column); None: [B, V] after each row's last vector."""
+        if places is not None:
+            every: Tensor = self.forward(
+                bank,
+                input_ids,
+                attention_mask,
+                None,
+                prompt_ids,
+                return_logits=True,
+                loss_function=None,
+                options={},
+            ).logits
+            return every[places[:, 0], places[:, 1]]
+        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
+        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.traits.parameters else {}
+        if "use_cache" in self.traits.parameters:
+            options["use_cache"] = False
+        logits: Tensor = self.model(**batch, **options).logits
+        return logits[:, -1]
+
+    def _align(self, output: Any, batch: PromptedBatch) -> Any:
+        """Aligns logits and hidden states with ``input_ids``."""
+        aligned, tuples = set(ALIGNED), set(ALIGNED_TUPLES)
+        if not self.traits.labels_per_token:
+            aligned.discard("logits")
+        if self.traits.encoder_decoder:
+            aligned.discard("last_hidden_state")
+            tuples.discard("hidden_states")
+        for name in aligned:
+            if getattr(output, name, None) is not None:
+                output[name] = batch.unpack(output[name])
+        for name in tuples:
+            if getattr(output, name, None) is not None:
+                output[name] = tuple(batch.unpack(states) for states in output[name])
+        return output
