@@ -123,7 +123,7 @@ void dispatch(Scalar type, F&& f) {
   }
 }
 
-// Calls f with Identity<in>, Identity<out>: alike, or float32 on one side.
+// Calls f with Identity<in>, Identity<out>: the same type, or float32 on one side.
 template <class F>
 void dispatch_pair(Scalar in, Scalar out, F&& f) {
   dispatch(in, [&](auto a) {

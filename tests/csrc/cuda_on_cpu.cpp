@@ -1,9 +1,6 @@
 // The three ops for CPU tensors, computed by the CUDA kernels' thread code.
 #include "cuda_on_cpu.h"
 
-#include <initializer_list>
-#include <type_traits>
-
 #include "cuda/kernels.cuh"
 #include "ops.h"
 
