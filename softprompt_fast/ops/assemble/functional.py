@@ -104,11 +104,12 @@ def assemble(
         padding_idx,
         embedding.shape[0],
     )
-    (rows, tokens), device, packed = input_ids.shape, input_ids.device, layout == "packed"
+    (rows, tokens), prompt_rows = input_ids.shape, prompts.shape[0]
+    device, packed = input_ids.device, layout == "packed"
     # Without these two the sizes come from the GPU. This call then waits for it, and can check values too.
     waits = device.type not in ("cpu", "meta") and lengths is None and max_prompt_length is None
     count, offsets, ids = _read_prompts(
-        prompt_offsets, prompt_ids, rows, prompts.shape[0], packed or max_prompt_length is None, packed or waits
+        prompt_offsets, prompt_ids, rows, prompt_rows, packed or max_prompt_length is None, packed or waits
     )
     check_token_factors(token_factors, embedding, count)
     if check_finite:
@@ -118,10 +119,10 @@ def assemble(
     if packed:
         sizes = packed_sizes(offsets, ids, input_ids, attention_mask, lengths)
     else:
-        sizes = padded_sizes(rows, tokens, count, offsets, ids, prompts.shape[0], max_prompt_length)
+        sizes = padded_sizes(rows, tokens, count, offsets, ids, prompt_rows, max_prompt_length)
     segments = sizes.segments
 
-    # 3. Run the op.
+    # 3. Run the op. By position: keywords would take longer than all checks of a small call.
     call = AssembleCall(
         input_ids,
         _adjacent(embedding),
@@ -130,23 +131,23 @@ def assemble(
         None if prompt_ids is None else device_integers(prompt_ids, device),
         attention_mask,
         labels,
-        plan=None if segments is None else segments.plan[:-1],
-        slots=sizes.slots,
-        width=sizes.width,
-        prompt_segments=0 if segments is None else len(segments.prompts),
-        left=padding_side == "left",
-        mask_format=0 if packed else MASK_FORMATS[mask_format],
-        causal=causal,
-        window=sliding_window or 0,
-        scale=float(embedding_scale),
-        token_update=None if token_factors is None else token_update(*token_factors, tokens, embedding.dtype),
+        None if segments is None else segments.plan[:-1],
+        sizes.slots,
+        sizes.width,
+        0 if segments is None else len(segments.prompts),
+        padding_side == "left",
+        0 if packed else MASK_FORMATS[mask_format],
+        causal,
+        sliding_window or 0,
+        float(embedding_scale),
+        None if token_factors is None else token_update(*token_factors, tokens, embedding.dtype),
     )
     embeds, mask, positions, labels_out, token_slots, prompt_slots, row_ids, status = run(
         call, -1 if padding_idx is None else padding_idx
     )
 
     # 4. Check what only the op has read.
-    if check or (check is None and _checks_by_default(status, waits)):
+    if check or (check is None and _checks_by_default(status, device, waits)):
         text_lengths = None if segments is None else segments.text_lengths
         check_status(status.tolist(), call, text_lengths, max_prompt_length)
     return PromptedBatch(
@@ -192,13 +193,11 @@ def _read_prompts(
 
 def _adjacent(matrix: Tensor) -> Tensor:
     """The matrix, copied if the elements of a row are not adjacent."""
-    return matrix.contiguous() if matrix.shape[1] > 1 and matrix.stride(1) != 1 else matrix
+    return matrix.contiguous() if matrix.stride(1) != 1 and matrix.shape[1] > 1 else matrix
 
 
-def _checks_by_default(status: Tensor, waits: bool) -> bool:
+def _checks_by_default(status: Tensor, device: torch.device, waits: bool) -> bool:
     """Whether reading the status costs no extra wait for a GPU, and is possible at all."""
-    if torch.compiler.is_compiling() or not readable(status):
+    if not (waits or device.type == "cpu") or not readable(status) or torch.compiler.is_compiling():
         return False
-    if status.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False
-    return waits or status.device.type == "cpu"
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

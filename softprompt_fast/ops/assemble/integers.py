@@ -12,11 +12,10 @@ from .checks import check_integers, fail, readable
 
 def known_integers(values: Tensor | Sequence[int], argument: str, needed: bool) -> list[int] | None:
     """Integers as a list if they are on the host or needed there; None if they stay on the GPU or in the graph."""
-    compiling = torch.compiler.is_compiling()
-    if not isinstance(values, Tensor) or (not compiling and (needed or values.device.type == "cpu")):
-        return host_integers(values, argument)
-    check_integers(argument, values)
-    return None
+    if isinstance(values, Tensor) and (torch.compiler.is_compiling() or not (needed or values.device.type == "cpu")):
+        check_integers(argument, values)
+        return None
+    return host_integers(values, argument)
 
 
 def host_integers(values: Tensor | Sequence[int], argument: str) -> list[int]:
@@ -31,7 +30,9 @@ def host_integers(values: Tensor | Sequence[int], argument: str) -> list[int]:
 
 def device_integers(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """Integers as a contiguous int64 tensor on the device, copied without waiting."""
-    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
-    if tensor.dtype is torch.int64 and tensor.device == device and tensor.is_contiguous():
-        return tensor
-    return tensor.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
+    if not isinstance(values, Tensor):
+        made = torch.tensor(values, dtype=torch.int64)
+        return made if device.type == "cpu" else made.to(device, non_blocking=True)
+    if values.dtype is torch.int64 and values.device == device and values.is_contiguous():
+        return values
+    return values.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
