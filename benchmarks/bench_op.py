@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softprompt_fast as spf
+from softprompt_fast.base.machine import environment
 from softprompt_fast.ops.assemble import assemble_reference
 from softprompt_fast.ops.extension import backend
 from softprompt_fast.ops.extension.contract import AssembleCall, MaskFormat
@@ -241,13 +241,8 @@ def rows_of(case: Case, dtype: str, direction: str, times: dict[str, list[float]
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = environment(device, "")["device"]
+    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-// bfloat16 and half as plain 16-bit words, without a torch header, and what they convert to.
+// bfloat16 and half as plain 16-bit words, without a torch header, and their conversions.
 #pragma once
 
 #include <cstdint>

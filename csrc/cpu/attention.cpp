@@ -1,6 +1,6 @@
 // Causal attention over packed vectors, in blocks that stay in a core's cache: a segment's queries against its prefix
 // and itself, read in place. Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) and its recomputation
-// in the backward pass (Dao et al. 2022, arXiv 2205.14135). Numbers are float32 inside, whatever the tensors hold.
+// in the backward pass (Dao et al. 2022, arXiv 2205.14135). Inside, numbers are float32 for every dtype.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -84,7 +84,7 @@ void transpose_rows(Block& rows, int64_t count, Block& columns) {
     }
 }
 
-// Sets what query t does not see of keys [first, last) in a row of scores.
+// Sets the scores of keys [first, last) that query t does not see to `value`.
 void hide(float* row, const AttentionSegment& s, int64_t t, int64_t first, int64_t last, int64_t stride, float value) {
   const int64_t begin = std::clamp(s.first_key(t) - first, int64_t{0}, stride);
   const int64_t end = std::clamp(s.last_key(t) - first, int64_t{0}, std::min(last - first, stride));

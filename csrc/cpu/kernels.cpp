@@ -153,8 +153,8 @@ class Writer {
       finished = {segment.prompt_row, segment.prompt_length, segment.slot + begin};
   }
 
-  // Tokens of a segment from its rank `first`, to whose rank 0 row `first_row` of the update belongs (-1: none);
-  // `scaled` is room for one vector.
+  // Writes a segment's tokens from rank `first` on. Row `first_row` of the update belongs to rank 0 (-1: no update);
+  // `scaled` is scratch for one vector.
   void write_text(int64_t slot, const std::vector<int64_t>& sources, int64_t first_row, int64_t first,
                   W* scaled) const {
     const size_t count = sources.size();

@@ -14,7 +14,7 @@ from softprompt_fast.ops.extension import backend
 
 @dataclass
 class Slot:
-    """What stands at one place of the output: a vector of a prompt, a token, or padding (neither)."""
+    """One place of the output: a vector of a prompt, a token, or padding (neither)."""
 
     vector: Tensor | None = None
     label: int = -100

@@ -214,7 +214,7 @@ def test_the_key_changes_with_every_source(sources: Path, name: str) -> None:
     assert build.plan().key != key
 
 
-def test_the_key_changes_with_what_stands_beside_extra_sources(tmp_path: Path) -> None:
+def test_the_key_changes_with_the_headers_of_extra_sources(tmp_path: Path) -> None:
     source, header = tmp_path / "extra.cpp", tmp_path / "extra.h"
     source.touch()
     header.touch()
@@ -292,7 +292,7 @@ def test_the_compiler_may_be_a_command(
     assert build.compiler() == (None if found is None else str(tmp_path / found))
 
 
-def test_a_toolkit_is_found_behind_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toolkit_is_found_through_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for home in ("script", "toolkit"):
         (tmp_path / home / "bin").mkdir(parents=True)
         (tmp_path / home / "bin" / "nvcc").touch(mode=0o755)

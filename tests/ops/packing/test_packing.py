@@ -85,4 +85,4 @@ def test_opcheck(native: backend.Ops) -> None:
 
 def test_slots_outside_the_tensor_are_never_read(native: backend.Ops) -> None:
     (result,) = native.unpack([torch.ones(4, 1, 2)], torch.tensor([[2, 9, -3, 2]]), 11, torch.float32)
-    assert result.sum() == 2 * 2  # slots 2 and 3; the prefix and the rest lie outside
+    assert result.sum() == 2 * 2  # slots 2 and 3; the prefix and the rest are outside
