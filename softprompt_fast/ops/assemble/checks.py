@@ -45,10 +45,13 @@ def _check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
         raise fail(argument, f"be one of {', '.join(choices)}", value)
 
 
-def check_options(
-    layout: str,
-    padding_side: str,
-    mask_format: str,
+def check_choices(layout: str, padding_side: str, mask_format: str) -> None:
+    _check_choice("layout", layout, LAYOUTS)
+    _check_choice("padding_side", padding_side, SIDES)
+    _check_choice("mask_format", mask_format, MASK_FORMATS)
+
+
+def check_numbers(
     causal: bool,
     sliding_window: int | None,
     embedding_scale: float,
@@ -56,9 +59,6 @@ def check_options(
     padding_idx: int | None,
     vocabulary: int,
 ) -> None:
-    _check_choice("layout", layout, LAYOUTS)
-    _check_choice("padding_side", padding_side, SIDES)
-    _check_choice("mask_format", mask_format, MASK_FORMATS)
     if causal is not True and causal is not False:
         raise fail_type("causal", "be a bool", causal)
     if not isinstance(embedding_scale, (int, float)):
@@ -164,14 +164,15 @@ def _usual(
     """The common case in one expression, which is fast. The rest is checked rule by rule."""
     try:
         shape, device = input_ids.shape, input_ids.device
+        embedding_shape, prompts_shape = embedding.shape, prompts.shape
         return (
             len(shape) == 2
             and input_ids.dtype is torch.int64
             and embedding.dtype in FLOATS
             and (prompts.dtype is torch.float32 or prompts.dtype is embedding.dtype)
-            and embedding.dim() == 2
-            and prompts.dim() == 2
-            and prompts.shape[1] == embedding.shape[1]
+            and len(embedding_shape) == 2
+            and len(prompts_shape) == 2
+            and prompts_shape[1] == embedding_shape[1]
             and embedding.device == device
             and prompts.device == device
             and (
