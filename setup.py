@@ -29,7 +29,7 @@ def load_build() -> ModuleType:
 
 
 def build_ahead(package: Path) -> None:
-    """Compiles what the first use would compile, into the place where ``build.find`` looks first."""
+    """Compiles the build of the first use, into the folder where ``build.find`` looks first."""
     build = load_build()
     asked = "SOFTPROMPT_FAST_BUILD=1 builds the extension during installation, but"
     try:

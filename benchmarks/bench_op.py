@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast.ops.assemble import reference
-from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.base.machine import environment
+from softprompt_fast.ops.assemble import assemble_reference
+from softprompt_fast.ops.extension import backend
+from softprompt_fast.ops.extension.contract import AssembleCall, MaskFormat
 
 VOCABULARY = 32_000
 SHAPES = [
@@ -69,7 +70,7 @@ class Case:
         random = torch.Generator().manual_seed(0)
         frequency = 1.0 / (torch.arange(VOCABULARY, dtype=torch.float64) + 2.7)
         ranks = torch.multinomial(frequency, rows * tokens, replacement=True, generator=random)
-        # Which rows are the frequent ones is left to chance: neighbours in memory are no neighbours in frequency.
+        # Frequent rows are at random places: neighbours in memory are not neighbours in frequency.
         ids = torch.randperm(VOCABULARY, generator=random)[ranks].view(rows, tokens)
         lengths = torch.randint(tokens // 2, tokens + 1, (rows, 1), generator=random)
         lengths[0] = tokens
@@ -85,8 +86,8 @@ class Case:
         self.forwards: dict[str, Callable[[], Outputs]] = {
             "eager": partial(self.eager, eager),
             "compile_eager": partial(self.eager, torch.compile(eager, fullgraph=True, dynamic=False)),
-            "twin": partial(self.twin, reference.assemble),
-            "compile": partial(self.twin, torch.compile(reference.assemble, fullgraph=True, dynamic=False)),
+            "twin": partial(self.twin, assemble_reference),
+            "compile": partial(self.twin, torch.compile(assemble_reference, fullgraph=True, dynamic=False)),
             "ours": self.ours,
         }
 
@@ -95,9 +96,25 @@ class Case:
 
     def twin(self, function: Callable[..., Outputs]) -> Outputs:
         length, rows, tokens, _ = self.shape
-        slots, width = rows * (length + tokens), length + tokens
-        tensors = (self.input_ids, self.embedding, self.prompts, self.device_offsets, None, self.mask, self.labels)
-        return function(*tensors, None, slots, width, 0, False, 1, True, 0, 1.0)[:4]
+        call = AssembleCall(
+            self.input_ids,
+            self.embedding,
+            self.prompts,
+            self.device_offsets,
+            prompt_ids=None,
+            attention_mask=self.mask,
+            labels=self.labels,
+            plan=None,
+            slots=rows * (length + tokens),
+            width=length + tokens,
+            prompt_segments=0,
+            left=False,
+            mask_format=MaskFormat.TWO_D.value,
+            causal=True,
+            window=0,
+            scale=1.0,
+        )
+        return function(call)[:4]
 
     def ours(self) -> Outputs:
         tensors = (self.input_ids, self.embedding, self.prompts, self.offsets, None, self.mask, self.labels)
@@ -108,7 +125,7 @@ class Case:
         return batch.inputs_embeds, batch.attention_mask, batch.position_ids, batch.labels
 
     def verify(self) -> None:
-        """All do the same work: the twin to the bit, eager wherever something real stands."""
+        """All compute the same: the twin to the bit, eager in every real slot."""
         ours = self.ours()
         for name, a, b in zip(("embeds", "mask", "positions", "labels"), self.forwards["twin"](), ours, strict=True):
             assert torch.equal(a, b), name
@@ -121,14 +138,14 @@ class Case:
         torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3 * gradients[0].abs().max().item())
 
     def moved(self, direction: str) -> int:
-        """Bytes to be moved in any case: each output vector read and written once; the gradients that are summed."""
+        """Bytes that must be moved: each output vector read and written once; the gradients that are summed."""
         length, rows, tokens, dim = self.shape
         forward = 2 * rows * (length + tokens) * dim * self.dtype.itemsize
         backward = rows * length * dim * self.dtype.itemsize + length * dim * 4
         return {"forward": forward, "backward": backward, "step": forward + backward}[direction]
 
     def runs(self, providers: list[str], direction: str) -> dict[str, Run]:
-        """What is timed, ready to be called."""
+        """The calls to time."""
         runs: dict[str, Run] = {}
         for name in providers:
             if name == "clone":
@@ -146,7 +163,7 @@ class Case:
         return torch.autograd.grad(forward()[0], self.prompts, self.gradient)
 
     def _limit(self, direction: str) -> Run:
-        """A clone of the vectors; backward, of those gradients that have to be read."""
+        """A clone of the vectors; backward, of the gradients that must be read."""
         whole, part = self.gradient, self.gradient[:, : self.shape[0]]
         if direction == "step":
             return lambda: (whole.clone(), part.clone())
@@ -176,8 +193,8 @@ def time_cuda(run: Run, count: int, flush: Tensor) -> list[float]:
 
 
 def measure(runs: dict[str, Run], device: torch.device, rounds: int, block_ms: float) -> dict[str, list[float]]:
-    """Blocks of repetitions per provider, interleaved, each round in another order: no provider always finds the
-    allocator or the caches as the same other one left them."""
+    """Blocks of repetitions per provider, interleaved, each round in another order, so that no provider always follows
+    the same other one."""
     clock: Callable[[Run, int], list[float]] = time_cpu
     if device.type == "cuda":
         flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
@@ -224,13 +241,8 @@ def rows_of(case: Case, dtype: str, direction: str, times: dict[str, list[float]
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = environment(device, "")["device"]
+    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
@@ -255,8 +267,8 @@ def main() -> None:
     timing = (arguments.rounds or rounds, block_ms)
     device = torch.device(arguments.device)
     torch._functorch.config.donated_buffer = False  # the backward is repeated on one graph
-    backend = _library.state()
-    print(f"{device_name(device)}; torch {torch.__version__}; backend {backend.name} ({backend.reason})", flush=True)
+    state = backend.state()
+    print(f"{device_name(device)}; torch {torch.__version__}; backend {state.name} ({state.reason})", flush=True)
     with contextlib.ExitStack() as stack:
         write = None
         if arguments.csv:

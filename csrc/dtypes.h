@@ -1,4 +1,4 @@
-// bfloat16 and half as plain 16-bit words, without a torch header, and what they convert to.
+// bfloat16 and half as plain 16-bit words, without a torch header, and their conversions.
 #pragma once
 
 #include <cstdint>
@@ -123,7 +123,7 @@ void dispatch(Scalar type, F&& f) {
   }
 }
 
-// Calls f with Identity<in>, Identity<out>: alike, or float32 on one side.
+// Calls f with Identity<in>, Identity<out>: the same type, or float32 on one side.
 template <class F>
 void dispatch_pair(Scalar in, Scalar out, F&& f) {
   dispatch(in, [&](auto a) {

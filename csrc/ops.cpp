@@ -9,7 +9,7 @@
 namespace softprompt_fast {
 namespace {
 
-// The Python wrapper explains bad input to people; these checks only keep a direct call from harm.
+// The Python wrapper explains bad input to people. These checks only make a direct call safe.
 Scalar scalar_of(const at::Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -41,10 +41,15 @@ Words words_of(const std::optional<at::Tensor>& tensor, const char* name, const 
   return words_of(*tensor);
 }
 
-Rows rows_of(const at::Tensor& tensor, const char* name) {
+MatrixRef<const void> matrix_of(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1, name,
               " must have adjacent elements in a row");
   return {tensor.const_data_ptr(), scalar_of(tensor, name), tensor.size(0), tensor.stride(0)};
+}
+
+// A fresh, contiguous result.
+MatrixRef<void> output_matrix(const at::Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), scalar_of(tensor, "result"), tensor.size(0), tensor.stride(0)};
 }
 
 const int64_t* integers_of(const at::Tensor& tensor, const char* name, int64_t size, const at::Tensor& like) {
@@ -103,8 +108,8 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
   p.input_ids = words_of(input_ids);
   p.attention_mask = words_of(attention_mask, "attention_mask", input_ids);
   p.labels = words_of(labels, "labels", input_ids);
-  p.embedding = rows_of(embedding, "embedding");
-  p.prompts = rows_of(prompts, "prompts");
+  p.embedding = matrix_of(embedding, "embedding");
+  p.prompts = matrix_of(prompts, "prompts");
   p.prompt_count = prompt_offsets.numel() - 1;
   p.prompt_offsets = integers_of(prompt_offsets, "prompt_offsets", p.prompt_count + 1, input_ids);
   if (prompt_ids.has_value()) p.prompt_ids = integers_of(*prompt_ids, "prompt_ids", p.rows, input_ids);
@@ -127,7 +132,7 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
                 input_ids.device(), ", got ", token_update->sizes(), " ", token_update->scalar_type(), " on ",
                 token_update->device());
     p.update_length = token_update->size(1);
-    if (token_update->numel() > 0) p.token_update = rows_of(token_update->flatten(0, 1), "token_update");
+    if (token_update->numel() > 0) p.token_update = matrix_of(token_update->flatten(0, 1), "token_update");
   }
 
   const auto long_options = input_ids.options().dtype(at::kLong);
@@ -181,8 +186,8 @@ at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const
   p.dim = flat.size(1);
   p.uses = prompt_slots.numel();
   p.prompt_count = prompt_offsets.numel() - 1;
-  p.grad = rows_of(flat, "grad");
-  p.grad_prompts = rows_of(result, "grad_prompts");
+  p.grad = matrix_of(flat, "grad");
+  p.grad_prompts = output_matrix(result);
   p.slots = integers_of(prompt_slots, "prompt_slots", p.uses, grad);
   if (use_ids.has_value()) p.use_ids = integers_of(*use_ids, "use_ids", p.uses, grad);
   p.prompt_offsets = integers_of(prompt_offsets, "prompt_offsets", p.prompt_count + 1, grad);
@@ -205,8 +210,8 @@ at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, co
   p.dim = flat.size(1);
   p.tokens = ids.numel();
   p.scale = scale;
-  p.grad = rows_of(flat, "grad");
-  p.grad_embedding = rows_of(result, "grad_embedding");
+  p.grad = matrix_of(flat, "grad");
+  p.grad_embedding = output_matrix(result);
   p.sorted_ids = integers_of(sorted_ids, "sorted_ids", p.tokens, grad);
   p.sorted_slots = integers_of(sorted_slots, "sorted_slots", p.tokens, grad);
   if (p.tokens > 0 && p.dim > 0) kernels.embedding_backward(p);
@@ -239,12 +244,25 @@ void check_types(const at::Tensor& from, at::ScalarType to) {
               "dtype must be that of the tensors, or one of them float32, got ", from.scalar_type(), " and ", to);
 }
 
-Heads heads_of(const at::Tensor& tensor, const char* name) {
+template <class Data>
+HeadsRef<Data> heads_at(Data* data, const at::Tensor& tensor, const char* name) {
   const bool rows = tensor.dim() == 4;
   const int64_t slot = rows ? 1 : 0;
-  return {tensor.const_data_ptr(), scalar_of(tensor, name), rows ? tensor.stride(0) : 0, tensor.stride(slot),
-          tensor.stride(slot + 1), tensor.size(slot + 1),   tensor.size(slot + 2)};
+  return {data,
+          scalar_of(tensor, name),
+          rows ? tensor.stride(0) : 0,
+          tensor.stride(slot),
+          tensor.stride(slot + 1),
+          tensor.size(slot + 1),
+          tensor.size(slot + 2)};
 }
+
+HeadsRef<const void> heads_of(const at::Tensor& tensor, const char* name) {
+  return heads_at(tensor.const_data_ptr(), tensor, name);
+}
+
+// A fresh, contiguous result.
+HeadsRef<void> output_heads(const at::Tensor& tensor) { return heads_at(tensor.mutable_data_ptr(), tensor, "result"); }
 
 at::Tensor adjacent(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
@@ -262,8 +280,8 @@ std::vector<at::Tensor> unpack(const Kernels& kernels, at::TensorList packed, co
   for (int32_t i = 0; i < p.tensors; ++i) {
     const at::Tensor& input = inputs.emplace_back(adjacent(packed[i]));
     results.push_back(at::empty({p.rows, width, input.size(1), input.size(2)}, input.options().dtype(dtype)));
-    p.packed[i] = heads_of(input, "packed");
-    p.unpacked[i] = heads_of(results[i], "rows");
+    p.from[i] = heads_of(input, "packed");
+    p.to[i] = output_heads(results[i]);
   }
   if (p.rows * width > 0) kernels.unpack(p);
   return results;
@@ -280,8 +298,8 @@ std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const 
   for (int32_t i = 0; i < p.tensors; ++i) {
     const at::Tensor& input = inputs.emplace_back(adjacent(rows[i]));
     results.push_back(at::empty({slots, input.size(2), input.size(3)}, input.options().dtype(dtype)));
-    p.unpacked[i] = heads_of(input, "rows");
-    p.packed[i] = heads_of(results[i], "packed");
+    p.from[i] = heads_of(input, "rows");
+    p.to[i] = output_heads(results[i]);
   }
   if (slots > 0) kernels.pack(p);
   return results;
@@ -289,7 +307,7 @@ std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const 
 
 namespace {
 
-// `prefix` are keys and values that prefixes lie in; null: the packed ones themselves.
+// prefix_key, prefix_value: the keys and values that prefixes are in; null: the packed ones themselves.
 AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                  const at::Tensor& table, const std::optional<at::Tensor>& queries,
                                  const std::optional<at::Tensor>& prefix_key,
@@ -337,32 +355,32 @@ AttentionParams attention_params(const at::Tensor& query, const at::Tensor& key,
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionParams&), const at::Tensor& query,
+std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionForwardParams&), const at::Tensor& query,
                                              const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
                                              const std::optional<at::Tensor>& queries,
                                              const std::optional<at::Tensor>& prefix_key,
                                              const std::optional<at::Tensor>& prefix_value, double scale,
                                              int64_t window) {
   const at::Tensor q = adjacent(query), k = adjacent(key), v = adjacent(value);
-  AttentionParams p = attention_params(q, k, v, table, queries, prefix_key, prefix_value, scale, window);
+  AttentionForwardParams p{attention_params(q, k, v, table, queries, prefix_key, prefix_value, scale, window)};
   at::Tensor out = at::zeros({q.size(0), p.query.heads, p.value.size}, query.options());
   at::Tensor log_sums = at::zeros({q.size(0), p.query.heads}, query.options().dtype(at::kFloat));
-  p.out = heads_of(out, "out");
+  p.out = output_heads(out);
   p.log_sums = log_sums.mutable_data_ptr<float>();
   kernel(p);
   return {out, log_sums};
 }
 
-std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionParams&), const at::Tensor& grad,
+std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionBackwardParams&), const at::Tensor& grad,
                                            const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                            const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
                                            const std::optional<at::Tensor>& prefix_value, const at::Tensor& out,
                                            const at::Tensor& log_sums, double scale, int64_t window) {
   const at::Tensor q = adjacent(query), k = adjacent(key), v = adjacent(value), g = adjacent(grad);
-  AttentionParams p = attention_params(q, k, v, table, {}, prefix_key, prefix_value, scale, window);
+  AttentionBackwardParams p{attention_params(q, k, v, table, {}, prefix_key, prefix_value, scale, window)};
   TORCH_CHECK(g.sizes() == out.sizes() && g.scalar_type() == query.scalar_type(), "grad must be as out");
   p.out = heads_of(out, "out");
-  p.log_sums = log_sums.mutable_data_ptr<float>();
+  p.log_sums = log_sums.const_data_ptr<float>();
   p.grad_out = heads_of(g, "grad");
   const auto wide = query.options().dtype(at::kFloat);
   std::vector<at::Tensor> grads = {at::zeros(q.sizes(), wide), at::zeros(k.sizes(), wide), at::zeros(v.sizes(), wide)};
@@ -380,30 +398,80 @@ std::vector<at::Tensor> attention_backward(void (*kernel)(const AttentionParams&
   return grads;
 }
 
-// Schemas. Private: the public functions stand in softprompt_fast/ops/assemble/functional.py.
+// Schemas. Private: the public functions are in softprompt_fast/ops/. AssembleCall in ops/extension/contract.py repeats
+// the argument names of `assemble`.
 TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
-  library.def(
-      "assemble(Tensor input_ids, Tensor embedding, Tensor prompts, Tensor prompt_offsets, Tensor? prompt_ids, "
-      "Tensor? attention_mask, Tensor? labels, Tensor? plan, SymInt slots, SymInt width, SymInt prompt_segments, "
-      "bool left, int mask_format, bool causal, int window, float scale, Tensor? token_update=None) -> (Tensor "
-      "inputs_embeds, "
-      "Tensor attention_mask, Tensor position_ids, Tensor labels, Tensor token_slots, Tensor prompt_slots, "
-      "Tensor row_ids, Tensor status)");
-  library.def(
-      "prompt_backward(Tensor grad, Tensor prompt_slots, Tensor? use_ids, Tensor prompt_offsets, SymInt prompt_rows, "
-      "ScalarType dtype) -> Tensor");
-  library.def(
-      "embedding_backward(Tensor grad, Tensor input_ids, Tensor token_slots, SymInt vocabulary, int padding_idx, "
-      "float scale, ScalarType dtype) -> Tensor");
+  library.def(R"(assemble(
+    Tensor input_ids,
+    Tensor embedding,
+    Tensor prompts,
+    Tensor prompt_offsets,
+    Tensor? prompt_ids,
+    Tensor? attention_mask,
+    Tensor? labels,
+    Tensor? plan,
+    SymInt slots,
+    SymInt width,
+    SymInt prompt_segments,
+    bool left,
+    int mask_format,
+    bool causal,
+    int window,
+    float scale,
+    Tensor? token_update=None
+  ) -> (
+    Tensor inputs_embeds,
+    Tensor attention_mask,
+    Tensor position_ids,
+    Tensor labels,
+    Tensor token_slots,
+    Tensor prompt_slots,
+    Tensor row_ids,
+    Tensor status
+  ))");
+  library.def(R"(prompt_backward(
+    Tensor grad,
+    Tensor prompt_slots,
+    Tensor? use_ids,
+    Tensor prompt_offsets,
+    SymInt prompt_rows,
+    ScalarType dtype
+  ) -> Tensor)");
+  library.def(R"(embedding_backward(
+    Tensor grad,
+    Tensor input_ids,
+    Tensor token_slots,
+    SymInt vocabulary,
+    int padding_idx,
+    float scale,
+    ScalarType dtype
+  ) -> Tensor)");
   library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
   library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
-  library.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor table, Tensor? queries, Tensor? prefix_key, Tensor? "
-      "prefix_value, "
-      "float scale, int window) -> (Tensor out, Tensor log_sums)");
-  library.def(
-      "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor table, Tensor? prefix_key, "
-      "Tensor? prefix_value, Tensor out, Tensor log_sums, float scale, int window) -> Tensor[]");
+  library.def(R"(attention(
+    Tensor query,
+    Tensor key,
+    Tensor value,
+    Tensor table,
+    Tensor? queries,
+    Tensor? prefix_key,
+    Tensor? prefix_value,
+    float scale,
+    int window
+  ) -> (Tensor out, Tensor log_sums))");
+  library.def(R"(attention_backward(
+    Tensor grad,
+    Tensor query,
+    Tensor key,
+    Tensor value,
+    Tensor table,
+    Tensor? prefix_key,
+    Tensor? prefix_value,
+    Tensor out,
+    Tensor log_sums,
+    float scale,
+    int window
+  ) -> Tensor[])");
 }
 
 }  // namespace softprompt_fast

@@ -1,4 +1,4 @@
-// What a kernel is told: plain structs without a torch or CUDA type, shared by CPU and CUDA code.
+// The kernels' parameters: plain structs without a torch or CUDA type, shared by CPU and CUDA code.
 // Symbols as in docs/architecture.md: B rows, T tokens, D hidden size, V vocabulary, N prompts, R prompt rows, U tokens
 // that a prompt's update reaches.
 #pragma once
@@ -8,6 +8,8 @@
 namespace softprompt_fast {
 
 enum class Scalar : int32_t { f32, bf16, f16, f64 };
+// The orders of MaskFormat, Status, PlanColumn and TableColumn are repeated in
+// softprompt_fast/ops/extension/contract.py; module.cpp reports them and a test compares.
 enum class MaskFormat : int32_t { none = 0, two_d = 1, four_d_bool = 2, four_d_additive = 3 };
 
 // A matrix of 1-, 2-, 4- or 8-byte words, read without knowing more of its type. Strides in words.
@@ -18,9 +20,11 @@ struct Words {
   int64_t column_stride;
 };
 
-// A matrix of floating-point rows whose elements are adjacent. Stride in elements.
-struct Rows {
-  const void* data;
+// A matrix of floating-point rows whose elements are adjacent. Stride in elements. `Data` is
+// const void if the matrix is only read.
+template <class Data>
+struct MatrixRef {
+  Data* data;  // null: absent
   Scalar type;
   int64_t count;
   int64_t stride;
@@ -55,13 +59,13 @@ struct AssembleParams {
   uint64_t mask_one, mask_sign;  // bit patterns of 1 and -0 in the mask's dtype
 
   Words input_ids, attention_mask, labels;
-  Rows embedding, prompts;
+  MatrixRef<const void> embedding, prompts;
   const int64_t* prompt_offsets;  // [N + 1]
   const int64_t* prompt_ids;      // [B]; null: prompt 0 everywhere
   const int64_t* plan;            // null: padded layout
 
-  Rows token_update;      // [N * U, D], float64 if the embedding is, else float32; null: none
-  int64_t update_length;  // U
+  MatrixRef<const void> token_update;  // [N * U, D], float64 if the embedding is, else float32; null: none
+  int64_t update_length;               // U
 
   void* inputs_embeds;    // [slots, D], dtype of embedding
   void* mask_out;         // [slots] or [slots, S]
@@ -75,10 +79,10 @@ struct AssembleParams {
 
 struct PromptBackwardParams {
   int64_t dim, uses, prompt_count;
-  Rows grad;               // [slots, D]
-  Rows grad_prompts;       // [R, D], written
-  const int64_t* slots;    // [uses], ascending rows
-  const int64_t* use_ids;  // [uses]; null: prompt 0 everywhere
+  MatrixRef<const void> grad;    // [slots, D]
+  MatrixRef<void> grad_prompts;  // [R, D]
+  const int64_t* slots;          // [uses], ascending rows
+  const int64_t* use_ids;        // [uses]; null: prompt 0 everywhere
   const int64_t* prompt_offsets;
 };
 
@@ -86,20 +90,22 @@ struct PromptBackwardParams {
 struct EmbeddingBackwardParams {
   int64_t dim, tokens;  // tokens: entries of order
   double scale;
-  Rows grad;                    // [slots, D]
-  Rows grad_embedding;          // [V, D], zero on entry; dtype of grad, or float32
-  const int64_t* sorted_ids;    // [tokens] ascending; ids >= V are skipped
-  const int64_t* sorted_slots;  // [tokens]
+  MatrixRef<const void> grad;      // [slots, D]
+  MatrixRef<void> grad_embedding;  // [V, D], zero on entry; dtype of grad, or float32
+  const int64_t* sorted_ids;       // [tokens] ascending; ids >= V are skipped
+  const int64_t* sorted_slots;     // [tokens]
 };
 
 // One line of a rows table, [rows, kTableColumns] int64: a row's own slots and the slots of its prefix.
 enum TableColumn : int32_t { kOwnSlot = 0, kOwnLength = 1, kPrefixSlot = 2, kPrefixLength = 3, kTableColumns = 4 };
 
-// A tensor of vectors per slot or per place of a row, and head. Strides in elements; elements are adjacent.
-struct Heads {
-  const void* data;
+// A tensor of vectors per slot or per place of a row, and head. Strides in elements; elements are adjacent. `Data`
+// as above.
+template <class Data>
+struct HeadsRef {
+  Data* data;
   Scalar type;
-  int64_t row_stride;   // of rows; unused by packed tensors
+  int64_t row_stride;   // of rows; 0 in packed tensors
   int64_t slot_stride;  // of slots or places
   int64_t head_stride;
   int64_t heads, size;
@@ -107,12 +113,14 @@ struct Heads {
 
 constexpr int32_t kMaxTensors = 4;
 
-// Packed [slots, heads, size] <-> rows [rows, width, heads, size], for several tensors with one table.
+// Packed [slots, heads, size] <-> rows [rows, width, heads, size], for several tensors with one table. `unpack` reads
+// packed tensors and writes rows, `pack` the other way.
 struct PackingParams {
   int64_t rows, width, slots;
   int32_t tensors;
   const int64_t* table;
-  Heads packed[kMaxTensors], unpacked[kMaxTensors];  // one of them is written, contiguous
+  HeadsRef<const void> from[kMaxTensors];
+  HeadsRef<void> to[kMaxTensors];  // contiguous
 };
 
 // Causal attention of segments over packed vectors: row r of the table holds a segment's own slots, which are its
@@ -124,11 +132,18 @@ struct AttentionParams {
                            // null: a query for each of its own slots
   double scale;
   int64_t window;  // 0: none
-  Heads query, key, value;
-  Heads prefix_key, prefix_value;  // where prefix slots are: of the packed vectors themselves, or of other ones
-  Heads out;                       // [slots, H, E'], contiguous; written forward, read backward
-  float* log_sums;                 // [slots, H]: logarithm of each query's sum of exponentials
-  Heads grad_out;
+  HeadsRef<const void> query, key, value;
+  HeadsRef<const void> prefix_key, prefix_value;  // where prefix slots are: in the packed vectors, or in other ones
+};
+
+struct AttentionForwardParams : AttentionParams {
+  HeadsRef<void> out;  // [slots, H, E'], contiguous
+  float* log_sums;     // [slots, H]: logarithm of each query's sum of exponentials
+};
+
+struct AttentionBackwardParams : AttentionParams {
+  HeadsRef<const void> out, grad_out;  // [slots, H, E']
+  const float* log_sums;
   // [slots, H, E], [slots, H', E], [slots, H', E'] and the same of prefix slots; zero on entry.
   float *grad_query, *grad_key, *grad_value, *grad_prefix_key, *grad_prefix_value;
 };

@@ -1,4 +1,4 @@
-// The one index rule: what stands in slot s of the output. CPU loops and CUDA kernels both call it.
+// The one index rule: what slot s of the output holds. CPU loops and CUDA kernels both call it.
 //
 //   padded, right   [prompt][text][pad]        packed   [prompt a][prompt b]..[text of row 0][text of row 1]..
 //   padded, left    [pad][prompt][text]
@@ -6,6 +6,8 @@
 // Text is a row's real tokens only (attention_mask == 1) in their order, so a row's content, positions and
 // visibility never depend on its neighbours or on where its padding stood.
 #pragma once
+
+#include <type_traits>
 
 #include "params.h"
 
@@ -16,6 +18,21 @@
 #endif
 
 namespace softprompt_fast {
+
+// Elements of type T, const where the matrix or tensor is only read.
+template <class T, class Data>
+using element_t = std::conditional_t<std::is_const_v<Data>, const T, T>;
+
+template <class T, class Data>
+SPF_HOST_DEVICE element_t<T, Data>* row_at(const MatrixRef<Data>& matrix, int64_t row) {
+  return static_cast<element_t<T, Data>*>(matrix.data) + row * matrix.stride;
+}
+
+template <class T, class Data>
+SPF_HOST_DEVICE element_t<T, Data>* vector_at(const HeadsRef<Data>& tensor, int64_t row, int64_t slot, int64_t head) {
+  return static_cast<element_t<T, Data>*>(tensor.data) + row * tensor.row_stride + slot * tensor.slot_stride +
+         head * tensor.head_stride;
+}
 
 // A run of output slots with one padding, one prompt and one row's text in it, each possibly empty.
 struct Segment {
@@ -88,7 +105,7 @@ SPF_HOST_DEVICE bool is_real(const AssembleParams& p, int64_t row, int64_t colum
   return p.attention_mask.data == nullptr || mask_bits(p, row, column) != 0;
 }
 
-// Rows of prompt `id`, none for -1. What does not fit is reported and treated as no prompt.
+// Sets the segment's rows of prompt `id`, none for -1. An unknown prompt is reported and treated as none.
 SPF_HOST_DEVICE void find_prompt(const AssembleParams& p, int64_t id, int64_t row, Segment& segment) {
   segment.prompt_row = segment.prompt_length = 0;
   if (id == -1) return;
@@ -127,7 +144,7 @@ SPF_HOST_DEVICE Segment segment_at(const AssembleParams& p, int64_t index) {
   segment.position = line[kPlanPosition];
   segment.text_row = index < p.prompt_segments ? -1 : index - p.prompt_segments;
   segment.use = index < p.prompt_segments ? index : -1;
-  // A text segment names its prompt for `first_update`; the prompt's vectors stand in a segment of their own.
+  // A text segment names its prompt for `first_update`; the prompt's vectors have a segment of their own.
   find_prompt(p, segment.text_row < 0 ? line[kPlanPrompt] : -1, index, segment);
   return segment;
 }
@@ -139,12 +156,14 @@ SPF_HOST_DEVICE int64_t first_update(const AssembleParams& p, int64_t index) {
   return id < 0 || id >= p.prompt_count ? -1 : id * p.update_length;
 }
 
-// What a segment holds once its row's real tokens are counted: [begin, begin + prompt_length + text) is real.
+// Where a segment's slots are real once its row's real tokens are counted: [begin, end), the prompt and `text` tokens.
 struct Layout {
   int64_t begin, text, end;
 };
 
-SPF_HOST_DEVICE Layout layout_of(const AssembleParams& p, Segment& segment, int64_t real_tokens) {
+// Fits prompt and text into the segment. Drops the segment's prompt, or the last tokens, if there is no room for them,
+// and reports that in `status`.
+SPF_HOST_DEVICE Layout fit_segment(const AssembleParams& p, Segment& segment, int64_t real_tokens) {
   if (segment.prompt_length > segment.length) {  // max_prompt_length given too small
     report(p.status, kBadLength, segment.text_row < 0 ? 0 : segment.text_row);
     segment.prompt_length = 0;
@@ -162,19 +181,19 @@ SPF_HOST_DEVICE Layout layout_of(const AssembleParams& p, Segment& segment, int6
   return layout;
 }
 
-// Index of the text token in slot s of the segment, among the row's real tokens; -1 if none stands there.
+// Index of the text token in slot s of the segment, among the row's real tokens; -1 if there is none.
 SPF_HOST_DEVICE int64_t text_rank(const Segment& segment, const Layout& layout, int64_t s) {
   const int64_t rank = s - layout.begin - segment.prompt_length;
   return rank >= 0 && rank < layout.text ? rank : -1;
 }
 
-// Where the segment's prompt went, for the backward pass; -1 where there is none.
+// Writes the slot of the segment's prompt, for the backward pass; -1 if there is none.
 SPF_HOST_DEVICE void fill_prompt_slot(const AssembleParams& p, const Segment& segment, const Layout& layout) {
   if (segment.use >= 0) p.prompt_slots[segment.use] = segment.prompt_length > 0 ? segment.slot + layout.begin : -1;
 }
 
 // Writes all of slot s but its vector and its 4-D mask, and returns the vector's source.
-// `column` is the token's place in input_ids, -1 where no token stands.
+// `column` is the token's place in input_ids, -1 if no token is there.
 SPF_HOST_DEVICE int64_t fill_slot(const AssembleParams& p, const Segment& segment, const Layout& layout, int64_t s,
                                   int64_t column) {
   const int64_t slot = segment.slot + s;
@@ -216,7 +235,7 @@ SPF_HOST_DEVICE Range visible_keys(const AssembleParams& p, const Layout& layout
   return range;
 }
 
-// The slot at place `place` of a row that a line of a rows table describes, -1 behind its end.
+// The slot at place `place` of a row that a line of a rows table describes, -1 after its end.
 SPF_HOST_DEVICE int64_t slot_at(const int64_t* line, int64_t place) {
   const int64_t own = place - line[kPrefixLength];
   if (own < 0) return line[kPrefixSlot] + place;

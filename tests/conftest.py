@@ -1,4 +1,4 @@
-"""What every test starts from: the same seeds, and a native backend that is known to be built."""
+"""Every test starts with the same seeds and with a native backend that is built."""
 
 import os
 import random
@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from softprompt_fast.ops.extension import backend as _library
-from softprompt_fast.ops.extension import build as _build
+from softprompt_fast.ops.extension import backend, build
 
 NAMESPACE = "softprompt_fast_emulated"
 SOURCE = Path(__file__).parent / "csrc" / "cuda_on_cpu.cpp"
@@ -35,32 +34,33 @@ def seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def backend() -> str:
-    """Name of the backend. With a compiler it must be the native one: a build that fails is an error, not a skip."""
-    if _build.compiler() is not None and os.environ.get("SOFTPROMPT_FAST_BACKEND", "auto") == "auto":
-        _build.ensure(retry=True)
-        assert _library.state().name == "native", _library.state().reason
-    return _library.state().name
+def backend_name() -> str:
+    """The backend. With a compiler it must be the native one: a failed build is an error, not a skip."""
+    if build.compiler() is not None and os.environ.get("SOFTPROMPT_FAST_BACKEND", "auto") == "auto":
+        build.ensure(retry=True)
+        assert backend.state().name == "native", backend.state().reason
+    return backend.state().name
 
 
 @pytest.fixture(scope="session")
-def native(backend: str) -> _library.Ops:
+def native(backend_name: str) -> backend.Ops:
     """The native ops, for tests that compare them with their twin."""
-    if backend != "native":
-        pytest.skip(f"native ops: {_library.state().reason}")
-    assert _library._ops is not None
-    return _library._ops
+    if backend_name != "native":
+        pytest.skip(f"native ops: {backend.state().reason}")
+    ops = backend.native_ops()
+    assert ops is not None
+    return ops
 
 
 @pytest.fixture(scope="session")
-def emulated() -> _library.Ops:
+def emulated() -> backend.Ops:
     """The CUDA kernels' thread code, played on a CPU."""
-    if _build.compiler() is None:
+    if build.compiler() is None:
         pytest.skip("no C++ compiler")
-    build = _build.plan(cuda=False, extra_sources=(SOURCE,), namespace=NAMESPACE)
-    build = replace(build, cflags=(*build.cflags, *SANITIZE), key=f"{build.key}-sanitized")
-    torch.ops.load_library(_build.ensure(build, retry=True))
-    return _library.bind(NAMESPACE)
+    plan = build.plan(cuda=False, extra_sources=(SOURCE,), namespace=NAMESPACE)
+    plan = replace(plan, cflags=(*plan.cflags, *SANITIZE), key=f"{plan.key}-sanitized")
+    torch.ops.load_library(build.ensure(plan, retry=True))
+    return backend.bind(NAMESPACE)
 
 
 @pytest.fixture(scope="session")

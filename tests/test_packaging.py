@@ -1,4 +1,4 @@
-"""What an sdist and a wheel carry, built in a copy of the tree by a Python that has neither torch nor a compiler."""
+"""The contents of an sdist and a wheel, built in a copy of the tree by a Python without torch and a compiler."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_wheel_puts_nothing_beside_the_package(wheel: zipfile.ZipFile) -> None:
 def test_metadata(wheel: zipfile.ZipFile) -> None:
     (path,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = email.message_from_bytes(wheel.read(path))
-    version = (ROOT / "softprompt_fast" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+    version = (ROOT / "softprompt_fast" / "base" / "version.py").read_text().split('__version__ = "')[1].split('"')[0]
     assert metadata["Version"] == version
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"

@@ -1,16 +1,14 @@
 // Causal attention over packed vectors, in blocks that stay in a core's cache: a segment's queries against its prefix
-// and itself, read where they lie. Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) and its recomputation
-// in the backward pass (Dao et al. 2022, arXiv 2205.14135). Numbers are float32 inside, whatever the tensors hold.
-#include <ATen/Parallel.h>
-
+// and itself, read in place. Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) and its recomputation
+// in the backward pass (Dao et al. 2022, arXiv 2205.14135). Inside, numbers are float32 for every dtype.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
 
 #include "../dtypes.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "vectors.h"
 
 namespace softprompt_fast::cpu {
@@ -21,11 +19,11 @@ constexpr int64_t kKeys = 128;      // keys per block
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
 // One segment of the table, and which keys its queries see.
-struct Segment {
+struct AttentionSegment {
   int64_t own, length, prefix, prefix_length, window;
   int64_t query, count;  // first slot and number of queries
 
-  Segment(const AttentionParams& p, int64_t index) : window(p.window) {
+  AttentionSegment(const AttentionParams& p, int64_t index) : window(p.window) {
     const int64_t* line = p.table + index * kTableColumns;
     own = line[kOwnSlot];
     length = line[kOwnLength];
@@ -34,15 +32,10 @@ struct Segment {
     query = p.queries != nullptr ? p.queries[2 * index] : own;
     count = p.queries != nullptr ? p.queries[2 * index + 1] : length;
   }
-  // Keys [first, last) of query t; key j is slot j of the prefix, behind it the segment's own.
+  // Query t sees keys [first_key, last_key). Key j is slot j of the prefix; after it come the segment's own.
   int64_t last_key(int64_t t) const { return prefix_length + length - count + t + 1; }
   int64_t first_key(int64_t t) const { return window > 0 ? std::max<int64_t>(0, last_key(t) - window) : 0; }
 };
-
-template <class T>
-const T* at(const Heads& x, int64_t slot, int64_t head) {
-  return static_cast<const T*>(x.data) + slot * x.slot_stride + head * x.head_stride;
-}
 
 // Scratch of one thread: float32 blocks whose rows are whole vectors, zero beyond their columns.
 struct Block {
@@ -62,26 +55,26 @@ void read_vector(const T* from, float* to, int64_t size, float scale = 1.0f) {
 
 // Rows (t, head of the group) of queries [first, last) of a group of heads.
 template <class T>
-void read_queries(const Heads& x, const Segment& s, int64_t first, int64_t last, int64_t head, int64_t group,
-                  Block& out, float scale) {
+void read_queries(const HeadsRef<const void>& x, const AttentionSegment& s, int64_t first, int64_t last, int64_t head,
+                  int64_t group, Block& out, float scale) {
   for (int64_t t = first; t < last; ++t)
     for (int64_t g = 0; g < group; ++g)
-      read_vector(at<T>(x, s.query + t, head * group + g), out.row((t - first) * group + g), x.size, scale);
+      read_vector(vector_at<T>(x, 0, s.query + t, head * group + g), out.row((t - first) * group + g), x.size, scale);
 }
 
 // Keys or values [first, last) of a segment as rows.
 template <class T>
-void read_keys(const Heads& prefix, const Heads& own, const Segment& s, int64_t first, int64_t last, int64_t head,
-               Block& out) {
+void read_keys(const HeadsRef<const void>& prefix, const HeadsRef<const void>& own, const AttentionSegment& s,
+               int64_t first, int64_t last, int64_t head, Block& out) {
   for (int64_t j = first; j < last; ++j) {
-    const T* from =
-        j < s.prefix_length ? at<T>(prefix, s.prefix + j, head) : at<T>(own, s.own + j - s.prefix_length, head);
+    const T* from = j < s.prefix_length ? vector_at<T>(prefix, 0, s.prefix + j, head)
+                                        : vector_at<T>(own, 0, s.own + j - s.prefix_length, head);
     read_vector(from, out.row(j - first), own.size);
   }
 }
 
-// The first `count` rows as columns, and as many more as fill a vector.
-void turn(Block& rows, int64_t count, Block& columns) {
+// Writes the first `count` rows as columns, and as many more as fill a vector.
+void transpose_rows(Block& rows, int64_t count, Block& columns) {
   Vector square[kLanes];
   for (int64_t j = 0; j < count; j += kLanes)
     for (int64_t e = 0; e < rows.stride; e += kLanes) {
@@ -91,8 +84,8 @@ void turn(Block& rows, int64_t count, Block& columns) {
     }
 }
 
-// Sets what query t does not see of keys [first, last) in a row of scores.
-void hide(float* row, const Segment& s, int64_t t, int64_t first, int64_t last, int64_t stride, float value) {
+// Sets the scores of keys [first, last) that query t does not see to `value`.
+void hide(float* row, const AttentionSegment& s, int64_t t, int64_t first, int64_t last, int64_t stride, float value) {
   const int64_t begin = std::clamp(s.first_key(t) - first, int64_t{0}, stride);
   const int64_t end = std::clamp(s.last_key(t) - first, int64_t{0}, std::min(last - first, stride));
   std::fill(row, row + begin, value);
@@ -105,22 +98,9 @@ float sum_of(Vector v) {
   return sum;
 }
 
-// Runs task(index) for every index; threads take the next one that is left, results do not depend on who did what.
-template <class Task>
-void run_tasks(int64_t count, const Task& make) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      auto task = make();
-      for (int64_t index; (index = next.fetch_add(1)) < count;) task(index);
-    }
-  });
-}
-
 template <class T>
 struct Forward {
-  const AttentionParams& p;
+  const AttentionForwardParams& p;
   const int64_t group = p.query.heads / p.key.heads;
   const int64_t block = std::max<int64_t>(1, kQueryRows / group);
   Block query{block * group, p.query.size}, keys{kKeys, p.key.size}, values{kKeys, p.value.size};
@@ -129,7 +109,7 @@ struct Forward {
   std::vector<float> largest = std::vector<float>(static_cast<size_t>(block * group)), total = largest;
 
   // Queries [first, last) of a segment with one head of keys.
-  void operator()(const Segment& s, int64_t first, int64_t last, int64_t head) {
+  void operator()(const AttentionSegment& s, int64_t first, int64_t last, int64_t head) {
     const int64_t rows = (last - first) * group;
     read_queries<T>(p.query, s, first, last, head, group, query, static_cast<float>(p.scale));
     std::fill(sum.data.begin(), sum.data.end(), 0.0f);
@@ -140,29 +120,29 @@ struct Forward {
       const int64_t to = std::min(from + kKeys, end);
       read_keys<T>(p.prefix_key, p.key, s, from, to, head, keys);
       read_keys<T>(p.prefix_value, p.value, s, from, to, head, values);
-      turn(keys, to - from, key_columns);
+      transpose_rows(keys, to - from, key_columns);
       multiply(rows, to - from, p.key.size, query.left(), key_columns.row(0), key_columns.stride, scores.row(0),
                scores.stride, false);
       for (int64_t i = 0; i < rows; ++i) {
         float* row = scores.row(i);
         const int64_t width = padded(to - from);
         hide(row, s, first + i / group, from, to, width, kNever);
-        soften(row, width, i);
+        online_softmax_step(row, width, i);
       }
       multiply(rows, p.value.size, to - from, scores.left(), values.row(0), values.stride, sum.row(0), sum.stride,
                true);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t slot = s.query + first + i / group, h = head * group + i % group;
-      T* out = const_cast<T*>(at<T>(p.out, slot, h));
+      T* out = vector_at<T>(p.out, 0, slot, h);
       const float inverse = 1.0f / total[static_cast<size_t>(i)];
       for (int64_t e = 0; e < p.value.size; ++e) out[e] = Narrow<T>::from(sum.row(i)[e] * inverse);
       p.log_sums[slot * p.query.heads + h] = largest[static_cast<size_t>(i)] + std::log(total[static_cast<size_t>(i)]);
     }
   }
 
-  // Scores -> exponentials relative to the largest score so far; what was summed before is scaled to match.
-  void soften(float* row, int64_t width, int64_t i) {
+  // Turns scores into exponentials relative to the largest score so far, and rescales the earlier sums to match.
+  void online_softmax_step(float* row, int64_t width, int64_t i) {
     Vector high = load(row);
     for (int64_t n = kLanes; n < width; n += kLanes) {
       const Vector v = load(row + n);
@@ -192,7 +172,7 @@ struct Forward {
 
 template <class T>
 struct Backward {
-  const AttentionParams& p;
+  const AttentionBackwardParams& p;
   const std::vector<int64_t>& prefix_starts;  // of each segment in the two buffers below
   float *prefix_key, *prefix_value;           // [sum of prefix lengths, H', E] and [.., H', E']
   const int64_t group = p.query.heads / p.key.heads;
@@ -206,32 +186,32 @@ struct Backward {
 
   // One segment with one head of keys.
   void operator()(int64_t index, int64_t head) {
-    const Segment s(p, index);
+    const AttentionSegment s(p, index);
     const int64_t end = s.last_key(s.length - 1);
     for (int64_t from = s.first_key(0); from < end; from += kKeys) {
       const int64_t to = std::min(from + kKeys, end);
       read_keys<T>(p.prefix_key, p.key, s, from, to, head, keys);
       read_keys<T>(p.prefix_value, p.value, s, from, to, head, values);
-      turn(keys, to - from, key_columns);
-      turn(values, to - from, value_columns);
+      transpose_rows(keys, to - from, key_columns);
+      transpose_rows(values, to - from, value_columns);
       std::fill(grad_keys.data.begin(), grad_keys.data.end(), 0.0f);
       std::fill(grad_values.data.begin(), grad_values.data.end(), 0.0f);
       for (int64_t first = 0; first < s.length; first += block) {
         const int64_t last = std::min(first + block, s.length);
-        if (s.last_key(last - 1) > from && s.first_key(first) < to) queries(s, first, last, head, from, to);
+        if (s.last_key(last - 1) > from && s.first_key(first) < to) query_gradients(s, first, last, head, from, to);
       }
       write_keys(s, index, head, from, to);
     }
   }
 
-  // What queries [first, last) give to keys [from, to), and get from them.
-  void queries(const Segment& s, int64_t first, int64_t last, int64_t head, int64_t from, int64_t to) {
+  // Gradients between queries [first, last) and keys [from, to), both ways.
+  void query_gradients(const AttentionSegment& s, int64_t first, int64_t last, int64_t head, int64_t from, int64_t to) {
     const int64_t rows = (last - first) * group, count = to - from, width = padded(count);
     read_queries<T>(p.query, s, first, last, head, group, query, static_cast<float>(p.scale));
     read_queries<T>(p.grad_out, s, first, last, head, group, grad_out, 1.0f);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t slot = s.query + first + i / group, h = head * group + i % group;
-      const T* out = at<T>(p.out, slot, h);
+      const T* out = vector_at<T>(p.out, 0, slot, h);
       float sum = 0;
       for (int64_t e = 0; e < p.value.size; ++e) sum += grad_out.row(i)[e] * widen(out[e]);
       shift[static_cast<size_t>(i)] = sum;
@@ -267,7 +247,7 @@ struct Backward {
     }
   }
 
-  void write_keys(const Segment& s, int64_t index, int64_t head, int64_t from, int64_t to) {
+  void write_keys(const AttentionSegment& s, int64_t index, int64_t head, int64_t from, int64_t to) {
     for (int64_t j = from; j < to; ++j) {
       const bool own = j >= s.prefix_length;
       const int64_t line = own ? s.own + j - s.prefix_length : prefix_starts[static_cast<size_t>(index)] + j;
@@ -284,7 +264,7 @@ void add_to(float* out, const float* in, int64_t count) {
 
 }  // namespace
 
-void attention(const AttentionParams& p) {
+void attention(const AttentionForwardParams& p) {
   dispatch(p.query.type, [&](auto type) {
     using T = typename decltype(type)::type;
     const int64_t block = std::max<int64_t>(1, kQueryRows / (p.query.heads / p.key.heads));
@@ -293,42 +273,42 @@ void attention(const AttentionParams& p) {
     };
     std::vector<Piece> pieces;
     for (int64_t i = 0; i < p.segments; ++i) {
-      const Segment s(p, i);
+      const AttentionSegment s(p, i);
       for (int64_t t = 0; t < s.count; t += block) pieces.push_back({i, t, std::min(t + block, s.count)});
     }
     run_tasks(static_cast<int64_t>(pieces.size()) * p.key.heads, [&] {
       return [&p, &pieces, work = Forward<T>{p}](int64_t index) mutable {
         const Piece& piece = pieces[static_cast<size_t>(index / p.key.heads)];
-        work(Segment(p, piece.segment), piece.first, piece.last, index % p.key.heads);
+        work(AttentionSegment(p, piece.segment), piece.first, piece.last, index % p.key.heads);
       };
     });
   });
 }
 
-void attention_backward(const AttentionParams& p) {
+void attention_backward(const AttentionBackwardParams& p) {
   std::vector<int64_t> starts;
   int64_t total = 0;
   for (int64_t i = 0; i < p.segments; ++i) {
-    const Segment s(p, i);
+    const AttentionSegment s(p, i);
     starts.push_back(total);
     total += s.length > 0 ? s.prefix_length : 0;
   }
   const int64_t key_width = p.key.heads * p.key.size, value_width = p.key.heads * p.value.size;
-  // Slots behind a window are never written.
+  // Slots outside every window are never written.
   std::vector<float> prefix_key(static_cast<size_t>(total * key_width));
   std::vector<float> prefix_value(static_cast<size_t>(total * value_width));
   dispatch(p.query.type, [&](auto type) {
     using T = typename decltype(type)::type;
     run_tasks(p.segments * p.key.heads, [&] {
       return [&p, work = Backward<T>{p, starts, prefix_key.data(), prefix_value.data()}](int64_t index) mutable {
-        if (Segment(p, index / p.key.heads).length > 0) work(index / p.key.heads, index % p.key.heads);
+        if (AttentionSegment(p, index / p.key.heads).length > 0) work(index / p.key.heads, index % p.key.heads);
       };
     });
   });
   // A prefix's gradient is the sum over its segments, in ascending order.
   at::parallel_for(0, p.prefix_slots, 16, [&](int64_t first, int64_t last) {
     for (int64_t i = 0; i < p.segments; ++i) {
-      const Segment s(p, i);
+      const AttentionSegment s(p, i);
       if (s.length == 0) continue;
       const int64_t begin = std::max(first, s.prefix), end = std::min(last, s.prefix + s.prefix_length);
       for (int64_t slot = begin; slot < end; ++slot) {

@@ -1,24 +1,17 @@
 #include "kernels.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
 #include "../dtypes.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace softprompt_fast::cpu {
 namespace {
 
-// Work below this many bytes is not worth waking a second thread for.
-constexpr int64_t kBytesPerTask = 64 * 1024;
 constexpr size_t kAhead = 2;  // tokens between asking for a vector and copying it
-
-int64_t grain(int64_t bytes_per_item) {
-  return std::max<int64_t>(1, kBytesPerTask / std::max<int64_t>(1, bytes_per_item));
-}
 
 template <class Out, class In>
 void convert_row(Out* out, const In* in, int64_t dim, wide_t<Out> scale) {
@@ -52,11 +45,11 @@ void fill_visibility(T* out, int64_t width, Range keys, T hidden, T seen) {
   std::fill(out + keys.last, out + width, hidden);
 }
 
-// The segment that slot `slot` belongs to, or, past the last slot, the one behind the last.
+// The segment that slot `slot` belongs to, or, past the last slot, the number of segments.
 int64_t segment_of(const AssembleParams& p, int64_t slot) {
   if (p.plan == nullptr) return p.width > 0 ? slot / p.width : 0;
   int64_t low = 0, high = p.segments;
-  while (low < high) {  // the first segment that starts at or behind the slot
+  while (low < high) {  // the first segment that starts at or after the slot
     const int64_t middle = (low + high) / 2;
     if (p.plan[middle * kPlanColumns + kPlanSlot] < slot) {
       low = middle + 1;
@@ -93,7 +86,7 @@ class Writer {
         for (int64_t t = 0; t < p.tokens; ++t)
           if (is_real(p, segment.text_row, t)) columns.push_back(t);
       }
-      const Layout layout = layout_of(p, segment, static_cast<int64_t>(columns.size()));
+      const Layout layout = fit_segment(p, segment, static_cast<int64_t>(columns.size()));
       if (segment.slot >= first) finish_row(segment, layout);
       const int64_t begin = std::max<int64_t>(first - segment.slot, 0);
       const int64_t end = std::min(last - segment.slot, segment.length);
@@ -123,7 +116,7 @@ class Writer {
     int64_t prompt_row = -1, prompt_length = 0, slot = 0;
   };
 
-  // What belongs to a segment as a whole: its prompt's slot, and -1 at its row's padding.
+  // Writes what belongs to a segment as a whole: its prompt's slot, and -1 at its row's padding.
   void finish_row(const Segment& segment, const Layout& layout) const {
     fill_prompt_slot(p, segment, layout);
     if (segment.text_row < 0 || (layout.text == p.tokens)) return;
@@ -135,40 +128,38 @@ class Writer {
     }
   }
 
-  E* vector_at(int64_t slot) const { return static_cast<E*>(p.inputs_embeds) + slot * p.dim; }
-  const E* token_at(int64_t id) const { return static_cast<const E*>(p.embedding.data) + id * p.embedding.stride; }
+  E* output_at(int64_t slot) const { return static_cast<E*>(p.inputs_embeds) + slot * p.dim; }
+  const E* token_at(int64_t id) const { return row_at<E>(p.embedding, id); }
 
   void write_zeros(int64_t first, int64_t last) const {
-    if (first < last) std::fill(vector_at(first), vector_at(last), E{});
+    if (first < last) std::fill(output_at(first), output_at(last), E{});
   }
 
   // Slots [begin, end) of the segment, all of them in its prompt.
   void write_prompt(const Segment& segment, const Layout& layout, int64_t begin, int64_t end,
                     Finished& finished) const {
     if (begin >= end) return;
-    E* to = vector_at(segment.slot + begin);
+    E* to = output_at(segment.slot + begin);
     if (!std::is_same_v<E, P> && finished.prompt_row == segment.prompt_row &&
         finished.prompt_length == segment.prompt_length) {  // no need to convert it once more
-      return copy_row(to, vector_at(finished.slot + begin - layout.begin), (end - begin) * p.dim, streaming);
+      return copy_row(to, output_at(finished.slot + begin - layout.begin), (end - begin) * p.dim, streaming);
     }
-    const P* from = static_cast<const P*>(p.prompts.data);
-    from += (segment.prompt_row + begin - layout.begin) * p.prompts.stride;
+    const P* from = row_at<P>(p.prompts, segment.prompt_row + begin - layout.begin);
     const int64_t adjacent = p.prompts.stride == p.dim ? end - begin : 1;
     for (int64_t s = begin; s < end; s += adjacent, to += adjacent * p.dim, from += adjacent * p.prompts.stride)
       copy_row(to, from, adjacent * p.dim, streaming);
-    // What is streamed has left the cache, and would have to be read back from memory.
+    // A streamed prompt has left the cache and would have to be read back from memory.
     if (!streaming && end - begin == segment.prompt_length)
       finished = {segment.prompt_row, segment.prompt_length, segment.slot + begin};
   }
 
-  // Tokens of a segment from its rank `first`, to whose rank 0 row `first_row` of the update belongs (-1: none);
-  // `scaled` is room for one vector.
+  // Writes a segment's tokens from rank `first` on. Row `first_row` of the update belongs to rank 0 (-1: no update);
+  // `scaled` is scratch for one vector.
   void write_text(int64_t slot, const std::vector<int64_t>& sources, int64_t first_row, int64_t first,
                   W* scaled) const {
     const size_t count = sources.size();
     const W* update = nullptr;  // of rank `first`
-    if (first_row >= 0)
-      update = static_cast<const W*>(p.token_update.data) + (first_row + first) * p.token_update.stride;
+    if (first_row >= 0) update = row_at<W>(p.token_update, first_row + first);
     const int64_t updated = update == nullptr ? 0 : p.update_length - first;  // tokens from `first` that have one
     for (size_t i = 0; i < count; ++i, ++slot) {
       if (i + kAhead < count && sources[i + kAhead] >= 0)
@@ -176,13 +167,13 @@ class Writer {
       if (sources[i] < 0) {
         write_zeros(slot, slot + 1);
       } else if (static_cast<int64_t>(i) < updated) {
-        convert_updated_row(vector_at(slot), token_at(sources[i]),
+        convert_updated_row(output_at(slot), token_at(sources[i]),
                             update + static_cast<int64_t>(i) * p.token_update.stride, scaled, p.dim,
                             static_cast<W>(p.scale));
       } else if (p.scale == 1.0) {
-        copy_row(vector_at(slot), token_at(sources[i]), p.dim, streaming);
+        copy_row(output_at(slot), token_at(sources[i]), p.dim, streaming);
       } else {
-        convert_row(vector_at(slot), token_at(sources[i]), p.dim, static_cast<wide_t<E>>(p.scale));
+        convert_row(output_at(slot), token_at(sources[i]), p.dim, static_cast<wide_t<E>>(p.scale));
       }
     }
   }
@@ -208,7 +199,7 @@ void assemble_as(const AssembleParams& p) {
                    [&](int64_t first, int64_t last) { writer.write(first, last, last == p.slots); });
 }
 
-// Adds rows one after the other, but in one trip through the sum and with all of them on their way from memory.
+// Adds rows one after the other, in one pass over the sum, so that the loads of all rows overlap.
 template <class W, class... G>
 void add_rows(W* sum, int64_t dim, const G*... rows) {
   for (int64_t d = 0; d < dim; ++d) sum[d] = (sum[d] + ... + static_cast<W>(widen(rows[d])));
@@ -248,15 +239,13 @@ void prompt_backward(const PromptBackwardParams& p) {
           std::fill(sum.begin(), sum.end(), W(0));
           if (id >= 0 && id < p.prompt_count) {
             const std::vector<int64_t>& uses = slots[static_cast<size_t>(id)];
-            const auto grad = [&](size_t use) {
-              return static_cast<const G*>(p.grad.data) + (uses[use] + row - p.prompt_offsets[id]) * p.grad.stride;
-            };
+            const auto grad = [&](size_t use) { return row_at<G>(p.grad, uses[use] + row - p.prompt_offsets[id]); };
             size_t use = 0;
             for (; use + 4 <= uses.size(); use += 4)
               add_rows(sum.data(), p.dim, grad(use), grad(use + 1), grad(use + 2), grad(use + 3));
             for (; use < uses.size(); ++use) add_rows(sum.data(), p.dim, grad(use));
           }
-          P* out = const_cast<P*>(static_cast<const P*>(p.grad_prompts.data)) + row * p.grad_prompts.stride;
+          P* out = row_at<P>(p.grad_prompts, row);
           for (int64_t d = 0; d < p.dim; ++d) out[d] = Narrow<P>::from(sum[static_cast<size_t>(d)]);
         }
       });
@@ -278,10 +267,10 @@ void embedding_backward(const EmbeddingBackwardParams& p) {
         if (id < 0 || id >= p.grad_embedding.count || (i > 0 && p.sorted_ids[i - 1] == id)) continue;
         std::fill(sum.begin(), sum.end(), W(0));
         for (int64_t j = i; j < p.tokens && p.sorted_ids[j] == id; ++j) {
-          const G* grad = static_cast<const G*>(p.grad.data) + p.sorted_slots[j] * p.grad.stride;
+          const G* grad = row_at<G>(p.grad, p.sorted_slots[j]);
           for (int64_t d = 0; d < p.dim; ++d) sum[static_cast<size_t>(d)] += static_cast<W>(widen(grad[d]));
         }
-        E* out = const_cast<E*>(static_cast<const E*>(p.grad_embedding.data)) + id * p.grad_embedding.stride;
+        E* out = row_at<E>(p.grad_embedding, id);
         for (int64_t d = 0; d < p.dim; ++d)
           out[d] = Narrow<E>::from(sum[static_cast<size_t>(d)] * static_cast<W>(p.scale));
       }

@@ -10,7 +10,7 @@ void prompt_backward(const PromptBackwardParams& params);
 void embedding_backward(const EmbeddingBackwardParams& params);
 void unpack(const PackingParams& params);
 void pack(const PackingParams& params);
-void attention(const AttentionParams& params);  // only on a CPU
-void attention_backward(const AttentionParams& params);
+void attention(const AttentionForwardParams& params);  // only on a CPU
+void attention_backward(const AttentionBackwardParams& params);
 
 }  // namespace softprompt_fast::cpu

@@ -54,7 +54,7 @@ inline void copy_bytes(void* out, const void* in, int64_t bytes, bool streaming)
 #endif
 }
 
-// Rows of the embedding lie anywhere: asking for the next one early hides its way from memory.
+// Rows of the embedding are anywhere in memory: asking for the next one early hides the latency.
 inline void prefetch(const void* row, int64_t bytes) {
 #if defined(__GNUC__)
   const char* at = static_cast<const char*>(row);

@@ -13,22 +13,19 @@ struct Cpu {
   }
 };
 
+// An op of `arguments...` that calls function(kernel, arguments...).
+template <auto function, auto kernel>
+struct AttentionOp;
+template <class Result, class Params, class... Arguments, Result (*function)(void (*)(const Params&), Arguments...),
+          void (*kernel)(const Params&)>
+struct AttentionOp<function, kernel> {
+  static Result run(Arguments... arguments) { return function(kernel, arguments...); }
+};
+
 TORCH_LIBRARY_IMPL(SOFTPROMPT_FAST_NAMESPACE, CPU, library) {
   register_ops<Cpu>(library);
-  library.impl(
-      "attention", [](const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& table,
-                      const std::optional<at::Tensor>& queries, const std::optional<at::Tensor>& prefix_key,
-                      const std::optional<at::Tensor>& prefix_value, double scale, int64_t window) {
-        return attention(cpu::attention, query, key, value, table, queries, prefix_key, prefix_value, scale, window);
-      });
-  library.impl("attention_backward",
-               [](const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                  const at::Tensor& table, const std::optional<at::Tensor>& prefix_key,
-                  const std::optional<at::Tensor>& prefix_value, const at::Tensor& out, const at::Tensor& log_sums,
-                  double scale, int64_t window) {
-                 return attention_backward(cpu::attention_backward, grad, query, key, value, table, prefix_key,
-                                           prefix_value, out, log_sums, scale, window);
-               });
+  library.impl("attention", AttentionOp<attention, cpu::attention>::run);
+  library.impl("attention_backward", AttentionOp<attention_backward, cpu::attention_backward>::run);
 }
 
 }  // namespace

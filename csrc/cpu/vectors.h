@@ -1,4 +1,4 @@
-// Vectors of floats in the widest registers there are, and the two loops over them that attention needs.
+// Vectors of floats in the widest registers available, and the loops over them that attention needs.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,7 @@ inline Vector exponential(Vector x) {
   return sum * power;
 }
 
-// Exchanges rows and columns of kLanes vectors: in step s, blocks of s lanes change places with those s rows apart.
+// Exchanges rows and columns of kLanes vectors: in step s, blocks of s lanes are swapped with those s rows away.
 inline void transpose(Vector (&rows)[kLanes]) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC unroll 4

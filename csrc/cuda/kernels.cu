@@ -1,8 +1,5 @@
 #include "kernels.h"
 
-#include <initializer_list>
-#include <type_traits>
-
 #include "kernels.cuh"
 
 namespace softprompt_fast::cuda {

@@ -2,6 +2,8 @@
 // any machine, and the tests run the same thread code on a CPU with `tests/csrc/cuda_on_cpu.h` in place of a GPU.
 #pragma once
 
+#include <type_traits>
+
 #include "../dtypes.h"
 
 namespace softprompt_fast::cuda {
@@ -15,33 +17,29 @@ struct Launch {
   int64_t blocks;
   int threads;
   int tile;
-  int elements;  // of a vector row, moved at once by a thread
+  int elements;  // of a vector row, moved by a thread in one access
 };
 
-// Elements of size `bytes` that every row of these matrices lets a thread move in one aligned access.
-inline int aligned_elements(int64_t bytes, int64_t dim, std::initializer_list<const Rows*> matrices) {
+// How many elements of size `bytes` a thread may move in one aligned access, in every row of these matrices.
+template <class... Matrices>
+int aligned_elements(int64_t bytes, int64_t dim, const Matrices&... matrices) {
   int64_t elements = kAccessBytes / bytes;
-  const auto fits = [&] {
-    if (dim % elements != 0) return false;
-    for (const Rows* m : matrices) {
-      const int64_t size = size_of(m->type);
-      const int64_t access = elements * size < kAccessBytes ? elements * size : kAccessBytes;
-      if (m->data != nullptr && m->count > 0 &&
-          (reinterpret_cast<uintptr_t>(m->data) % static_cast<uintptr_t>(access) != 0 ||
-           m->stride * size % access != 0))
-        return false;
-    }
-    return true;
+  const auto fits = [&](const auto& matrix) {
+    const int64_t size = size_of(matrix.type);
+    const int64_t access = elements * size < kAccessBytes ? elements * size : kAccessBytes;
+    return matrix.data == nullptr || matrix.count == 0 ||
+           (reinterpret_cast<uintptr_t>(matrix.data) % static_cast<uintptr_t>(access) == 0 &&
+            matrix.stride * size % access == 0);
   };
-  while (elements > 1 && !fits()) elements /= 2;
+  while (elements > 1 && !(dim % elements == 0 && (fits(matrices) && ...))) elements /= 2;
   return static_cast<int>(elements);
 }
 
 inline Launch plan_assemble(const AssembleParams& p, int max_threads = kMaxThreads) {
   const int64_t size = size_of(p.embedding.type);
-  const Rows out{p.inputs_embeds, p.embedding.type, p.slots, p.dim};
+  const MatrixRef<void> out{p.inputs_embeds, p.embedding.type, p.slots, p.dim};
   Launch launch;
-  launch.elements = aligned_elements(size, p.dim, {&out, &p.embedding, &p.prompts, &p.token_update});
+  launch.elements = aligned_elements(size, p.dim, out, p.embedding, p.prompts, p.token_update);
   launch.threads = max_threads;
   // Every block counts its row's real tokens: a tile writes several times what its block reads for that.
   const int64_t scan = p.attention_mask.data == nullptr ? 0 : 4 * p.tokens * p.attention_mask.bytes;
@@ -68,7 +66,7 @@ SPF_HOST_DEVICE void move(Out* out, const In* in, wide_t<Out> scale) {
   *reinterpret_cast<Pack<Out, N>*>(out) = to;
 }
 
-// a * b, rounded: never fused with a sum behind it, which the twin rounds apart.
+// a * b, rounded: never fused with the sum that follows, because the twin rounds twice.
 SPF_HOST_DEVICE float rounded_product(float a, float b) {
 #ifdef __CUDA_ARCH__
   return __fmul_rn(a, b);
@@ -165,10 +163,10 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
     counts[threads] = sum;
   }
   __syncthreads();
-  const Layout layout = layout_of(p, segment, counts[threads]);
+  const Layout layout = fit_segment(p, segment, counts[threads]);
   const int64_t slots = segment.length - first < tile ? segment.length - first : tile;
 
-  // Tokens whose slot lies in this tile leave their column there.
+  // Tokens whose slot is in this tile leave their column there.
   const int64_t first_rank = first - layout.begin - segment.prompt_length;
   int64_t rank = counts[thread];
   for (int64_t t = from; t < to; ++t) {
@@ -193,7 +191,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
     const int64_t d = static_cast<int64_t>(i - s * packs) * N, source = sources[s];
     E* write = out + s * p.dim + d;
     if (source >= 0) {
-      const E* read = static_cast<const E*>(p.embedding.data) + source * p.embedding.stride + d;
+      const E* read = row_at<E>(p.embedding, source) + d;
       const int64_t rank = first_rank + s;
       if (p.token_update.data != nullptr && update >= 0 && rank < p.update_length) {
         const wide_t<E>* add = static_cast<const wide_t<E>*>(p.token_update.data) + (update + rank) * p.dim + d;
@@ -206,7 +204,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
     } else if (source == kPadding) {
       *reinterpret_cast<Pack<E, N>*>(write) = Pack<E, N>{};
     } else {
-      const P* read = static_cast<const P*>(p.prompts.data) + decode_prompt_row(source) * p.prompts.stride + d;
+      const P* read = row_at<P>(p.prompts, decode_prompt_row(source)) + d;
       move<E, P, N>(write, read, wide_t<E>(1));
     }
   }
@@ -219,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
 
 inline Launch plan_prompt_backward(const PromptBackwardParams& p, int max_threads = kMaxThreads) {
   Launch launch;
-  launch.elements = aligned_elements(size_of(p.grad.type), p.dim, {&p.grad, &p.grad_prompts});
+  launch.elements = aligned_elements(size_of(p.grad.type), p.dim, p.grad, p.grad_prompts);
   launch.threads = max_threads;
   launch.tile = 1;
   launch.blocks = p.grad_prompts.count * ((p.dim / launch.elements + launch.threads - 1) / launch.threads);
@@ -248,15 +246,14 @@ __global__ void __launch_bounds__(kMaxThreads) prompt_backward_kernel(PromptBack
   for (int64_t use = 0; use < p.uses; ++use) {
     if ((p.use_ids == nullptr ? 0 : p.use_ids[use]) != id || p.slots[use] < 0 || id >= p.prompt_count) continue;
     const int64_t slot = p.slots[use] + row - p.prompt_offsets[id];
-    const Pack<G, N> grad =
-        *reinterpret_cast<const Pack<G, N>*>(static_cast<const G*>(p.grad.data) + slot * p.grad.stride + d);
+    const Pack<G, N> grad = *reinterpret_cast<const Pack<G, N>*>(row_at<G>(p.grad, slot) + d);
 #pragma unroll
     for (int i = 0; i < N; ++i) sum[i] += static_cast<W>(widen(grad.at[i]));
   }
   Pack<P, N> result;
 #pragma unroll
   for (int i = 0; i < N; ++i) result.at[i] = Narrow<P>::from(sum[i]);
-  P* out = const_cast<P*>(static_cast<const P*>(p.grad_prompts.data)) + row * p.grad_prompts.stride + d;
+  P* out = row_at<P>(p.grad_prompts, row) + d;
   *reinterpret_cast<Pack<P, N>*>(out) = result;
 }
 
@@ -270,26 +267,26 @@ __global__ void __launch_bounds__(kMaxThreads) embedding_backward_kernel(Embeddi
   const int64_t first = blockIdx.x, id = p.sorted_ids[first];
   if (id < 0 || id >= p.grad_embedding.count || (first > 0 && p.sorted_ids[first - 1] == id)) return;
   using W = wide_t<E>;
-  E* out = const_cast<E*>(static_cast<const E*>(p.grad_embedding.data)) + id * p.grad_embedding.stride;
+  E* out = row_at<E>(p.grad_embedding, id);
   for (int64_t d = threadIdx.x; d < p.dim; d += blockDim.x) {
     W sum = 0;
     for (int64_t i = first; i < p.tokens && p.sorted_ids[i] == id; ++i)
-      sum += static_cast<W>(widen(static_cast<const G*>(p.grad.data)[p.sorted_slots[i] * p.grad.stride + d]));
+      sum += static_cast<W>(widen(row_at<G>(p.grad, p.sorted_slots[i])[d]));
     out[d] = Narrow<E>::from(sum * static_cast<W>(p.scale));
   }
 }
 
-// Elements that every vector of these tensors lets a thread move in one aligned access.
+// How many elements a thread may move in one aligned access, in every vector of these tensors.
 inline int aligned_elements(const PackingParams& p) {
   int elements = 8;
-  const auto fits = [&](const Heads& x) {
+  const auto fits = [&](const auto& x) {
     const int64_t access = elements * size_of(x.type) < kAccessBytes ? elements * size_of(x.type) : kAccessBytes;
     const int64_t strides = x.row_stride | x.slot_stride | x.head_stride;  // powers of two divide all or none
     return x.size % elements == 0 && reinterpret_cast<uintptr_t>(x.data) % static_cast<uintptr_t>(access) == 0 &&
            strides * size_of(x.type) % access == 0;
   };
   for (int i = 0; i < p.tensors; ++i)
-    while (elements > 1 && !(fits(p.packed[i]) && fits(p.unpacked[i]))) elements /= 2;
+    while (elements > 1 && !(fits(p.from[i]) && fits(p.to[i]))) elements /= 2;
   return elements;
 }
 
@@ -297,18 +294,13 @@ inline Launch plan_packing(const PackingParams& p, int64_t vectors, int max_thre
   return {vectors * p.tensors, max_threads < 128 ? max_threads : 128, 1, aligned_elements(p)};
 }
 
-template <class T>
-SPF_HOST_DEVICE T* vector_at(const Heads& x, int64_t row, int64_t slot, int64_t head) {
-  return const_cast<T*>(static_cast<const T*>(x.data)) + row * x.row_stride + slot * x.slot_stride +
-         head * x.head_stride;
-}
-
 // One block writes all heads of one place of one row of one tensor.
 template <class In, class Out, int N>
 __global__ void __launch_bounds__(kMaxThreads) unpack_kernel(PackingParams p) {
   const int64_t block = blockIdx.x, places = p.rows * p.width;
   const int64_t row = block % places / p.width, place = block % places % p.width;
-  const Heads from = p.packed[block / places], to = p.unpacked[block / places];
+  const HeadsRef<const void> from = p.from[block / places];
+  const HeadsRef<void> to = p.to[block / places];
   const int64_t slot = slot_at(p.table + row * kTableColumns, place);
   const bool held = slot >= 0 && slot < p.slots;
   const int64_t packs = from.size / N;
@@ -327,7 +319,8 @@ __global__ void __launch_bounds__(kMaxThreads) unpack_kernel(PackingParams p) {
 template <class In, class Out, int N>
 __global__ void __launch_bounds__(kMaxThreads) pack_kernel(PackingParams p) {
   const int64_t block = blockIdx.x, slot = block % p.slots;
-  const Heads from = p.unpacked[block / p.slots], to = p.packed[block / p.slots];
+  const HeadsRef<const void> from = p.from[block / p.slots];
+  const HeadsRef<void> to = p.to[block / p.slots];
   const int64_t packs = from.size / N;
   for (int64_t i = threadIdx.x; i < from.heads * packs; i += blockDim.x) {
     const int64_t head = i / packs, e = i % packs * N;
@@ -409,7 +402,7 @@ template <class Go>
 void run_unpack(const PackingParams& p, const Go& go) {
   const Launch launch = plan_packing(p, p.rows * p.width, go.max_threads());
   if (launch.blocks == 0) return;
-  dispatch_pair(p.packed[0].type, p.unpacked[0].type, [&](auto in, auto out) {
+  dispatch_pair(p.from[0].type, p.to[0].type, [&](auto in, auto out) {
     with_elements(launch.elements, [&](auto elements) {
       go.run(unpack_kernel<typename decltype(in)::type, typename decltype(out)::type, decltype(elements)::value>,
              launch, p);
@@ -421,7 +414,7 @@ template <class Go>
 void run_pack(const PackingParams& p, const Go& go) {
   const Launch launch = plan_packing(p, p.slots, go.max_threads());
   if (launch.blocks == 0) return;
-  dispatch_pair(p.unpacked[0].type, p.packed[0].type, [&](auto in, auto out) {
+  dispatch_pair(p.from[0].type, p.to[0].type, [&](auto in, auto out) {
     with_elements(launch.elements, [&](auto elements) {
       go.run(pack_kernel<typename decltype(in)::type, typename decltype(out)::type, decltype(elements)::value>, launch,
              p);

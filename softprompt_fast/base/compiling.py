@@ -1,4 +1,4 @@
-"""What torch.compile must be told."""
+"""Help for torch.compile."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable, embedding_table
-from ..ops.assemble.functional import assemble, token_update
+from ..ops.assemble.autograd import token_update
+from ..ops.assemble.functional import assemble
 from ..prompts.selection import Selection
 from .layout import PackedLayout, RowGroup
 

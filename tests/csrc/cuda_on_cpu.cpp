@@ -1,8 +1,5 @@
-// The three ops for CPU tensors, computed by the CUDA kernels' thread code.
+// The ops for CPU tensors, computed by the CUDA kernels' thread code.
 #include "cuda_on_cpu.h"
-
-#include <initializer_list>
-#include <type_traits>
 
 #include "cuda/kernels.cuh"
 #include "ops.h"
@@ -33,7 +30,7 @@ struct Emulated {
   }
 };
 
-// What the emulation itself promises, for its own tests.
+// Kernels for the tests of the emulation itself.
 void reverse(int64_t* out) {
   __shared__ int64_t values[32];
   values[threadIdx.x] = threadIdx.x;

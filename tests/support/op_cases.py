@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast.ops.assemble import functional, reference
+from softprompt_fast.ops.assemble import assemble_reference, functional
 from softprompt_fast.ops.assemble.checks import FLOATS, INTEGERS, LAYOUTS, MASK_FORMATS, SIDES
-from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.ops.extension import backend
+from softprompt_fast.ops.extension.contract import AssembleCall, PlanColumn
 
 MASKS = (torch.bool, *INTEGERS, *FLOATS)
 IDS = (torch.int64, torch.int32)
@@ -23,9 +24,9 @@ SPECIAL = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 6e-8, 65
 
 
 @contextmanager
-def using(ops: _library.Ops | None) -> Iterator[None]:
+def using(ops: backend.Ops | None) -> Iterator[None]:
     """Runs ``assemble`` and its backward with these ops; None: with the twin."""
-    with mock.patch.object(_library, "_ops", ops):
+    with mock.patch.object(backend, "_ops", ops):
         yield
 
 
@@ -64,7 +65,7 @@ class Case:
     options: dict[str, Any]
     token_factors: tuple[Tensor, Tensor] | None = None
 
-    def run(self, ops: _library.Ops | None, **options: Any) -> spf.PromptedBatch:
+    def run(self, ops: backend.Ops | None, **options: Any) -> spf.PromptedBatch:
         with using(ops), poisoned():
             return spf.assemble(
                 self.input_ids,
@@ -104,15 +105,15 @@ class Case:
         return (self.attention_mask != 0).tolist()
 
 
-def raw_arguments(case: Case) -> tuple[Any, ...]:
-    """What ``assemble`` gives the op for this case."""
-    seen: list[tuple[Any, ...]] = []
+def op_call(case: Case) -> AssembleCall:
+    """The arguments that ``assemble`` gives the op for this case."""
+    seen: list[AssembleCall] = []
 
     def record(*arguments: Any) -> tuple[Tensor, ...]:
-        seen.append(arguments)
-        return reference.assemble(*arguments)
+        seen.append(AssembleCall(*arguments))
+        return assemble_reference(seen[-1])
 
-    case.run(_library.Ops(**{field.name: record for field in fields(_library.Ops)}))
+    case.run(backend.Ops(**{field.name: record for field in fields(backend.Ops)}))
     return seen[0]
 
 
@@ -180,7 +181,7 @@ def cases(
     special: bool = True,
 ) -> Case:
     """A valid call; ``special``: with values that are rounded, overflow or are no number."""
-    # hypothesis prefers the first of several choices, so what fills a batch stands there, not what leaves it empty.
+    # hypothesis prefers the first of several choices, so the first ones fill a batch and do not leave it empty.
     flip, pick = st.booleans(), lambda *choices: draw(st.sampled_from(choices))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rows, tokens = max_rows - draw(st.integers(0, max_rows)), max_tokens - draw(st.integers(0, max_tokens))
@@ -244,36 +245,39 @@ def cases(
 
 
 @st.composite
-def broken(draw: Callable[..., Any]) -> tuple[Any, ...]:
-    """Arguments of the raw op that break one or more of its rules."""
+def broken(draw: Callable[..., Any]) -> AssembleCall:
+    """A call of the op that breaks one or more of its rules."""
     case: Case = draw(cases(max_tokens=5))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    args = list(raw_arguments(case))
+    call = op_call(case)
 
     def spoil(values: torch.Tensor, *wrong: float) -> torch.Tensor:
         at = torch.randint(3, values.shape, generator=random) == 0
         choice = torch.tensor(wrong, dtype=torch.float64)[torch.randint(len(wrong), values.shape, generator=random)]
         return torch.where(at, choice.to(values.dtype), values)
 
-    input_ids, prompt_offsets, prompt_ids, mask, plan = (args[i] for i in (0, 3, 4, 5, 7))
-    vocabulary, rows, count = len(args[1]), len(args[2]), prompt_offsets.numel() - 1
+    mask, plan = call.attention_mask, call.plan
+    vocabulary, rows, count = len(call.embedding), len(call.prompts), call.prompt_offsets.numel() - 1
     for rule in draw(st.sets(st.sampled_from(["id", "offset", "prompt", "mask", "length"]), min_size=1)):
         if rule == "id":
-            args[0] = spoil(input_ids, -1, vocabulary, 2**31 - 1)
+            call = call._replace(input_ids=spoil(call.input_ids, -1, vocabulary, 2**31 - 1))
         elif rule == "offset":
-            args[3] = spoil(prompt_offsets, -1, rows + 1, 1, 2**40)
-        elif rule == "prompt" and plan is None and prompt_ids is not None:
-            args[4] = spoil(prompt_ids, -2, count, 2**40)
+            call = call._replace(prompt_offsets=spoil(call.prompt_offsets, -1, rows + 1, 1, 2**40))
+        elif rule == "prompt" and plan is None and call.prompt_ids is not None:
+            call = call._replace(prompt_ids=spoil(call.prompt_ids, -2, count, 2**40))
         elif rule == "prompt" and plan is not None:
-            args[7] = torch.cat([plan[:, :2], spoil(plan[:, 2:3], -2, count), plan[:, 3:]], 1)
+            spoilt = plan.clone()
+            spoilt[:, PlanColumn.PROMPT] = spoil(plan[:, PlanColumn.PROMPT], -2, count)
+            call = call._replace(plan=spoilt)
         elif rule == "mask" and mask is not None:
-            args[5] = spoil(mask, *((2, 0.5, float("nan"), -float("inf")) if mask.dtype.is_floating_point else (2, 3)))
-        elif rule == "length" and plan is None and args[9] > 0:  # a width that does not hold every row
-            args[9] -= draw(st.integers(1, args[9]))
-            args[8] = input_ids.shape[0] * args[9]
+            wrong = (2, 0.5, float("nan"), -float("inf")) if mask.dtype.is_floating_point else (2, 3)
+            call = call._replace(attention_mask=spoil(mask, *wrong))
+        elif rule == "length" and plan is None and call.width > 0:  # a width that does not hold every row
+            width = call.width - draw(st.integers(1, call.width))
+            call = call._replace(width=width, slots=len(call.input_ids) * width)
         elif rule == "length" and mask is not None:  # a plan that counts other tokens
-            args[5] = spoil(mask, 0, 1)
-    return tuple(args)
+            call = call._replace(attention_mask=spoil(mask, 0, 1))
+    return call
 
 
 def output_gradient(case: Case) -> Tensor:
@@ -282,7 +286,7 @@ def output_gradient(case: Case) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(case.embedding)
 
 
-def gradients(case: Case, ops: _library.Ops | None, grad: Tensor | None = None) -> tuple[Tensor, ...]:
+def gradients(case: Case, ops: backend.Ops | None, grad: Tensor | None = None) -> tuple[Tensor, ...]:
     """Of prompts, embedding and, if there is one, the token update."""
     update = case.token_update()
     leaves = tuple(x.detach().requires_grad_() for x in (case.prompts, case.embedding, update) if x is not None)
@@ -371,8 +375,8 @@ def assert_same(a: spf.PromptedBatch, b: spf.PromptedBatch) -> None:
         assert torch.equal(a.packed.cu_seqlens, b.packed.cu_seqlens)
 
 
-def assert_same_raw(ops: _library.Ops, arguments: tuple[Any, ...]) -> None:
-    """The op against the twin, given the same raw arguments."""
+def assert_same_outputs(ops: backend.Ops, call: AssembleCall) -> None:
+    """The op against the twin, given the same call."""
     with poisoned():
-        for ours, twin in zip(ops.assemble(*arguments), reference.assemble(*arguments), strict=True):
+        for ours, twin in zip(ops.assemble(*call), assemble_reference(call), strict=True):
             assert same_bits(ours, twin), f"{ours}\n{twin}"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def table(prefixes: list[tuple[int, int]], lengths: list[int], first: int) -> Tensor:
-    """Rows of these lengths from slot `first` on, behind prefixes (first slot, length)."""
+    """Rows of these lengths from slot `first` on, after prefixes (first slot, length)."""
     lines, at = [], first
     for length, prefix in zip(lengths, prefixes, strict=True):
         lines.append((at, length, *prefix))

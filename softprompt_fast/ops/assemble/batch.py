@@ -1,43 +1,48 @@
-"""What ``assemble`` returns: a mapping that a model takes as ``model(**batch)``, and what stands behind it."""
+"""The result of ``assemble``: a mapping for ``model(**batch)``, and everything else as attributes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-# `status` holds, per rule (`Status` in csrc/params.h), the smallest index that breaks it, or this.
-NO_ERROR = torch.iinfo(torch.int64).max
+from ..extension.contract import PlanColumn
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where everything stands in the packed layout ``[1, K, D]``: each distinct prompt once, then every row's text.
+    """The segments of the packed layout ``[1, K, D]``: each distinct prompt once, then every row's text.
 
     Segments are the G distinct prompts, then the B rows; a segment may be empty.
     """
 
     lengths: list[int]
     """[G + B], known on the host."""
-    cu_seqlens: Tensor
-    """[G + B + 1] int32: the first slot of each segment, then K."""
     prompts: list[int]
     """[G]: the prompt ids that the batch uses, in their order of appearance."""
     row_prompts: list[int]
     """[B]: which of ``prompts`` a row uses, -1 for none."""
     row_ids: Tensor
     """[K] int64: the row of each token, -1 in a prompt."""
+    plan: Tensor = field(repr=False)
+    """[G + B + 1, 4] int64: a line for each segment with the columns of ``PlanColumn``; the last one starts at K."""
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """[G + B + 1] int32: the first slot of each segment, then K."""
+        return self.plan[:, PlanColumn.SLOT].to(torch.int32)
 
 
 @dataclass(eq=False)  # not frozen: that would triple the cost of making one
 class PromptedBatch(Mapping[str, Tensor]):
     """Inputs for a model, joined from prompts and tokens.
 
-    As a mapping it holds what a transformers model must be told: ``inputs_embeds``, ``attention_mask``, ``labels``
-    if there were any, and ``position_ids`` only where a model could not count them itself (left padding, packed). So
-    ``model(**batch)`` also works for models that know no position ids, or number them in their own way (RoBERTa).
+    As a mapping it contains what a transformers model needs: ``inputs_embeds``, ``attention_mask``, ``labels`` if
+    they were given, and ``position_ids`` only if a model could not count them itself (left padding, packed). So
+    ``model(**batch)`` also works for models without position ids, or with their own numbering (RoBERTa).
 
     S is the padded width, K the packed length, D the hidden size.
     """
@@ -79,11 +84,11 @@ class PromptedBatch(Mapping[str, Tensor]):
         return len(self._model_inputs())
 
     def unpack(self, values: Tensor, fill: float = 0.0) -> Tensor:
-        """Values per slot, aligned with ``input_ids`` again: prompt positions dropped, padding filled.
+        """Values per slot, aligned with ``input_ids`` again: prompt positions are dropped, padding is filled.
 
         Args:
             values: [B, S, ...] or [1, K, ...], such as logits or hidden states.
-            fill: what padding positions of ``input_ids`` get.
+            fill: value at padding positions of ``input_ids``.
 
         Returns:
             [B, T, ...]

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .batch import NO_ERROR
+from ..extension.contract import NO_ERROR, AssembleCall, MaskFormat, Status
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 LAYOUTS = ("padded", "packed")
 SIDES = ("left", "right")
-MASK_FORMATS = ("none", "2d", "4d_bool", "4d_additive")
+# Plain ints: torch.compile hands them to the op as constants.
+MASK_FORMATS = {
+    "none": MaskFormat.NONE.value,
+    "2d": MaskFormat.TWO_D.value,
+    "4d_bool": MaskFormat.FOUR_D_BOOL.value,
+    "4d_additive": MaskFormat.FOUR_D_ADDITIVE.value,
+}
 
 
-def describe(value: object) -> str:
+def describe_value(value: object) -> str:
     """A tensor as ``int64 [2, 3] on cpu``; anything else as its repr, shortened."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
@@ -27,16 +33,22 @@ def describe(value: object) -> str:
 
 
 def fail(argument: str, rule: str, value: object) -> ValueError:
-    return ValueError(f"assemble: `{argument}` must {rule}, got {describe(value)}")
+    return ValueError(f"assemble: `{argument}` must {rule}, got {describe_value(value)}")
 
 
 def fail_type(argument: str, rule: str, value: object) -> TypeError:
-    return TypeError(f"assemble: `{argument}` must {rule}, got {describe(value)}")
+    return TypeError(f"assemble: `{argument}` must {rule}, got {describe_value(value)}")
 
 
-def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+def _check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
         raise fail(argument, f"be one of {', '.join(choices)}", value)
+
+
+def check_choices(layout: str, padding_side: str, mask_format: str) -> None:
+    _check_choice("layout", layout, LAYOUTS)
+    _check_choice("padding_side", padding_side, SIDES)
+    _check_choice("mask_format", mask_format, MASK_FORMATS)
 
 
 def check_numbers(
@@ -68,7 +80,7 @@ def _check_int(argument: str, value: int | None, low: int, high: int | None = No
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether its values can be looked at: not on the meta device, not a stand-in while shapes are worked out."""
+    """Whether its values can be read: not a tensor on the meta device, nor a fake one that only has a shape."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
@@ -78,14 +90,20 @@ def check_integers(argument: str, values: object) -> None:
             raise fail(argument, "be a one-dimensional tensor or list of integers", values)
         if values.dtype not in INTEGERS:
             raise fail_type(argument, "be a one-dimensional tensor or list of integers", values)
-    elif not isinstance(values, (list, tuple, range)) or not all(isinstance(v, int) for v in values):
-        raise fail_type(argument, "be a one-dimensional tensor or list of integers", values)
+        return
+    if isinstance(values, (list, tuple, range)):
+        for value in values:  # a loop: `all` of a generator takes three times as long
+            if not isinstance(value, int):
+                break
+        else:
+            return
+    raise fail_type(argument, "be a one-dimensional tensor or list of integers", values)
 
 
 def check_tensors(
     input_ids: Tensor, embedding: Tensor, prompts: Tensor, attention_mask: Tensor | None, labels: Tensor | None
 ) -> None:
-    """Types, ranks, dtypes, shapes and devices: what can be told without reading a value."""
+    """Types, ranks, dtypes, shapes and devices: everything that needs no values."""
     if _usual(input_ids, embedding, prompts, attention_mask, labels):
         return
     for argument, value in (("input_ids", input_ids), ("embedding", embedding), ("prompts", prompts)):
@@ -123,7 +141,9 @@ def check_token_factors(token_factors: object, embedding: Tensor, prompts: int) 
     if not isinstance(token_factors, (tuple, list)) or not all(isinstance(x, Tensor) for x in token_factors):
         raise fail_type("token_factors", rule, token_factors)
     if len(token_factors) != 2 or any(x.dim() != 3 for x in token_factors):
-        raise ValueError(f"assemble: `token_factors` must {rule}, got {' and '.join(map(describe, token_factors))}")
+        raise ValueError(
+            f"assemble: `token_factors` must {rule}, got {' and '.join(map(describe_value, token_factors))}"
+        )
     a, b = token_factors
     for argument, factor in (("token_factors[0]", a), ("token_factors[1]", b)):
         if factor.dtype != embedding.dtype and factor.dtype != torch.float32:
@@ -141,17 +161,18 @@ def check_token_factors(token_factors: object, embedding: Tensor, prompts: int) 
 def _usual(
     input_ids: Tensor, embedding: Tensor, prompts: Tensor, attention_mask: Tensor | None, labels: Tensor | None
 ) -> bool:
-    """The common case in one expression; whatever it does not cover is looked at rule by rule."""
+    """The common case in one expression, which is fast. The rest is checked rule by rule."""
     try:
         shape, device = input_ids.shape, input_ids.device
+        embedding_shape, prompts_shape = embedding.shape, prompts.shape
         return (
             len(shape) == 2
             and input_ids.dtype is torch.int64
             and embedding.dtype in FLOATS
             and (prompts.dtype is torch.float32 or prompts.dtype is embedding.dtype)
-            and embedding.dim() == 2
-            and prompts.dim() == 2
-            and prompts.shape[1] == embedding.shape[1]
+            and len(embedding_shape) == 2
+            and len(prompts_shape) == 2
+            and prompts_shape[1] == embedding_shape[1]
             and embedding.device == device
             and prompts.device == device
             and (
@@ -178,7 +199,7 @@ def _check_like(input_ids: Tensor, argument: str, value: object) -> None:
 
 
 def check_offsets(offsets: Sequence[int], prompt_rows: int) -> None:
-    """Offsets start at 0, ascend, and end inside the bank."""
+    """Offsets start at 0, ascend, and end with the rows of prompts."""
     if len(offsets) == 0 or offsets[0] != 0:
         raise ValueError(f"assemble: `prompt_offsets` must start with 0, got {_short(offsets)}")
     previous = 0
@@ -215,54 +236,51 @@ def check_lengths(lengths: Sequence[int], rows: int, tokens: int) -> None:
 
 
 def check_status(
-    status: Sequence[int],
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    prompt_ids: Tensor | None,
-    vocabulary: int,
-    prompts: int,
-    lengths: Sequence[int] | None,
-    max_prompt_length: int | None,
+    status: Sequence[int], call: AssembleCall, lengths: Sequence[int] | None, max_prompt_length: int | None
 ) -> None:
-    """Raises for the first rule that the kernel found broken. ``lengths``: of the packed layout, else None."""
+    """Raises for the first rule that the kernel reports as broken. ``lengths``: of the packed layout, else None."""
     if min(status) == NO_ERROR:
         return
-    token, prompt, mask, length, offset = status
-    columns = max(input_ids.shape[1], 1)
-    if prompt != NO_ERROR:
-        value = int(prompt_ids[prompt]) if prompt_ids is not None else 0
+    columns = max(call.input_ids.shape[1], 1)
+    row = status[Status.BAD_PROMPT_ID]
+    if row != NO_ERROR:
+        value = int(call.prompt_ids[row]) if call.prompt_ids is not None else 0
+        count = call.prompt_offsets.numel() - 1
         raise IndexError(
-            f"assemble: `prompt_ids` must be -1 (no prompt) or 0 to {prompts - 1}, got {value} for row {prompt}"
+            f"assemble: `prompt_ids` must be -1 (no prompt) or 0 to {count - 1}, got {value} for row {row}"
         )
-    if offset != NO_ERROR:
+    prompt = status[Status.BAD_OFFSET]
+    if prompt != NO_ERROR:
         raise ValueError(
-            f"assemble: `prompt_offsets` must ascend within the rows of prompts, not so at prompt {offset}"
+            f"assemble: `prompt_offsets` must ascend within the rows of prompts, not so at prompt {prompt}"
         )
-    if mask != NO_ERROR:
-        row, column = divmod(mask, columns)
-        assert attention_mask is not None
+    mask = call.attention_mask
+    if status[Status.BAD_MASK_VALUE] != NO_ERROR:
+        row, column = divmod(status[Status.BAD_MASK_VALUE], columns)
+        assert mask is not None
         raise ValueError(
             "assemble: `attention_mask` must hold 1 for tokens and 0 for padding, "
-            f"got {attention_mask[row, column].item()} at row {row}, column {column}"
+            f"got {mask[row, column].item()} at row {row}, column {column}"
         )
-    if length != NO_ERROR and lengths is not None:
-        real = columns if attention_mask is None else int((attention_mask[length] != 0).sum())
+    row = status[Status.BAD_LENGTH]
+    if row != NO_ERROR and lengths is not None:
+        real = columns if mask is None else int((mask[row] != 0).sum())
         raise ValueError(
-            f"assemble: `lengths` must count the real tokens of each row, {real} in row {length}, got {lengths[length]}"
+            f"assemble: `lengths` must count the real tokens of each row, {real} in row {row}, got {lengths[row]}"
         )
-    if length != NO_ERROR:
+    if row != NO_ERROR:
         raise ValueError(
             "assemble: `max_prompt_length` must be at least the length of every prompt in use, "
-            f"got {max_prompt_length}, too little for row {length}"
+            f"got {max_prompt_length}, too little for row {row}"
         )
-    row, column = divmod(token, columns)
+    row, column = divmod(status[Status.BAD_TOKEN_ID], columns)
     raise IndexError(
-        f"assemble: `input_ids` must be 0 to {vocabulary - 1}, "
-        f"got {int(input_ids[row, column])} at row {row}, column {column}"
+        f"assemble: `input_ids` must be 0 to {call.embedding.shape[0] - 1}, "
+        f"got {int(call.input_ids[row, column])} at row {row}, column {column}"
     )
 
 
-def check_finite(prompts: Tensor) -> None:
+def check_prompt_values(prompts: Tensor) -> None:
     bad = (~torch.isfinite(prompts)).nonzero()
     if len(bad):
         row, column = bad[0].tolist()

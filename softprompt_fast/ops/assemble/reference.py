@@ -1,145 +1,202 @@
-"""The ops in plain PyTorch: the oracle of the tests, the baseline of the benchmarks, the fallback everywhere else.
+"""``assemble`` in plain PyTorch: the oracle of the tests, the baseline of the benchmarks, and the fallback.
 
-``assemble`` takes what the native op takes and returns what it returns, bit for bit. Its gradient is PyTorch's own.
+It takes what the native op takes and returns the same bits. Its gradient is PyTorch's own.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_ERROR = torch.iinfo(torch.int64).max
+from ..extension.contract import NO_ERROR, AssembleCall, MaskFormat
 
 
-def assemble(
-    input_ids: Tensor,
-    embedding: Tensor,
-    prompts: Tensor,
-    prompt_offsets: Tensor,
-    prompt_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    plan: Tensor | None,
-    slots: int,
-    width: int,
-    prompt_segments: int,
-    left: bool,
-    mask_format: int,
-    causal: bool,
-    window: int,
-    scale: float,
-    token_update: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """See :func:`softprompt_fast.assemble`; ``plan`` and the sizes are what it works out for an op."""
-    rows, tokens = input_ids.shape
-    device = input_ids.device
-    no_rows = input_ids.new_zeros(rows, dtype=torch.int64)
+class _Segments(NamedTuple):
+    """One run of slots with at most one prompt and one row's text: rows padded, prompts and then rows packed."""
 
-    # Per row: real tokens, their ranks, and which token has a given rank.
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    counts = real.sum(1)
+    first_slot: Tensor
+    begin: Tensor  # padding in front
+    prompt: Tensor  # of its vectors, -1 for none
+    prompt_row: Tensor
+    prompt_length: Tensor
+    text_row: Tensor  # negative for none
+    text_prompt: Tensor  # of its text
+    text: Tensor  # tokens
+    position: Tensor  # of its first vector
+    length: Tensor
+    bad_prompt: Tensor
+    bad_offset: Tensor
+    bad_length: Tensor
+
+
+class _Slots(NamedTuple):
+    """One output vector each."""
+
+    segment: Tensor
+    place: Tensor  # among the segment's real slots
+    rank: Tensor  # among the row's real tokens
+    is_prompt: Tensor
+    is_text: Tensor
+    row: Tensor  # of input_ids, 0 where there is no token
+    column: Tensor
+
+
+def assemble(call: AssembleCall) -> tuple[Tensor, ...]:
+    """The outputs of the op for this call."""
+    rows, tokens = call.input_ids.shape
+    device = call.input_ids.device
+    nothing = call.input_ids.new_empty(0, dtype=torch.int64)
+    real = torch.ones_like(call.input_ids, dtype=torch.bool)
+    if call.attention_mask is not None:
+        real = call.attention_mask != 0
     ranks = real.cumsum(1) - 1
-    columns = input_ids.new_zeros((rows, tokens + 1), dtype=torch.int64)
-    columns = columns.scatter(1, torch.where(real, ranks, tokens), torch.arange(tokens, device=device).expand(rows, -1))
+    segments = _segments(call, real.sum(1))
+    slots = _slots(call, segments, real, ranks)
+    filled = slots.is_prompt | slots.is_text
 
-    # Per segment: its prompt, its row of text (-1: none), the position of its first vector.
-    count = prompt_offsets.numel() - 1
-    if plan is None:
-        segments = torch.arange(rows, device=device)
-        first_slot, length = segments * width, no_rows + width
-        ids = prompt_ids if prompt_ids is not None else no_rows + (0 if count > 0 else -1)
-        text_row, position, text_prompt = segments, no_rows, ids
-    else:
-        first_slot, length, text_prompt, position = plan.unbind(1)
-        ids = text_prompt.clone()
-        ids[prompt_segments:] = -1
-        text_row = torch.arange(len(plan), device=device) - prompt_segments
-    known = (ids >= 0) & (ids < count)
-    bad_prompt = ~known & (ids != -1)
-    offsets = F.pad(prompt_offsets, (0, 1))
-    safe = torch.where(known, ids, 0)
-    prompt_row, prompt_end = offsets[safe], offsets[safe + 1]
-    bad_offset = known & ((prompt_row < 0) | (prompt_end < prompt_row) | (prompt_end > len(prompts)))
-    prompt_length = torch.where(known & ~bad_offset, prompt_end - prompt_row, 0)
+    lead = (1, call.slots) if call.plan is not None else (rows, call.width)
+    embeds = _vectors(call, segments, slots).view(*lead, call.embedding.shape[1])
+    position_ids = torch.where(filled, segments.position[slots.segment] + slots.place, 0).view(lead)
+    labels = nothing
+    if call.labels is not None:
+        labels = torch.where(slots.is_text, _of_tokens(call.labels, slots), -100).view(lead)
 
-    text = torch.where(text_row >= 0, counts[text_row.clamp(min=0)] if rows else 0, 0)
-    bad_length = (prompt_length > length) | (text > length - prompt_length)
-    prompt_length = torch.where(prompt_length > length, 0, prompt_length)
-    if plan is not None:
-        bad_length = bad_length | (prompt_length + text != length)
-    text = torch.minimum(text, length - prompt_length)
-    begin = length - prompt_length - text if left and plan is None else torch.zeros_like(length)
-
-    # Per slot: its segment, its place there, and what stands at it.
-    slot = torch.arange(slots, device=device)
-    segment = slot // max(width, 1) if plan is None else torch.repeat_interleave(length, output_size=slots)
-    place = slot - first_slot[segment] - begin[segment]
-    is_prompt = (place >= 0) & (place < prompt_length[segment])
-    rank = place - prompt_length[segment]
-    is_text = (rank >= 0) & (rank < text[segment])
-    filled = is_prompt | is_text
-    row = torch.where(is_text, text_row[segment], 0)
-    column = columns[row, torch.where(is_text, rank, 0)] if rows else slot
-
-    def of_token(values: Tensor) -> Tensor:
-        return values[row, column] if values.numel() else values.new_zeros(slots)
-
-    token_ids = of_token(input_ids).long()
-    known_id = (token_ids >= 0) & (token_ids < len(embedding))
-    vectors = embedding.new_zeros((slots, embedding.shape[1]))
-    if len(embedding):
-        found = F.embedding(torch.where(is_text & known_id, token_ids, 0), embedding)
-        vectors = found * scale if scale != 1.0 else found
-        if token_update is not None and token_update.numel():
-            reach = token_update.shape[1]
-            owner = text_prompt[segment]
-            updated = is_text & (owner >= 0) & (owner < count) & (rank < reach)
-            update = F.embedding(torch.where(updated, owner * reach + rank, 0), token_update.flatten(0, 1))
-            moved = (found.to(update.dtype) * scale + update).to(embedding.dtype)
-            vectors = torch.where(updated[:, None], moved, vectors)
-        vectors = torch.where((is_text & known_id)[:, None], vectors, 0)
-    if len(prompts):
-        of_prompt = F.embedding(torch.where(is_prompt, prompt_row[segment] + place, 0), prompts).to(embedding.dtype)
-        vectors = torch.where(is_prompt[:, None], of_prompt, vectors)
-
-    lead = (1, slots) if plan is not None else (rows, width)
-    nothing = input_ids.new_empty(0, dtype=torch.int64)
-    if mask_format == 0:
-        mask = nothing
-    elif mask_format == 1:
-        mask = filled.to(torch.int64 if attention_mask is None else attention_mask.dtype).view(lead)
-    else:
-        mask = _visible(begin, begin + prompt_length + text, width, causal, window)
-        if mask_format == 3:
-            hidden = torch.full((), torch.finfo(embedding.dtype).min, dtype=embedding.dtype, device=device)
-            mask = torch.where(mask, torch.zeros_like(hidden), hidden)
-    position_ids = torch.where(filled, position[segment] + place, 0).view(lead)
-    labels_out = nothing if labels is None else torch.where(is_text, of_token(labels), -100).view(lead)
-    own_segment = torch.arange(rows, device=device) + prompt_segments
-    start = (first_slot + begin + prompt_length)[own_segment]
-    placed = real & (ranks < text[own_segment][:, None])
+    own = torch.arange(rows, device=device) + call.prompt_segments
+    start = (segments.first_slot + segments.begin + segments.prompt_length)[own]
+    placed = real & (ranks < segments.text[own][:, None])
     token_slots = torch.where(placed, start[:, None] + ranks, -1)
-    prompt_slots = torch.where(prompt_length > 0, first_slot + begin, -1)
+    prompt_slots = torch.where(segments.prompt_length > 0, segments.first_slot + segments.begin, -1)
     row_ids = nothing
-    if plan is not None:
-        prompt_slots = prompt_slots[:prompt_segments]
-        row_ids = text_row.clamp(min=-1)[segment]
+    if call.plan is not None:
+        prompt_slots = prompt_slots[: call.prompt_segments]
+        row_ids = segments.text_row.clamp(min=-1)[slots.segment]
 
-    place_of = torch.arange(rows * tokens, device=device).view(rows, tokens)
-    bad_id = placed & ((input_ids < 0) | (input_ids >= len(embedding)))
-    bad_mask = torch.zeros_like(real) if attention_mask is None else placed & (attention_mask != 1)
-    status = torch.stack(
+    token = torch.arange(rows * tokens, device=device).view(rows, tokens)
+    bad_id = placed & ((call.input_ids < 0) | (call.input_ids >= len(call.embedding)))
+    bad_mask = torch.zeros_like(real) if call.attention_mask is None else placed & (call.attention_mask != 1)
+    status = torch.stack(  # in the order of Status
         [
-            _first(bad_id, place_of),
-            _first(bad_prompt, torch.arange(len(bad_prompt), device=device)),
-            _first(bad_mask, place_of),
-            _first(bad_length, text_row.clamp(min=0)),
-            _first(bad_offset, ids),
+            _first(bad_id, token),
+            _first(segments.bad_prompt, torch.arange(len(segments.bad_prompt), device=device)),
+            _first(bad_mask, token),
+            _first(segments.bad_length, segments.text_row.clamp(min=0)),
+            _first(segments.bad_offset, segments.prompt),
         ]
     )
-    embeds = vectors.view(*lead, embedding.shape[1])
-    return embeds, mask, position_ids, labels_out, token_slots, prompt_slots, row_ids, status
+    mask = _mask(call, segments, filled, lead)
+    return embeds, mask, position_ids, labels, token_slots, prompt_slots, row_ids, status
+
+
+def _segments(call: AssembleCall, real_tokens: Tensor) -> _Segments:
+    """The segments of the output, from the number of real tokens of each row."""
+    rows, device = len(call.input_ids), call.input_ids.device
+    count = call.prompt_offsets.numel() - 1
+    no_rows = call.input_ids.new_zeros(rows, dtype=torch.int64)
+    if call.plan is None:
+        text_row, position = torch.arange(rows, device=device), no_rows
+        first_slot, length = text_row * call.width, no_rows + call.width
+        prompt = call.prompt_ids if call.prompt_ids is not None else no_rows + (0 if count > 0 else -1)
+        text_prompt = prompt
+    else:
+        first_slot, length, text_prompt, position = call.plan.unbind(1)  # in the order of PlanColumn
+        prompt = text_prompt.clone()
+        prompt[call.prompt_segments :] = -1
+        text_row = torch.arange(len(call.plan), device=device) - call.prompt_segments
+    known = (prompt >= 0) & (prompt < count)
+    offsets = F.pad(call.prompt_offsets, (0, 1))
+    safe = torch.where(known, prompt, 0)
+    prompt_row, prompt_end = offsets[safe], offsets[safe + 1]
+    bad_offset = known & ((prompt_row < 0) | (prompt_end < prompt_row) | (prompt_end > len(call.prompts)))
+    prompt_length = torch.where(known & ~bad_offset, prompt_end - prompt_row, 0)
+
+    text = torch.where(text_row >= 0, real_tokens[text_row.clamp(min=0)] if rows else 0, 0)
+    bad_length = (prompt_length > length) | (text > length - prompt_length)
+    prompt_length = torch.where(prompt_length > length, 0, prompt_length)
+    if call.plan is not None:
+        bad_length = bad_length | (prompt_length + text != length)
+    text = torch.minimum(text, length - prompt_length)
+    begin = length - prompt_length - text if call.left and call.plan is None else torch.zeros_like(length)
+    bad_prompt = ~known & (prompt != -1)
+    return _Segments(
+        first_slot,
+        begin,
+        prompt,
+        prompt_row,
+        prompt_length,
+        text_row,
+        text_prompt,
+        text,
+        position,
+        length,
+        bad_prompt,
+        bad_offset,
+        bad_length,
+    )
+
+
+def _slots(call: AssembleCall, segments: _Segments, real: Tensor, ranks: Tensor) -> _Slots:
+    """What each slot of the output holds."""
+    rows, tokens = call.input_ids.shape
+    device = call.input_ids.device
+    slot = torch.arange(call.slots, device=device)
+    if call.plan is None:
+        segment = slot // max(call.width, 1)
+    else:
+        segment = torch.repeat_interleave(segments.length, output_size=call.slots)
+    place = slot - segments.first_slot[segment] - segments.begin[segment]
+    is_prompt = (place >= 0) & (place < segments.prompt_length[segment])
+    rank = place - segments.prompt_length[segment]
+    is_text = (rank >= 0) & (rank < segments.text[segment])
+    columns = call.input_ids.new_zeros((rows, tokens + 1), dtype=torch.int64)  # of the token with each rank
+    columns = columns.scatter(1, torch.where(real, ranks, tokens), torch.arange(tokens, device=device).expand(rows, -1))
+    row = torch.where(is_text, segments.text_row[segment], 0)
+    column = columns[row, torch.where(is_text, rank, 0)] if rows else slot
+    return _Slots(segment, place, rank, is_prompt, is_text, row, column)
+
+
+def _of_tokens(values: Tensor, slots: _Slots) -> Tensor:
+    """[slots]: the values [B, T] of the tokens in them; anything elsewhere."""
+    return values[slots.row, slots.column] if values.numel() else values.new_zeros(len(slots.row))
+
+
+def _vectors(call: AssembleCall, segments: _Segments, slots: _Slots) -> Tensor:
+    """[slots, D]"""
+    embedding, prompts, update = call.embedding, call.prompts, call.token_update
+    token_ids = _of_tokens(call.input_ids, slots).long()
+    is_token = slots.is_text & (token_ids >= 0) & (token_ids < len(embedding))
+    vectors = embedding.new_zeros((call.slots, embedding.shape[1]))
+    if len(embedding):
+        token_vectors = F.embedding(torch.where(is_token, token_ids, 0), embedding)
+        vectors = token_vectors * call.scale if call.scale != 1.0 else token_vectors
+        if update is not None and update.numel():
+            count, reach, _ = update.shape
+            prompt = segments.text_prompt[slots.segment]
+            updated = slots.is_text & (prompt >= 0) & (prompt < count) & (slots.rank < reach)
+            added = F.embedding(torch.where(updated, prompt * reach + slots.rank, 0), update.flatten(0, 1))
+            wide = token_vectors.to(update.dtype) * call.scale + added
+            vectors = torch.where(updated[:, None], wide.to(embedding.dtype), vectors)
+        vectors = torch.where(is_token[:, None], vectors, 0)
+    if len(prompts):
+        prompt_row = torch.where(slots.is_prompt, segments.prompt_row[slots.segment] + slots.place, 0)
+        vectors = torch.where(slots.is_prompt[:, None], F.embedding(prompt_row, prompts).to(embedding.dtype), vectors)
+    return vectors
+
+
+def _mask(call: AssembleCall, segments: _Segments, filled: Tensor, lead: tuple[int, int]) -> Tensor:
+    if call.mask_format == MaskFormat.NONE:
+        return call.input_ids.new_empty(0, dtype=torch.int64)
+    if call.mask_format == MaskFormat.TWO_D:
+        return filled.to(torch.int64 if call.attention_mask is None else call.attention_mask.dtype).view(lead)
+    end = segments.begin + segments.prompt_length + segments.text
+    visible = _visible(segments.begin, end, call.width, call.causal, call.window)
+    if call.mask_format == MaskFormat.FOUR_D_BOOL:
+        return visible
+    dtype = call.embedding.dtype
+    hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=filled.device)
+    return torch.where(visible, torch.zeros_like(hidden), hidden)
 
 
 def _visible(begin: Tensor, end: Tensor, width: int, causal: bool, window: int) -> Tensor:

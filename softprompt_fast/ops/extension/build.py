@@ -1,8 +1,8 @@
-"""Find, build, cache and load the native extension. Imports torch only when asked to do something.
+"""Finds, builds, caches and loads the native extension. Imports torch only in the functions that need it.
 
 A build lives in ``<cache>/build/<key>/``; the key is a hash of everything that could make it wrong: sources, flags,
 torch, CUDA, Python, GPU architectures and, because the code is tuned to it, the CPU. It is compiled in a private
-directory and renamed into place, under a lock of the operating system that dies with its process.
+directory and renamed into place. A lock of the operating system, released when its process ends, protects this.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class BuildUnavailable(RuntimeError):
-    """The native extension cannot be had here; the message says why and what to do."""
+    """The native extension is not available here; the message says why and what to do."""
 
 
 def source_directory() -> Path:
@@ -41,7 +41,9 @@ def source_directory() -> Path:
     for candidate in (package / "csrc", package.parent / "csrc"):
         if (candidate / "ops.cpp").is_file():
             return candidate
-    raise BuildUnavailable(f"the C++ sources were not installed: no csrc/ops.cpp in {package} or beside it")
+    raise BuildUnavailable(
+        f"the C++ sources were not installed: no csrc/ops.cpp in {package} or {package.parent}; reinstall the package"
+    )
 
 
 def cache_directory() -> Path:
@@ -53,15 +55,17 @@ def cache_directory() -> Path:
 
 
 def cuda_toolkit() -> str | None:
-    """Home of the CUDA toolkit, found without importing torch's build machinery."""
+    """Home of the CUDA toolkit, found without importing torch's build code."""
     nvcc = shutil.which("nvcc")
     beside = Path(nvcc).resolve().parent.parent if nvcc else None
     configured = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     homes = [Path(home) for home in (*configured, beside, "/usr/local/cuda") if home]
-    found = [home for home in homes if (home / "bin" / "nvcc").exists()]
+    with_nvcc = [home for home in homes if (home / "bin" / "nvcc").exists()]
     # An nvcc on PATH may be a script that starts the real one: its parent has no headers.
-    whole = [home for home in found if any(home.glob("include/cuda_runtime.h")) or any(home.glob("targets/*/include"))]
-    return next((str(home) for home in whole + found), None)
+    with_headers = [
+        home for home in with_nvcc if any(home.glob("include/cuda_runtime.h")) or any(home.glob("targets/*/include"))
+    ]
+    return next((str(home) for home in with_headers + with_nvcc), None)
 
 
 def _architectures() -> list[str]:
@@ -72,12 +76,12 @@ def _architectures() -> list[str]:
         return sorted(set(listed.replace(";", " ").split()))
     if not torch.cuda.is_available():
         return []
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return [f"{major}.{minor}" for major, minor in sorted(found)]
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}.{minor}" for major, minor in sorted(capabilities)]
 
 
 def _cpu_identity() -> str:
-    """What ``-march=native`` depends on."""
+    """The facts that ``-march=native`` depends on."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):
@@ -86,8 +90,8 @@ def _cpu_identity() -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One possible build: what is compiled, how, and the key under which the result is kept."""
+class BuildPlan:
+    """One possible build: its sources, its flags, and the key under which the result is kept."""
 
     sources: tuple[str, ...]
     cflags: tuple[str, ...]
@@ -101,12 +105,12 @@ class Plan:
         return bool(self.architectures)
 
 
-def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: str = NAMESPACE) -> Plan:
+def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: str = NAMESPACE) -> BuildPlan:
     """The build for this interpreter, torch and machine.
 
     Args:
         cuda: compile the CUDA kernels too, where torch, a toolkit and an architecture allow it.
-        extra_sources: further files; they take the place of the CPU's registration (the tests run CUDA thread code so).
+        extra_sources: files that replace the CPU kernels (the tests run CUDA thread code this way).
         namespace: of the registered ops.
     """
     import torch
@@ -144,7 +148,7 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
         _cpu_identity(),
     ]
     digest.update(json.dumps(facts).encode())
-    return Plan(
+    return BuildPlan(
         sources=tuple(map(str, sources)),
         cflags=tuple(cflags),
         cuda_cflags=tuple(cuda_cflags),
@@ -173,8 +177,8 @@ def library_path(directory: Path) -> Path:
     return directory / f"{NAME}.so"
 
 
-def find(build: Plan) -> Path | None:
-    """The finished build, made ahead at installation or cached by an earlier process."""
+def find(build: BuildPlan) -> Path | None:
+    """The finished build, made at installation or cached by an earlier process."""
     ahead = PACKAGE / "_prebuilt" / build.key
     for directory in (ahead, cache_directory() / "build" / build.key):
         if library_path(directory).is_file():
@@ -188,8 +192,8 @@ def compiler() -> str | None:
     return shutil.which(command[0]) if command else None
 
 
-def _why(build: Plan) -> str:
-    """In words, why this build is needed: the first one, or what changed since the last."""
+def _why(build: BuildPlan) -> str:
+    """Why this build is needed, in words: the first one, or what changed since the last."""
     builds = sorted((cache_directory() / "build").glob("*/build.json"), key=lambda p: p.stat().st_mtime)
     if not builds:
         return "first use"
@@ -212,7 +216,7 @@ def first_error(output: str) -> str:
     return lines[-1] if lines else "the compiler gave no message"
 
 
-def _build_environment(build: Plan) -> dict[str, str]:
+def _build_environment(build: BuildPlan) -> dict[str, str]:
     """ninja on PATH, and an architecture list even where torch would look for a GPU."""
     import ninja
 
@@ -224,10 +228,10 @@ def _build_environment(build: Plan) -> dict[str, str]:
     return environment
 
 
-def compile_into(build: Plan, directory: Path) -> Path:
+def compile_into(build: BuildPlan, directory: Path) -> Path:
     """Compiles into an empty directory and returns the library. Raises BuildUnavailable with the first error.
 
-    A process of its own does it, so that neither its environment nor a half-loaded library touches this one.
+    A separate process compiles, so that neither its environment nor a half-loaded library affects this one.
     """
     arguments = {
         "name": NAME,
@@ -256,20 +260,20 @@ def compile_into(build: Plan, directory: Path) -> Path:
     return library_path(directory)
 
 
-def _fail(build: Plan, reason: str, output: Path | None) -> BuildUnavailable:
-    """Remembers a failed compilation for later processes and says what to do about it."""
+def _fail(build: BuildPlan, reason: str, output: Path | None) -> BuildUnavailable:
+    """Records a failed compilation for later processes; the error says what to do."""
     root = cache_directory() / "build"
     kept = root / f"{build.key}.failed.log"
     if output is not None and output.is_file():
         shutil.copyfile(output, kept)
     (root / f"{build.key}.failed.json").write_text(json.dumps({"error": reason, "compiler": compiler()}))
     return BuildUnavailable(
-        f"the extension did not compile: {reason} (whole output: {kept}). Mend the compiler and run "
-        "`softprompt-fast build`, or set SOFTPROMPT_FAST_BACKEND=reference to stay with plain PyTorch quietly"
+        f"the extension did not compile: {reason} (full output: {kept}). Fix the compiler and run "
+        "`softprompt-fast build`, or set SOFTPROMPT_FAST_BACKEND=reference to use plain PyTorch without this warning"
     )
 
 
-def ensure(build: Plan | None = None, *, retry: bool = False) -> Path:
+def ensure(build: BuildPlan | None = None, *, retry: bool = False) -> Path:
     """Path of the finished library; compiles it if there is none yet.
 
     Args:
@@ -300,7 +304,7 @@ def ensure(build: Plan | None = None, *, retry: bool = False) -> Path:
                 earlier = json.loads(failed.read_text())
                 if earlier.get("compiler") == compiler():
                     raise BuildUnavailable(
-                        f"an earlier build failed: {earlier.get('error')} (whole output: "
+                        f"an earlier build failed: {earlier.get('error')} (full output: "
                         f"{failed.with_suffix('.log')}). `softprompt-fast build` tries again"
                     )
             return _build_locked(build, root)
@@ -310,7 +314,7 @@ def ensure(build: Plan | None = None, *, retry: bool = False) -> Path:
         raise BuildUnavailable(f"the cache {root} cannot be used: {error}. Set SOFTPROMPT_FAST_CACHE") from error
 
 
-def _build_locked(build: Plan, root: Path) -> Path:
+def _build_locked(build: BuildPlan, root: Path) -> Path:
     import torch
 
     for stale in root.glob(f".{build.key}-*"):  # left by a process that was killed; we hold its lock
@@ -333,7 +337,7 @@ def _build_locked(build: Plan, root: Path) -> Path:
         }
         (staging / "build.json").write_text(json.dumps(facts))
         final = root / build.key
-        shutil.rmtree(final, ignore_errors=True)  # half removed by hand: it holds no library
+        shutil.rmtree(final, ignore_errors=True)  # half removed by hand: it contains no library
         os.replace(staging, final)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -346,7 +350,7 @@ def _build_locked(build: Plan, root: Path) -> Path:
 def load(*, retry: bool = False) -> ModuleType:
     """The loaded extension; its ops are then in ``torch.ops.softprompt_fast``.
 
-    Where a GPU is present but the CUDA part does not compile, the CPU part is built alone.
+    If a GPU is present but the CUDA part does not compile, the CPU part is built alone.
     """
     wanted = plan()
     try:

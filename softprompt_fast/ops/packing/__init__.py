@@ -1,1 +1,5 @@
-"""Between the packed layout and rows."""
+"""From the packed layout to rows and back: what attention needs of it."""
+
+from .functional import pack, unpack
+
+__all__ = ["pack", "unpack"]

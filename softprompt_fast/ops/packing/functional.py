@@ -1,7 +1,7 @@
-"""Between the packed layout and rows: what attention needs of it. Two linear maps, each the other's adjoint.
+"""From the packed layout to rows and back, for attention. Two linear maps, each the other's adjoint.
 
-``unpack`` puts each row's prefix (the keys or values of its prompt) in front of its own, in one pass;
-``pack`` takes rows apart again and, where rows share a prefix, sums what they hold for it.
+``unpack`` puts each row's prefix (the keys or values of its prompt) before its own, in one pass. ``pack`` takes rows
+apart again; rows that share a prefix are summed there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..extension import backend as _library
+from ..extension import backend
 from . import reference
 
 
@@ -54,13 +54,13 @@ class _Pack(torch.autograd.Function):
 
 
 def unpack(packed: Sequence[Tensor], table: Tensor, width: int, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Rows of a packed sequence, each behind its prefix.
+    """Rows of a packed sequence, each after its prefix.
 
     Args:
         packed: tensors [K, H, E] (slots, heads, head size), such as keys and values; E may differ between them.
         table: [B, 4] int64: first slot and length of each row's own part, first slot and length of its prefix.
         width: S, at least the longest prefix + own part.
-        dtype: of the result; None: that of ``packed``. The cast is part of the pass.
+        dtype: of the result; None: that of ``packed``. The cast needs no second pass.
 
     Returns:
         [B, S, H, E] each: ``[prefix][own][zeros]``. Gradients of shared slots are summed in float32 in ascending rows.
@@ -73,16 +73,8 @@ def pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype |
     return list(_Pack.apply(table, slots, dtype or rows[0].dtype, *rows))
 
 
-def prefix_kv(
-    key: Tensor, value: Tensor, table: Tensor, width: int, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """Each row's prompt keys and values in front of its own: :func:`unpack` of a key [K, H, E], a value [K, H, E']."""
-    keys, values = unpack((key, value), table, width, dtype)
-    return keys, values
-
-
 def _unpack(packed: Sequence[Tensor], table: Tensor, width: int, dtype: torch.dtype) -> list[Tensor]:
-    ops = _library.ops_for(table.device)
+    ops = backend.ops_for(table.device)
     if ops is None:
         return reference.unpack(packed, table, width, dtype)
     result: list[Tensor] = ops.unpack(list(packed), table, width, dtype)
@@ -90,7 +82,7 @@ def _unpack(packed: Sequence[Tensor], table: Tensor, width: int, dtype: torch.dt
 
 
 def _pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype) -> list[Tensor]:
-    ops = _library.ops_for(table.device)
+    ops = backend.ops_for(table.device)
     if ops is None:
         return reference.pack(rows, table, slots, dtype)
     result: list[Tensor] = ops.pack(list(rows), table, slots, dtype)

@@ -1,4 +1,4 @@
-"""``unpack`` and ``pack`` in plain PyTorch: the tests' oracle, and the fallback without the native extension."""
+"""``unpack`` and ``pack`` in plain PyTorch: the oracle of the tests, and the fallback without the extension."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype) 
         total = x.new_zeros((slots, *x.shape[2:]), dtype=wide)
         if x.device.type == "cpu":
             total.index_add_(0, slot[held], x[held].to(wide))
-        else:  # index_add_ is not deterministic there
+        else:  # index_add_ is not deterministic on a GPU
             total.index_put_((slot[held],), x[held].to(wide), accumulate=True)
         results.append(total.to(dtype))
     return results
 
 
 def _slots_of_rows(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """[B, S]: the slot of each place of each row, 0 where it holds none; and whether it holds one."""
-    first, length, prefix_first, prefix_length = (column[:, None] for column in table.unbind(1))
+    """[B, S]: the slot at each place of each row, 0 if there is none; and whether there is one."""
+    first, length, prefix_first, prefix_length = (column[:, None] for column in table.unbind(1))  # as in TableColumn
     place = torch.arange(width, device=table.device)
     in_prefix = place < prefix_length
     held = place < prefix_length + length

@@ -23,12 +23,12 @@ from torch import Tensor
 
 import softprompt_fast as spf
 from softprompt_fast.ops.assemble.checks import FLOATS, LAYOUTS
-from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.ops.extension import backend
 
 
 @settings(max_examples=40)
 @given(cases(dtypes=(torch.float64,), max_rows=3, max_tokens=4, prompt_lengths=(2, 1, 0), dims=(3, 1), special=False))
-def test_gradcheck(backend: str, case: Case) -> None:
+def test_gradcheck(backend_name: str, case: Case) -> None:
     prompts, embedding = (
         values.double().clone(memory_format=torch.contiguous_format).requires_grad_()
         for values in (case.prompts, case.embedding)
@@ -40,17 +40,17 @@ def test_gradcheck(backend: str, case: Case) -> None:
 
     def vectors(prompts: Tensor, embedding: Tensor, *factors: Tensor) -> Tensor:
         case.prompts, case.embedding, case.token_factors = prompts, embedding, factors or None  # type: ignore[assignment]
-        return case.run(_library._ops).inputs_embeds
+        return case.run(backend.native_ops()).inputs_embeds
 
     assume(case.input_ids.numel() > 0)
-    with using(_library._ops):
+    with using(backend.native_ops()):
         assert torch.autograd.gradcheck(vectors, inputs)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @settings(max_examples=150)
 @given(case=cases(dtypes=(torch.float32,), special=False))
-def test_equal_the_twins_autograd(native: _library.Ops, layout: str, case: Case) -> None:
+def test_equal_the_twins_autograd(native: backend.Ops, layout: str, case: Case) -> None:
     case.options["layout"] = layout
     for ours, twin in zip(gradients(case, native), gradients(case, None), strict=True):
         torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-6 * float(twin.abs().max()) if twin.numel() else 0)
@@ -58,7 +58,7 @@ def test_equal_the_twins_autograd(native: _library.Ops, layout: str, case: Case)
 
 @settings(max_examples=100)
 @given(case=cases(dtypes=(torch.float32, torch.float64), special=False))
-def test_of_token_factors_equal_the_twins_autograd(native: _library.Ops, case: Case) -> None:
+def test_of_token_factors_equal_the_twins_autograd(native: backend.Ops, case: Case) -> None:
     update = case.token_update()
     assume(update is not None and update.numel() > 0)
     grad, found = output_gradient(case), []
@@ -73,7 +73,7 @@ def test_of_token_factors_equal_the_twins_autograd(native: _library.Ops, case: C
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_equal_their_definition(native: _library.Ops, dtype: torch.dtype, layout: str) -> None:
+def test_equal_their_definition(native: backend.Ops, dtype: torch.dtype, layout: str) -> None:
     @settings(max_examples=60)
     @given(cases(dtypes=(dtype,), layouts=(layout,), special=False))
     def check(case: Case) -> None:
@@ -84,7 +84,7 @@ def test_equal_their_definition(native: _library.Ops, dtype: torch.dtype, layout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_found_no_room_gets_no_gradient(native: _library.Ops, layout: str) -> None:
+def test_what_found_no_room_gets_no_gradient(native: backend.Ops, layout: str) -> None:
     case = prompt_without_room(layout)
     for ours, expected in zip(gradients(case, native), expected_gradients(case), strict=True):
         assert same_bits(ours, expected)
@@ -115,7 +115,7 @@ def shared() -> Callable[..., Case]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_long_sums_equal_their_definition(shared: Callable[..., Case], layout: str, dtype: torch.dtype) -> None:
     case = shared(layout, dtype)
-    for ours, expected in zip(gradients(case, _library._ops), expected_gradients(case), strict=True):
+    for ours, expected in zip(gradients(case, backend.native_ops()), expected_gradients(case), strict=True):
         assert same_bits(ours, expected)
 
 
@@ -123,15 +123,15 @@ def test_long_sums_equal_their_definition(shared: Callable[..., Case], layout: s
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_bits_on_every_run(shared: Callable[..., Case], layout: str, dtype: torch.dtype) -> None:
     case = shared(layout, dtype)
-    first = gradients(case, _library._ops)
+    first = gradients(case, backend.native_ops())
     for count in (1, 2, 3, 7):
         with threads(count):
-            for one, other in zip(first, gradients(case, _library._ops), strict=True):
+            for one, other in zip(first, gradients(case, backend.native_ops()), strict=True):
                 assert torch.equal(one, other), count
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, native: _library.Ops) -> Iterator[list[str]]:
+def calls(monkeypatch: pytest.MonkeyPatch, native: backend.Ops) -> Iterator[list[str]]:
     """Names of the native ops in the order in which they were called."""
     names: list[str] = []
 
@@ -142,7 +142,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, native: _library.Ops) -> Iterator[lis
 
         return op
 
-    with using(_library.Ops(**{field.name: counted(field.name) for field in fields(native)})):
+    with using(backend.Ops(**{field.name: counted(field.name) for field in fields(native)})):
         yield names
 
 
@@ -162,15 +162,15 @@ def test_computes_the_gradient_of_token_factors_alone(shared: Callable[..., Case
     assert case.token_factors is not None
     a, b = case.token_factors
     b.requires_grad_()
-    case.run(_library._ops).inputs_embeds.sum().backward()
+    case.run(backend.native_ops()).inputs_embeds.sum().backward()
     assert calls == ["assemble", "embedding_backward"]
     assert b.grad is not None and a.grad is None and case.prompts.grad is None
 
 
 @pytest.mark.parametrize("native_ops", [True, False])
-def test_a_token_that_does_not_exist_gives_its_update_no_gradient(backend: str, native_ops: bool) -> None:
+def test_a_token_that_does_not_exist_gives_its_update_no_gradient(backend_name: str, native_ops: bool) -> None:
     a, b = torch.ones(1, 3, 1, requires_grad=True), torch.ones(1, 1, 2)
-    with using(_library._ops if native_ops else None):
+    with using(backend.native_ops() if native_ops else None):
         embeds = spf.assemble(
             torch.tensor([[0, 9, 1]]), torch.randn(2, 2), torch.randn(1, 2), [0, 1], token_factors=(a, b), check=False
         ).inputs_embeds
@@ -181,19 +181,21 @@ def test_a_token_that_does_not_exist_gives_its_update_no_gradient(backend: str, 
 
 def test_no_gradient_without_need(shared: Callable[..., Case]) -> None:
     case = shared()
-    assert case.run(_library._ops).inputs_embeds.grad_fn is None
+    assert case.run(backend.native_ops()).inputs_embeds.grad_fn is None
     case.prompts.requires_grad_()
     with torch.no_grad():
-        assert case.run(_library._ops).inputs_embeds.grad_fn is None
-    batch = case.run(_library._ops)
+        assert case.run(backend.native_ops()).inputs_embeds.grad_fn is None
+    batch = case.run(backend.native_ops())
     assert batch.inputs_embeds.requires_grad
     assert not any(tensor.requires_grad for tensor in (batch.attention_mask, batch.position_ids, batch.token_slots))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("native_ops", [True, False])
-def test_padding_idx_gets_no_gradient(shared: Callable[..., Case], backend: str, native_ops: bool, layout: str) -> None:
-    ops = _library._ops if native_ops else None
+def test_padding_idx_gets_no_gradient(
+    shared: Callable[..., Case], backend_name: str, native_ops: bool, layout: str
+) -> None:
+    ops = backend.native_ops() if native_ops else None
     case = shared(layout)
     _, free, _ = gradients(case, ops)
     case.options["padding_idx"] = 7
@@ -205,16 +207,18 @@ def test_padding_idx_gets_no_gradient(shared: Callable[..., Case], backend: str,
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_of_any_strides(shared: Callable[..., Case], layout: str) -> None:
     case = shared(layout)
-    shape = case.run(_library._ops).inputs_embeds.shape
+    shape = case.run(backend.native_ops()).inputs_embeds.shape
     whole = torch.randn(shape[2], shape[1], shape[0]).permute(2, 1, 0)
     for grad in (whole, torch.randn(shape[2]).expand(shape)):
         for strided, plain in zip(
-            gradients(case, _library._ops, grad), gradients(case, _library._ops, grad.contiguous()), strict=True
+            gradients(case, backend.native_ops(), grad),
+            gradients(case, backend.native_ops(), grad.contiguous()),
+            strict=True,
         ):
             assert torch.equal(strided, plain)
 
 
-def test_no_second_derivative(shared: Callable[..., Case], native: _library.Ops) -> None:
+def test_no_second_derivative(shared: Callable[..., Case], native: backend.Ops) -> None:
     """The backward pass is not differentiable: it must say so, not return zeros."""
     case = shared()
     case.prompts.requires_grad_()

@@ -12,10 +12,10 @@ from support.op_cases import using
 from torch import nn
 
 import softprompt_fast as spf
-from softprompt_fast.ops.assemble import checks as _checks
-from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.ops.assemble.checks import describe_value
+from softprompt_fast.ops.extension import backend
 
-torch.manual_seed(0)  # values stand in the names of the tests, which all workers must know alike
+torch.manual_seed(0)  # values are in the names of the tests, which must be the same in all workers
 
 NAN, INF = float("nan"), float("inf")
 
@@ -57,12 +57,12 @@ def bad(argument: str, value: Any, error: type[Exception], message: str, **other
     changes = {argument.partition("[")[0]: value, **others}
     argument = re.escape(argument)
     return pytest.param(
-        changes, error, f"assemble: `{argument}` {message}", id=f"{argument} {_checks.describe(value)}"[:60]
+        changes, error, f"assemble: `{argument}` {message}", id=f"{argument} {describe_value(value)}"[:60]
     )
 
 
 BAD = [
-    # What is no tensor, or one of another rank, dtype or shape.
+    # Not a tensor, or one of another rank, dtype or shape.
     bad("input_ids", [[1, 2]], TypeError, r"must be a tensor, got \[\[1, 2\]\] \(list\)"),
     bad("input_ids", np.zeros((3, 4)), TypeError, r"must be a tensor, got .*\(ndarray\)"),
     bad("input_ids", IDS[0], ValueError, r"must have shape \[B, T\], got int64 \[4\] on cpu"),
@@ -132,7 +132,7 @@ BAD = [
     bad("prompt_offsets", torch.tensor([0.0, 3, 5]), TypeError, r".*integers, got float32 \[3\]"),
     bad("prompt_offsets", torch.zeros(1, 3).long(), ValueError, r".*got int64 \[1, 3\]"),
     # Prompt ids.
-    bad("prompt_ids", None, ValueError, r"must be given, for there are 2 prompts, got None"),
+    bad("prompt_ids", None, ValueError, r"must be given because there are 2 prompts, got None"),
     bad("prompt_ids", [0, 1, 2], IndexError, r"must be -1 \(no prompt\) or 0 to 1, got 2 for row 2"),
     bad("prompt_ids", torch.tensor([0, -2, 1]), IndexError, r".*got -2 for row 1"),
     bad("prompt_ids", [0, 1], ValueError, r".*each of the 3 rows, got 2"),
@@ -172,7 +172,7 @@ BAD = [
 ]
 
 
-def test_the_good_call_is_good(backend: str) -> None:
+def test_the_good_call_is_good(backend_name: str) -> None:
     """Otherwise the cases below could fail for another reason than the one they name."""
     call(lengths=[4, 2, 1], token_factors=(A, B), check=True)
     call(layout="packed", lengths=[4, 2, 1], check=True)
@@ -180,14 +180,16 @@ def test_the_good_call_is_good(backend: str) -> None:
 
 @pytest.mark.parametrize("native", [True, False], ids=["native", "twin"])
 @pytest.mark.parametrize("changes, error, message", BAD)
-def test_bad_input(backend: str, native: bool, changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    with using(_library._ops if native else None), pytest.raises(error) as raised:
+def test_bad_input(
+    backend_name: str, native: bool, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with using(backend.native_ops() if native else None), pytest.raises(error) as raised:
         call(**changes)
     assert type(raised.value) is error
     assert re.match(message, str(raised.value), re.DOTALL)
 
 
-def test_a_long_value_is_shown_in_short(backend: str) -> None:
+def test_a_long_value_is_shown_in_short(backend_name: str) -> None:
     with pytest.raises(TypeError, match="`input_ids`") as raised:
         call(input_ids=list(range(100_000)))
     assert len(str(raised.value)) < 200
@@ -195,11 +197,11 @@ def test_a_long_value_is_shown_in_short(backend: str) -> None:
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "twin"])
-def test_ids_at_padding_are_never_looked_at(backend: str, native: bool, layout: str) -> None:
+def test_ids_at_padding_are_never_looked_at(backend_name: str, native: bool, layout: str) -> None:
     mask = torch.tensor([[0, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
     ids = torch.arange(12).view(3, 4) % 11
     embedding, prompts = torch.randn(11, 6), torch.randn(5, 6)
-    with using(_library._ops if native else None):
+    with using(backend.native_ops() if native else None):
         clean, dirty = (
             call(input_ids=each, embedding=embedding, prompts=prompts, attention_mask=mask, layout=layout)
             for each in (ids, torch.where(mask == 1, ids, 2**40))
@@ -210,8 +212,8 @@ def test_ids_at_padding_are_never_looked_at(backend: str, native: bool, layout: 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("native", [True, False], ids=["native", "twin"])
 @pytest.mark.parametrize("bad", [-1, 11, 2**40, -(2**62)])
-def test_without_checks_a_bad_id_gives_zeros(backend: str, native: bool, layout: str, bad: int) -> None:
-    with using(_library._ops if native else None):
+def test_without_checks_a_bad_id_gives_zeros(backend_name: str, native: bool, layout: str, bad: int) -> None:
+    with using(backend.native_ops() if native else None):
         batch = call(input_ids=filled(bad, (1, 1), 3, torch.int64), layout=layout, check=False)
     vectors = batch.inputs_embeds.flatten(0, 1)
     slot = int(batch.token_slots[1, 1])
@@ -220,7 +222,7 @@ def test_without_checks_a_bad_id_gives_zeros(backend: str, native: bool, layout:
 
 @pytest.mark.parametrize("argument", ["prompt_offsets", "prompt_ids"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
-def test_integers_that_stay_on_the_device_are_checked_too(backend: str, argument: str, dtype: torch.dtype) -> None:
+def test_integers_that_stay_on_the_device_are_checked_too(backend_name: str, argument: str, dtype: torch.dtype) -> None:
     values = {"prompt_offsets": NOWHERE, "prompt_ids": NOWHERE} | {argument: NOWHERE.to(dtype)}
     ids, embedding, prompts = (torch.zeros(*shape, device="meta") for shape in ((3, 4), (11, 6), (5, 6)))
     with pytest.raises(TypeError, match=rf"`{argument}` must be .* integers, got \w+ \[3\] on meta"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import softprompt_fast as spf
-from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.ops.extension import backend
 
 
 def available_memory() -> int:
@@ -31,7 +31,7 @@ DEVICES = [pytest.param("cpu", marks=ON_CPU), pytest.param("cuda", marks=[pytest
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("device", DEVICES)]
 
 
-def test_vectors_and_gradients(native: _library.Ops, device: str) -> None:
+def test_vectors_and_gradients(native: backend.Ops, device: str) -> None:
     rows, tokens, length, dim, vocabulary = 8, 65_580, 20, 4096, 64
     input_ids = torch.randint(vocabulary, (rows, tokens), device=device)
     # Small whole numbers: their sums are exact in float32.
@@ -57,7 +57,7 @@ def test_vectors_and_gradients(native: _library.Ops, device: str) -> None:
     assert torch.equal(for_embedding, (embedding.float() * counts).bfloat16())
 
 
-def test_visibility(native: _library.Ops, device: str) -> None:
+def test_visibility(native: backend.Ops, device: str) -> None:
     tokens = 46_400
     ids, embedding, prompts = (torch.zeros(*shape, device=device) for shape in ((1, tokens), (1, 1), (2, 1)))
     batch = spf.assemble(ids.long(), embedding, prompts, [0, 2], mask_format="4d_bool")

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from support.op_cases import Case, cases, same_bits
 from torch import Tensor
 
-from softprompt_fast.ops.extension import backend as _library
+from softprompt_fast.ops.extension import backend
 
 
 @dataclass
 class Slot:
-    """What stands at one place of the output: a vector of a prompt, a token, or padding (neither)."""
+    """One place of the output: a vector of a prompt, a token, or padding (neither)."""
 
     vector: Tensor | None = None
     label: int = -100
@@ -97,8 +97,8 @@ def expected_mask(case: Case, rows: list[list[Slot]], width: int) -> Tensor | No
 
 @settings(max_examples=400)
 @given(cases(max_tokens=6))
-def test_equals_its_definition(backend: str, case: Case) -> None:
-    batch = case.run(_library._ops)
+def test_equals_its_definition(backend_name: str, case: Case) -> None:
+    batch = case.run(backend.native_ops())
     rows, width = len(case.input_ids), batch.inputs_embeds.shape[1]
     if case.options["layout"] == "padded":
         table = padded(case)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from support.op_cases import (
     Case,
     assert_same,
-    assert_same_raw,
+    assert_same_outputs,
     broken,
     cases,
     expected_gradients,
@@ -24,8 +24,8 @@ from torch import Tensor
 
 import softprompt_fast as spf
 from softprompt_fast.ops.assemble.checks import FLOATS, LAYOUTS
-from softprompt_fast.ops.extension import backend as _library
-from softprompt_fast.ops.extension import build as _build
+from softprompt_fast.ops.extension import backend, build
+from softprompt_fast.ops.extension.contract import AssembleCall
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICE = "cuda"
@@ -34,11 +34,11 @@ OFFSETS, PROMPT_IDS = [0, 5, 8], [1, -1, 0, 1]
 
 
 @pytest.fixture(scope="module")
-def ops(native: _library.Ops) -> _library.Ops:
+def ops(native: backend.Ops) -> backend.Ops:
     """The native ops; where a toolkit is there, they must have their CUDA part."""
-    if _build.cuda_toolkit() is None:
+    if build.cuda_toolkit() is None:
         pytest.skip("no CUDA toolkit to compile the kernels")
-    assert _library.ops_for(torch.device(DEVICE)) is native
+    assert backend.ops_for(torch.device(DEVICE)) is native
     return native
 
 
@@ -70,7 +70,7 @@ class Batch:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_equals_the_twin(ops: _library.Ops, dtype: torch.dtype, layout: str) -> None:
+def test_equals_the_twin(ops: backend.Ops, dtype: torch.dtype, layout: str) -> None:
     @settings(max_examples=100)
     @given(cases(dtypes=(dtype,), layouts=(layout,), max_tokens=40, prompt_lengths=(20, 3, 50, 0), dims=DIMS))
     def check(case: Case) -> None:
@@ -82,14 +82,14 @@ def test_equals_the_twin(ops: _library.Ops, dtype: torch.dtype, layout: str) -> 
 
 @settings(max_examples=200)
 @given(broken())
-def test_equals_the_twin_for_input_that_breaks_the_rules(ops: _library.Ops, arguments: tuple[Any, ...]) -> None:
-    on_gpu = tuple(value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments)
-    assert_same_raw(ops, on_gpu)
+def test_equals_the_twin_for_input_that_breaks_the_rules(ops: backend.Ops, call: AssembleCall) -> None:
+    on_gpu = AssembleCall(*(value.to(DEVICE) if isinstance(value, Tensor) else value for value in call))
+    assert_same_outputs(ops, on_gpu)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_equals_the_twin_at_the_size_of_a_model(ops: _library.Ops, dtype: torch.dtype, layout: str) -> None:
+def test_equals_the_twin_at_the_size_of_a_model(ops: backend.Ops, dtype: torch.dtype, layout: str) -> None:
     rows, tokens, dim = 16, 1500, 4096
     options = {"layout": layout, "padding_side": "left", "mask_format": "4d_additive", "sliding_window": 700}
     real = torch.rand(rows, tokens) < 0.8
@@ -102,7 +102,7 @@ def test_equals_the_twin_at_the_size_of_a_model(ops: _library.Ops, dtype: torch.
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_gradients_equal_their_definition(ops: _library.Ops, dtype: torch.dtype, layout: str) -> None:
+def test_gradients_equal_their_definition(ops: backend.Ops, dtype: torch.dtype, layout: str) -> None:
     @settings(max_examples=50)
     @given(cases(dtypes=(dtype,), layouts=(layout,), dims=DIMS, special=False))
     def check(case: Case) -> None:
@@ -113,7 +113,7 @@ def test_gradients_equal_their_definition(ops: _library.Ops, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradients_have_the_same_bits_on_every_run(ops: _library.Ops, layout: str) -> None:
+def test_gradients_have_the_same_bits_on_every_run(ops: backend.Ops, layout: str) -> None:
     ids, embedding, prompts = torch.randint(9, (256, 64)), torch.randn(9, 1000).bfloat16(), torch.randn(40, 1000)
     prompt_ids = (torch.arange(256) % 3 - 1).tolist()
     factors = torch.randn(2, 50, 4), torch.randn(2, 4, 1000)
@@ -123,7 +123,7 @@ def test_gradients_have_the_same_bits_on_every_run(ops: _library.Ops, layout: st
         assert all(torch.equal(one, other) for one, other in zip(first, gradients(case, ops), strict=True))
 
 
-def test_a_bad_id_is_reported(ops: _library.Ops) -> None:
+def test_a_bad_id_is_reported(ops: backend.Ops) -> None:
     batch = Batch()
     batch.input_ids[2, 5] = 50
     with pytest.raises(IndexError, match="`input_ids` must be 0 to 49, got 50 at row 2, column 5"):
@@ -132,7 +132,7 @@ def test_a_bad_id_is_reported(ops: _library.Ops) -> None:
     assert not unchecked.inputs_embeds.flatten(0, 1)[unchecked.token_slots[2, 5]].any()
 
 
-def test_padded_can_be_captured(ops: _library.Ops) -> None:
+def test_padded_can_be_captured(ops: backend.Ops) -> None:
     """With everything on the GPU a graph replays the call on new values."""
     batch = Batch()
     offsets, prompt_ids = torch.tensor(OFFSETS, device=DEVICE), torch.tensor(PROMPT_IDS, device=DEVICE)
@@ -156,7 +156,7 @@ def test_padded_can_be_captured(ops: _library.Ops) -> None:
 
 
 @pytest.mark.parametrize("options", [{"layout": "packed"}, {"max_prompt_length": 5}], ids=LAYOUTS[::-1])
-def test_never_waits_for_the_gpu(ops: _library.Ops, options: dict[str, Any]) -> None:
+def test_never_waits_for_the_gpu(ops: backend.Ops, options: dict[str, Any]) -> None:
     """Given what it needs on the host: not in the forward pass, nor in the backward pass."""
     batch = Batch()
     if options.get("layout") == "packed":
@@ -171,7 +171,7 @@ def test_never_waits_for_the_gpu(ops: _library.Ops, options: dict[str, Any]) -> 
     assert_same(result, expected)
 
 
-def test_runs_on_the_current_stream(ops: _library.Ops) -> None:
+def test_runs_on_the_current_stream(ops: backend.Ops) -> None:
     batch = Batch()
     expected = batch.assemble()
     ids = batch.input_ids.clone()
@@ -188,7 +188,7 @@ def test_runs_on_the_current_stream(ops: _library.Ops) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_runs_on_the_device_of_its_inputs(ops: _library.Ops) -> None:
+def test_runs_on_the_device_of_its_inputs(ops: backend.Ops) -> None:
     batch = Batch("cuda:1")
     result = batch.assemble()  # while cuda:0 is the current device
     (grad,) = torch.autograd.grad(result.inputs_embeds.sum(), batch.prompts)

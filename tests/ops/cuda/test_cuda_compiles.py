@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from softprompt_fast.ops.extension import build as _build
+from softprompt_fast.ops.extension import build
 
-TOOLKIT = _build.cuda_toolkit()
+TOOLKIT = build.cuda_toolkit()
 pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="no nvcc: no CUDA toolkit on PATH or under CUDA_HOME")
 
 
@@ -28,14 +28,14 @@ def test_kernels_compile(tmp_path: Path, architecture: str, standard: str) -> No
         pytest.skip(f"this nvcc does not know compute_{architecture}")
     flags = (*cpp_extension.COMMON_NVCC_FLAGS, "-O3", f"-std={standard}", f"-arch=sm_{architecture}")
     warnings = ("-Werror", "all-warnings")
-    source = _build.source_directory() / "cuda" / "kernels.cu"
+    source = build.source_directory() / "cuda" / "kernels.cu"
     run(nvcc, "-c", *flags, *warnings, "-o", tmp_path / "kernels.o", source)
     assert (tmp_path / "kernels.o").stat().st_size > 0
 
 
 def test_registration_compiles(tmp_path: Path) -> None:
     """By the host compiler. A torch built for CPUs lacks one generated header, which tells how CUDA was built."""
-    compiler = _build.compiler()
+    compiler = build.compiler()
     headers = Path(str(TOOLKIT)) / "include"
     if compiler is None or not (headers / "cuda_runtime_api.h").is_file():
         pytest.skip("no C++ compiler, or no headers in the CUDA toolkit")
@@ -44,7 +44,7 @@ def test_registration_compiles(tmp_path: Path) -> None:
     if not any((path / generated).is_file() for path in includes):
         (tmp_path / generated).parent.mkdir(parents=True)
         (tmp_path / generated).write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
-    flags = ("-fsyntax-only", "-std=c++20", "-Werror", f"-DSOFTPROMPT_FAST_NAMESPACE={_build.NAMESPACE}")
+    flags = ("-fsyntax-only", "-std=c++20", "-Werror", f"-DSOFTPROMPT_FAST_NAMESPACE={build.NAMESPACE}")
     system = [word for path in (*includes, headers, tmp_path) for word in ("-isystem", path)]
-    run(compiler, *flags, *system, _build.source_directory() / "cuda" / "register.cpp")
+    run(compiler, *flags, *system, build.source_directory() / "cuda" / "register.cpp")
     assert torch.version.cuda is None or not (tmp_path / "c10").exists()

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import softprompt_fast
-from softprompt_fast.ops.extension import build as _build
+from softprompt_fast.ops.extension import build
 
 ROOT = Path(softprompt_fast.__file__).parents[1]
 USE = """
@@ -30,7 +30,7 @@ assert batch.inputs_embeds.shape == (2, 5, 5) and batch.inputs_embeds.all()
 print(backend.state().name)
 """
 WARNING = "the plain-PyTorch implementation is used: "
-needs_compiler = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 
 
 def start(code: str, **environment: Any) -> subprocess.Popen[str]:
@@ -187,42 +187,40 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").touch()
     monkeypatch.setenv("SOFTPROMPT_FAST_CACHE", str(tmp_path / "file"))
     monkeypatch.delenv("SOFTPROMPT_FAST_BUILD", raising=False)
-    with pytest.raises(
-        _build.BuildUnavailable, match=r"the cache .*file/build cannot be used: .*SOFTPROMPT_FAST_CACHE"
-    ):
-        _build.ensure()
+    with pytest.raises(build.BuildUnavailable, match=r"the cache .*file/build cannot be used: .*SOFTPROMPT_FAST_CACHE"):
+        build.ensure()
 
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the sources that a test may change."""
     copy = tmp_path / "csrc"
-    shutil.copytree(_build.source_directory(), copy)
-    monkeypatch.setattr(_build, "source_directory", lambda: copy)
+    shutil.copytree(build.source_directory(), copy)
+    monkeypatch.setattr(build, "source_directory", lambda: copy)
     return copy
 
 
 def test_the_key_is_that_of_the_content(sources: Path) -> None:
-    key = _build.plan().key
+    key = build.plan().key
     for path in sources.rglob("*"):
         os.utime(path, (0, 0))
-    assert _build.plan().key == key
+    assert build.plan().key == key
 
 
 @pytest.mark.parametrize("name", ["rows.h", "ops.cpp", "cpu/kernels.cpp", "cuda/kernels.cuh", "cuda/kernels.cu"])
 def test_the_key_changes_with_every_source(sources: Path, name: str) -> None:
-    key = _build.plan().key
+    key = build.plan().key
     (sources / name).write_text((sources / name).read_text() + "\n")
-    assert _build.plan().key != key
+    assert build.plan().key != key
 
 
-def test_the_key_changes_with_what_stands_beside_extra_sources(tmp_path: Path) -> None:
+def test_the_key_changes_with_the_headers_of_extra_sources(tmp_path: Path) -> None:
     source, header = tmp_path / "extra.cpp", tmp_path / "extra.h"
     source.touch()
     header.touch()
-    key = _build.plan(extra_sources=(source,)).key
+    key = build.plan(extra_sources=(source,)).key
     header.write_text("// changed")
-    assert key != _build.plan(extra_sources=(source,)).key
+    assert key != build.plan(extra_sources=(source,)).key
 
 
 @pytest.mark.parametrize(
@@ -232,40 +230,40 @@ def test_the_key_changes_with_what_stands_beside_extra_sources(tmp_path: Path) -
         (torch.version, "cuda", "0.0"),
         (sys, "version", "0.0"),
         (sys, "platform", "other"),  # and with it the flags
-        (_build, "_cpu_identity", lambda: "other"),
+        (build, "_cpu_identity", lambda: "other"),
     ],
     ids=["torch", "cuda", "python", "flags", "cpu"],
 )
 def test_the_key_changes_with_the_machine(monkeypatch: pytest.MonkeyPatch, target: Any, name: str, value: Any) -> None:
-    key = _build.plan(cuda=False).key
+    key = build.plan(cuda=False).key
     monkeypatch.setattr(target, name, value)
-    assert _build.plan(cuda=False).key != key
+    assert build.plan(cuda=False).key != key
 
 
 def test_the_key_changes_with_the_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(_build, "cuda_toolkit", lambda: "/toolkit")
+    monkeypatch.setattr(build, "cuda_toolkit", lambda: "/toolkit")
     plans = {}
     for listed in ("8.0", "9.0", "9.0;8.0", "8.0 9.0"):
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-        plans[listed] = _build.plan()
-    assert len({build.key for build in plans.values()}) == 3
+        plans[listed] = build.plan()
+    assert len({plan.key for plan in plans.values()}) == 3
     assert plans["9.0;8.0"] == plans["8.0 9.0"] and plans["8.0 9.0"].architectures == ("8.0", "9.0")
-    assert all(build.with_cuda and any("kernels.cu" in name for name in build.sources) for build in plans.values())
+    assert all(plan.with_cuda and any("kernels.cu" in name for name in plan.sources) for plan in plans.values())
 
 
 def test_the_reason_of_a_build_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOFTPROMPT_FAST_CACHE", str(cache))
-    build = _build.plan(cuda=False)
-    assert _build._why(build) == "first use"
+    plan = build.plan(cuda=False)
+    assert build._why(plan) == "first use"
     last = cache / "build" / "earlier" / "build.json"
     last.parent.mkdir(parents=True)
     python = sys.version.split()[0]
     facts = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": python, "architectures": []}
     last.write_text(json.dumps(facts))
-    assert _build._why(build) == "the sources, flags or CPU changed"
+    assert build._why(plan) == "the sources, flags or CPU changed"
     last.write_text(json.dumps(facts | {"torch": "2.9.0", "architectures": ["9.0"]}))
-    assert _build._why(build) == f"torch 2.9.0 -> {torch.__version__}, GPU architectures ['9.0'] -> []"
+    assert build._why(plan) == f"torch 2.9.0 -> {torch.__version__}, GPU architectures ['9.0'] -> []"
 
 
 @pytest.mark.parametrize(
@@ -281,7 +279,7 @@ def test_the_reason_of_a_build_is_told(cache: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_the_first_error_is_found(output: str, expected: str) -> None:
-    assert _build.first_error(output) == expected
+    assert build.first_error(output) == expected
 
 
 @pytest.mark.parametrize("command, found", [("ccache g++", "ccache"), ("", None), ("/nonexistent/c++", None)])
@@ -291,10 +289,10 @@ def test_the_compiler_may_be_a_command(
     (tmp_path / "ccache").touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", command)
-    assert _build.compiler() == (None if found is None else str(tmp_path / found))
+    assert build.compiler() == (None if found is None else str(tmp_path / found))
 
 
-def test_a_toolkit_is_found_behind_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_toolkit_is_found_through_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for home in ("script", "toolkit"):
         (tmp_path / home / "bin").mkdir(parents=True)
         (tmp_path / home / "bin" / "nvcc").touch(mode=0o755)
@@ -303,4 +301,4 @@ def test_a_toolkit_is_found_behind_a_script(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", str(tmp_path / "script" / "bin"))
     monkeypatch.setenv("CUDA_PATH", str(tmp_path / "toolkit"))
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    assert _build.cuda_toolkit() == str(tmp_path / "toolkit")
+    assert build.cuda_toolkit() == str(tmp_path / "toolkit")

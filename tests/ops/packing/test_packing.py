@@ -6,9 +6,8 @@ import pytest
 import torch
 from support.segments import table
 
-from softprompt_fast.ops.assemble import reference
-from softprompt_fast.ops.extension import backend as _library
-from softprompt_fast.ops.packing import functional as packing
+from softprompt_fast.ops.extension import backend
+from softprompt_fast.ops.packing import pack, reference, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = sorted({(a, b) for d in DTYPES for a, b in ((d, d), (d, torch.float32), (torch.float32, d))}, key=str)
@@ -25,10 +24,10 @@ CASES = {
 
 
 @pytest.fixture(params=["native", "emulated"])
-def ops(request: pytest.FixtureRequest, native: _library.Ops) -> _library.Ops:
+def ops(request: pytest.FixtureRequest, native: backend.Ops) -> backend.Ops:
     if request.param == "native":
         return native
-    emulated: _library.Ops = request.getfixturevalue("emulated")
+    emulated: backend.Ops = request.getfixturevalue("emulated")
     return emulated
 
 
@@ -36,7 +35,7 @@ def ops(request: pytest.FixtureRequest, native: _library.Ops) -> _library.Ops:
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_equal_the_twin(
-    ops: _library.Ops, case: str, dtypes: tuple[torch.dtype, torch.dtype], size: tuple[int, int]
+    ops: backend.Ops, case: str, dtypes: tuple[torch.dtype, torch.dtype], size: tuple[int, int]
 ) -> None:
     dtype, out = dtypes
     rows, width, slots = CASES[case]
@@ -58,12 +57,12 @@ def test_gradcheck(case: str) -> None:
     rows, width, slots = CASES[case]
     key = torch.randn(slots, 2, 3, dtype=torch.float64, requires_grad=True)
     value = torch.randn(slots, 2, 2, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda k, v: packing.prefix_kv(k, v, rows, width), (key, value))
+    torch.autograd.gradcheck(lambda *packed: tuple(unpack(packed, rows, width)), (key, value))
     padded = torch.randn(len(rows), width, 2, 3, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: packing.pack((x,), rows, slots), (padded,))
+    torch.autograd.gradcheck(lambda x: pack((x,), rows, slots), (padded,))
 
 
-def test_the_same_bits_for_any_number_of_threads(native: _library.Ops) -> None:
+def test_the_same_bits_for_any_number_of_threads(native: backend.Ops) -> None:
     rows = table([(0, 50)] * 40, [7] * 40, 50)
     grad = torch.randn(40, 57, 4, 64)
     before = torch.get_num_threads()
@@ -75,7 +74,7 @@ def test_the_same_bits_for_any_number_of_threads(native: _library.Ops) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_opcheck(native: _library.Ops) -> None:
+def test_opcheck(native: backend.Ops) -> None:
     rows, width, slots = CASES["two prefixes, a row without"]
     key = torch.randn(slots, 2, 8)
     torch.library.opcheck(torch.ops.softprompt_fast.unpack.default, ([key, key], rows, width, torch.float32))
@@ -84,6 +83,6 @@ def test_opcheck(native: _library.Ops) -> None:
     assert native.unpack is torch.ops.softprompt_fast.unpack.default
 
 
-def test_slots_outside_the_tensor_are_never_read(native: _library.Ops) -> None:
+def test_slots_outside_the_tensor_are_never_read(native: backend.Ops) -> None:
     (result,) = native.unpack([torch.ones(4, 1, 2)], torch.tensor([[2, 9, -3, 2]]), 11, torch.float32)
-    assert result.sum() == 2 * 2  # slots 2 and 3; the prefix and the rest lie outside
+    assert result.sum() == 2 * 2  # slots 2 and 3; the prefix and the rest are outside

@@ -1,4 +1,4 @@
-"""The native segment attention against attention written out segment by segment in float64."""
+"""The native segment attention against its reference in float64, and the reference against SDPA."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from support.op_cases import using
 from support.segments import table
 from torch import Tensor
 
-from softprompt_fast.ops.extension import backend as _library
-from softprompt_fast.ops.segment_attention.functional import cached_attention, segment_attention
+from softprompt_fast.ops.extension import backend
+from softprompt_fast.ops.segment_attention import cached_attention, reference, segment_attention
 
 pytestmark = pytest.mark.usefixtures("native")
 
-# prompts first, each its own segment without a prefix; then texts behind them
+# prompts first, each its own segment without a prefix; then texts after them
 CASES = {
     "one prompt": (torch.cat([table([(0, 0)], [5], 0), table([(0, 5)] * 3, [4, 1, 7], 5)]), 17),
     "two prompts, a row without, an empty row": (
@@ -28,23 +30,30 @@ CASES = {
 SIZES = {"equal heads": (2, 2, 16, 16), "grouped": (6, 2, 20, 12), "one key head": (7, 1, 64, 64), "tiny": (2, 2, 3, 1)}
 
 
-def written_out(
+def expected_attention(
     q: Tensor, k: Tensor, v: Tensor, lines: Tensor, window: int | None, prefix: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Each segment alone, in the tensors' own precision."""
-    prefix_k, prefix_v = prefix or (k, v)
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
-    groups = q.shape[1] // k.shape[1]
+    """The reference, in the tensors' own precision."""
+    prefix_key, prefix_value = prefix or (None, None)
+    return reference.segment_attention(
+        q, k, v, lines, None, prefix_key, prefix_value, 1 / math.sqrt(q.shape[2]), window or 0
+    )
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, lines: Tensor, window: int | None) -> Tensor:
+    """Each segment alone by ``scaled_dot_product_attention`` with a mask."""
+    parts: list[tuple[int, Tensor]] = []
     for own, length, first, count in lines.tolist():
-        keys = torch.cat([prefix_k[first : first + count], k[own : own + length]]).repeat_interleave(groups, 1)
-        values = torch.cat([prefix_v[first : first + count], v[own : own + length]]).repeat_interleave(groups, 1)
-        for t in range(length):
-            low = max(0, count + t + 1 - window) if window else 0
-            seen = slice(low, count + t + 1)
-            scores = torch.einsum("he,khe->hk", q[own + t], keys[seen]) / math.sqrt(q.shape[2])
-            row = torch.einsum("hk,khe->he", scores.softmax(-1), values[seen])
-            out = out.index_put((torch.tensor([own + t]),), row[None])
-    return out
+        slots = torch.cat([torch.arange(first, first + count), torch.arange(own, own + length)])
+        distance = torch.arange(count, count + length)[:, None] - torch.arange(count + length)
+        seen = (distance >= 0) & (distance < (window or 10**9))
+        query, key, value = (x.transpose(0, 1) for x in (q[own : own + length], k[slots], v[slots]))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+        parts.append((own, out.transpose(0, 1)))
+    whole = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    for own, out in parts:
+        whole = torch.cat([whole[:own], out, whole[own + len(out) :]])
+    return whole
 
 
 def inputs(slots: int, size: tuple[int, int, int, int], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -68,7 +77,7 @@ def test_equals_each_segment_alone(case: str, size: str, window: int | None) -> 
     single = inputs(slots, SIZES[size])
     double = [x.detach().double().requires_grad_() for x in single]
     got = segment_attention(*single, lines, window=window)
-    expected = written_out(*double, lines, window)
+    expected = expected_attention(*double, lines, window)
     assert got.shape == expected.shape and close(got, expected, 2e-6)
     if not len(lines):
         return
@@ -77,6 +86,41 @@ def test_equals_each_segment_alone(case: str, size: str, window: int | None) -> 
     expected.backward(weight.double())
     for mine, theirs in zip(single, double, strict=True):
         assert close(mine.grad, theirs.grad, 5e-6)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_equals_sdpa(case: str, size: str, window: int | None) -> None:
+    lines, slots = CASES[case]
+    ours = [x.detach().double().requires_grad_() for x in inputs(slots, SIZES[size])]
+    theirs = [x.detach().requires_grad_() for x in ours]
+    got, expected = segment_attention(*ours, lines, window=window), sdpa(*theirs, lines, window)
+    torch.testing.assert_close(got, expected)
+    if not len(lines):
+        return
+    weight = torch.randn_like(got)
+    got.backward(weight)
+    expected.backward(weight)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_runs_without_the_native_ops(dtype: torch.dtype) -> None:
+    lines, slots = CASES["two prompts, a row without, an empty row"]
+    native = inputs(slots, SIZES["grouped"], dtype)
+    plain = [x.detach().requires_grad_() for x in native]
+    got = segment_attention(*native, lines, window=4)
+    weight = torch.randn_like(got)
+    got.backward(weight)
+    with using(None):
+        other = segment_attention(*plain, lines, window=4)
+        other.backward(weight)
+    tolerance = 5e-6 if dtype == torch.float32 else 1e-2
+    assert other.dtype == dtype and close(got, other, tolerance)
+    for mine, theirs in zip(native, plain, strict=True):
+        assert theirs.grad.dtype == dtype and close(mine.grad, theirs.grad, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -93,12 +137,12 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
         assert mine.grad.dtype == dtype and close(mine.grad, theirs.grad, 1e-2)
 
 
-def test_prefixes_may_lie_in_tensors_of_their_own() -> None:
+def test_prefixes_may_be_in_tensors_of_their_own() -> None:
     lines = torch.tensor([[0, 3, 2, 5], [3, 4, 0, 7], [7, 1, 0, 0]])
     single, prefix = inputs(8, SIZES["grouped"]), inputs(7, SIZES["grouped"])[1:]
     double = [x.detach().double().requires_grad_() for x in (*single, *prefix)]
     got = segment_attention(*single, lines, prefix_key=prefix[0], prefix_value=prefix[1])
-    expected = written_out(*double[:3], lines, None, (double[3], double[4]))
+    expected = expected_attention(*double[:3], lines, None, (double[3], double[4]))
     assert close(got, expected, 2e-6)
     weight = torch.randn(got.shape)
     got.backward(weight)
@@ -107,12 +151,13 @@ def test_prefixes_may_lie_in_tensors_of_their_own() -> None:
         assert close(mine.grad, theirs.grad, 5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["native", "reference"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_queries_may_be_the_last_of_cached_keys(window: int | None) -> None:
-    query, key, value = (x.detach() for x in inputs(12, SIZES["grouped"]))
-    prefix = [x.detach() for x in inputs(7, SIZES["grouped"])[1:]]
+def test_queries_may_be_the_last_of_cached_keys(window: int | None, dtype: torch.dtype) -> None:
+    query, key, value = (x.detach() for x in inputs(12, SIZES["grouped"], dtype))
+    prefix = [x.detach() for x in inputs(7, SIZES["grouped"], dtype)[1:]]
     lines = torch.tensor([[0, 5, 2, 5], [6, 4, 0, 7], [11, 1, 0, 0]])
-    whole = written_out(query, key, value, lines, window, (prefix[0], prefix[1]))
+    whole = expected_attention(query, key, value, lines, window, (prefix[0], prefix[1]))
     asking = query[[3, 4, 9, 11]]
     queries = torch.tensor([[0, 2], [2, 1], [3, 1]])
     got = cached_attention(
@@ -126,7 +171,7 @@ def test_queries_may_be_the_last_of_cached_keys(window: int | None) -> None:
 def test_large_scores_do_not_overflow() -> None:
     lines, slots = CASES["more keys than a block"]
     single = [(x.detach() * 30).requires_grad_() for x in inputs(slots, SIZES["equal heads"])]
-    expected = written_out(*(x.detach().double() for x in single), lines, None)
+    expected = expected_attention(*(x.detach().double() for x in single), lines, None)
     got = segment_attention(*single, lines)
     assert close(got, expected, 1e-4)
     got.sum().backward()
@@ -139,7 +184,7 @@ def test_a_number_that_is_none_stays_in_what_reads_it() -> None:
     key[4] = torch.nan  # in the second prompt
     out = segment_attention(query, key, value, lines)
     broken = out.isnan().flatten(1).any(1)
-    assert broken[[4, 9, 10, 16, 18]].all()  # the prompt behind it, rows 0 and 3
+    assert broken[[4, 9, 10, 16, 18]].all()  # the prompt's last vector, rows 0 and 3
     assert not broken[[0, 1, 2, 3, 11, 15]].any()  # the first prompt, the row without one
 
 
@@ -158,7 +203,7 @@ def test_the_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_opcheck(native: _library.Ops) -> None:
+def test_opcheck(native: backend.Ops) -> None:
     lines, slots = CASES["one prompt"]
     query, key, value = (x.detach() for x in inputs(slots, SIZES["grouped"]))
     arguments = (query, key, value, lines, None, None, None, 0.2, 0)
@@ -168,12 +213,17 @@ def test_opcheck(native: _library.Ops) -> None:
     torch.library.opcheck(torch.ops.softprompt_fast.attention_backward.default, arguments)
 
 
-def test_a_table_that_leaves_the_tensors_is_refused() -> None:
-    tensors = [x.detach() for x in inputs(6, SIZES["tiny"])]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["native", "reference"])
+def test_a_table_that_leaves_the_tensors_is_refused(dtype: torch.dtype) -> None:
+    tensors = [x.detach() for x in inputs(6, SIZES["tiny"], dtype)]
     for line in ([4, 3, 0, 0], [0, 2, 5, 2], [-1, 2, 0, 0], [0, -2, 0, 0], [2**62, 2**62, 0, 0]):
         with pytest.raises(RuntimeError, match="line 0 of the table leaves the tensors"):
             segment_attention(*tensors, torch.tensor([line]))
+
+
+def test_the_native_op_refuses_other_shapes_and_dtypes(native: backend.Ops) -> None:
+    tensors, line = [x.detach() for x in inputs(6, SIZES["tiny"])], torch.tensor([[0, 1, 0, 0]])
     with pytest.raises(RuntimeError, match="query must be"):
-        segment_attention(tensors[0][:, :1], tensors[1], tensors[2], torch.tensor([[0, 1, 0, 0]]))
+        segment_attention(tensors[0][:, :1], tensors[1], tensors[2], line)
     with pytest.raises(RuntimeError, match="one of float32"):
-        segment_attention(*(x.double() for x in tensors), torch.tensor([[0, 1, 0, 0]]))
+        native.attention(*(x.double() for x in tensors), line, None, None, None, 1.0, 0)

@@ -1,0 +1,89 @@
+"""Fake kernels of the native ops: the shapes and dtypes of their results, without data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import AssembleCall, MaskFormat, Status
+
+
+def assemble(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    call = AssembleCall(*arguments, **named)
+    rows, tokens = call.input_ids.shape
+    packed = call.plan is not None
+    lead = (1, call.slots) if packed else (rows, call.width)
+    mask_dtype = call.attention_mask.dtype if call.attention_mask is not None else torch.int64
+
+    def long(*shape: int) -> Tensor:
+        return call.input_ids.new_empty(shape, dtype=torch.int64)
+
+    masks = {
+        MaskFormat.NONE: lambda: long(0),
+        MaskFormat.TWO_D: lambda: call.input_ids.new_empty(lead, dtype=mask_dtype),
+        MaskFormat.FOUR_D_BOOL: lambda: call.input_ids.new_empty((rows, 1, call.width, call.width), dtype=torch.bool),
+        MaskFormat.FOUR_D_ADDITIVE: lambda: call.embedding.new_empty((rows, 1, call.width, call.width)),
+    }
+    return (
+        call.embedding.new_empty((*lead, call.embedding.shape[1])),
+        masks[MaskFormat(call.mask_format)](),
+        long(*lead),
+        call.labels.new_empty(lead) if call.labels is not None else long(0),
+        long(rows, tokens),
+        long(call.prompt_segments if packed else rows),
+        long(call.slots if packed else 0),
+        long(len(Status)),
+    )
+
+
+def prompt_backward(
+    grad: Tensor,
+    prompt_slots: Tensor,
+    use_ids: Tensor | None,
+    prompt_offsets: Tensor,
+    prompt_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return grad.new_empty((prompt_rows, grad.shape[-1]), dtype=dtype)
+
+
+def embedding_backward(
+    grad: Tensor,
+    input_ids: Tensor,
+    token_slots: Tensor,
+    vocabulary: int,
+    padding_idx: int,
+    scale: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return grad.new_empty((vocabulary, grad.shape[-1]), dtype=dtype)
+
+
+def unpack(packed: list[Tensor], table: Tensor, width: int, dtype: torch.dtype) -> list[Tensor]:
+    return [x.new_empty((table.shape[0], width, *x.shape[1:]), dtype=dtype) for x in packed]
+
+
+def pack(rows: list[Tensor], table: Tensor, slots: int, dtype: torch.dtype) -> list[Tensor]:
+    return [x.new_empty((slots, *x.shape[2:]), dtype=dtype) for x in rows]
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    slots, heads, _size = query.shape
+    out = query.new_empty((slots, heads, value.shape[-1]))
+    return out, query.new_empty((slots, heads), dtype=torch.float32)
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    *_: Any,
+) -> list[Tensor]:
+    inputs = [x for x in (query, key, value, prefix_key, prefix_value) if x is not None]
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
