@@ -130,7 +130,7 @@ def test_links_and_figures_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("name", ["docs/architecture.md", "CONTRIBUTING.md"])
 def test_paths_in_the_pages_for_developers_exist(name: str) -> None:
-    """``packed/batch.py`` is a file of the package or the repository; ``packed/batch.py:pack_rows`` is defined in it."""
+    """``packed/batch.py`` is a file in the package or repository; ``packed/batch.py:pack_rows`` is defined there."""
     checked = 0
     for span in spans(ROOT / name):
         path = re.fullmatch(r"([\w./-]+/[\w.-]*)(?::(\w+))?", span)
