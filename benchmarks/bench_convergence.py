@@ -1,20 +1,18 @@
-"""Time of tuning until a held-out accuracy: ours by default, PEFT by its defaults, PEFT with our start and rate.
+"""Tuning time until a held-out accuracy: our defaults, PEFT's defaults, PEFT with our initial values and rate.
 
     python benchmarks/bench_convergence.py --csv benchmarks/results/convergence_cpu.csv
 
-Movie reviews, SmolLM2-135M, 20 virtual tokens, 32 rows a step, the same rows in all. All three train in transformers'
-Trainer, in processes of their own, one after the other; all are scored by the same code, whose time does not count.
-PEFT's defaults: random first values, the learning rate of its guide to prompt methods (3e-2, linear), the loss over the
-whole vocabulary, which PEFT's forward computes.
+Movie reviews, SmolLM2-135M, 20 virtual tokens, 32 rows per step, the same rows for all. All three train in
+transformers' Trainer, one after the other, each in a separate process. The same code scores all of them; its time does
+not count. PEFT's defaults: random initial values, the learning rate of its guide to prompt methods (3e-2, linear), the
+loss over the whole vocabulary, which PEFT's forward computes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import append_rows, argument_parser, last_line
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import softprompt_fast as spf
 from softprompt_fast.demo import LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
-from softprompt_fast.evaluation.predictions import evaluate
-from softprompt_fast.hf.loading import SMOLLM2, load_base_model
+from softprompt_fast.evaluation import evaluate
+from softprompt_fast.hf import SMOLLM2, load_base_model
+from softprompt_fast.tasks import Task
 from softprompt_fast.tasks.collation import Collator, pad_token_id
 from softprompt_fast.tasks.encoding import encode
-from softprompt_fast.tasks.task import Task
+from softprompt_fast.tuning import TuningSettings, tune
 from softprompt_fast.tuning.prepare import add_prompt
-from softprompt_fast.tuning.run import tune
-from softprompt_fast.tuning.settings import TuningSettings
 
 METHODS = ("ours", "peft with our start and rate", "peft")
 ROWS = 600
@@ -52,7 +50,7 @@ class StopAt(TrainerCallback):
 
 
 class Scored(TrainerCallback):
-    """Scores PEFT's prompt every few steps, and keeps the time that this takes."""
+    """Scores PEFT's prompt every few steps and records how long that takes."""
 
     def __init__(self, peft_model: Any, scorer: Any, every: int, target: float) -> None:
         self.peft_model, self.scorer, self.every, self.target = peft_model, scorer, every, target
@@ -121,7 +119,7 @@ def run_peft(
     from transformers import set_seed
 
     ours = method != "peft"
-    # The weights came de-quantised; Trainer goes by this flag and would refuse.
+    # The weights are de-quantised when loaded; Trainer reads this flag and would refuse.
     model.is_quantized, model.hf_quantizer = False, None
     scored = spf.SoftPromptModel(load_base_model(SMOLLM2, device="cpu")[0])
     settings = TuningSettings(seed=seed)
@@ -140,8 +138,8 @@ def run_peft(
     collate = Collator(pad_token_id(tokenizer))
 
     def collated(features: list[dict[str, Any]]) -> dict[str, Any]:
-        found = collate(features)
-        return {key: found[key] for key in ("input_ids", "attention_mask", "labels")}
+        batch = collate(features)
+        return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
 
     callback = Scored(tuned, score, every, target)
     arguments = TrainingArguments(
@@ -167,7 +165,7 @@ def run_peft(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--target", type=float, default=0.85)
     parser.add_argument("--every", type=int, default=5)
@@ -180,17 +178,11 @@ def main() -> None:
         return
     for seed in arguments.seeds:
         for method in arguments.methods:
-            command = [sys.executable, __file__, "--csv", os.devnull, "--one", method, str(seed)]
-            command += ["--target", str(arguments.target), "--every", str(arguments.every)]
-            found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            row = json.loads(found.stdout.splitlines()[-1])
+            options = ["--csv", os.devnull, "--one", method, str(seed)]
+            options += ["--target", str(arguments.target), "--every", str(arguments.every)]
+            row = json.loads(last_line(__file__, *options))
             print({key: row[key] for key in ("method", "seed", "reached", "step", "seconds", "accuracy")}, flush=True)
-            new = not arguments.csv.is_file()
-            with arguments.csv.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_rows(arguments.csv, [row])
 
 
 if __name__ == "__main__":

