@@ -31,7 +31,7 @@ from softprompt_fast.hf.loading import SMOLLM2, load_base_model
 from softprompt_fast.tasks.collation import Collator, pad_token_id
 from softprompt_fast.tasks.encoding import encode
 from softprompt_fast.tasks.task import Task
-from softprompt_fast.tuning.prepare import add_prompt
+from softprompt_fast.tuning.prompt_setup import add_prompt
 from softprompt_fast.tuning.run import tune
 from softprompt_fast.tuning.settings import TuningSettings
 

@@ -268,7 +268,7 @@ def test_mistakes_are_one_line(
 
 def test_an_output_folder_is_not_overwritten(model_folder: Path, data: Path, tmp_path: Path) -> None:
     run(*train_command(model_folder, data, tmp_path / "run", "--steps", "1"))
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match=r"run\.json already exists; resume the run, or choose another"):
         run(*train_command(model_folder, data, tmp_path / "run", "--steps", "1"))
 
 
