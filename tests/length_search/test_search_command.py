@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_reviews import reviews, run
 
-from softprompt_fast.cli import app as cli
+from softprompt_fast.cli.app import app, console, main
 from softprompt_fast.length_search import candidate_run
 
 
@@ -54,7 +54,7 @@ def test_an_interrupted_command_can_be_resumed(
 
     monkeypatch.setattr(candidate_run, "tune_tasks", interrupted)
     arguments = [*command, "--lengths", "1,2,4"]
-    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 130 and "--resume" in result.output
     run(*arguments, "--resume")
     report = json.loads((tmp_path / "out" / "search.json").read_text())
@@ -78,8 +78,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["softprompt-fast", *command, *options])
     shown: list[str] = []
-    monkeypatch.setattr(cli.console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
+    monkeypatch.setattr(console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main()
     assert stop.value.code == 1
     assert re.search(message, "\n".join(shown)), shown
