@@ -17,7 +17,9 @@ from ..evaluation.scoring import RowScores, score_prompts
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from ..tuning.job import TuningJob, TuningResult
+from ..tuning.record import CHECKPOINTS_FOLDER
 from ..tuning.run import tune_tasks
+from ..tuning.settings import TuningSettings
 from .budget import Rung
 from .preparation import PreparedSearch
 from .result import Candidate, RungResult
@@ -74,7 +76,7 @@ class CandidateRunner:
         if result.interrupted:
             raise KeyboardInterrupt
         _write_rows(folder / ROWS_FILE, rows)
-        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / CHECKPOINTS_FOLDER)
         return RungResult(
             rung=number,
             steps=rung.steps,
@@ -85,7 +87,7 @@ class CandidateRunner:
             seconds=time.perf_counter() - start,
         )
 
-    def _tune(self, rung: Rung, settings: Any, folder: Path) -> tuple[TuningResult, RowScores]:
+    def _tune(self, rung: Rung, settings: TuningSettings, folder: Path) -> tuple[TuningResult, RowScores]:
         """The run and its last row scores; the model has no prompt afterwards."""
         prepared, model, name = self.prepared, self.prepared.model, self.prepared.task.prompt
         task = replace(prepared.task)

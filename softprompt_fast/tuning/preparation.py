@@ -107,7 +107,7 @@ def prepare(
     """
     from transformers import set_seed
 
-    record = RunRecord(output / "checkpoints")
+    record = RunRecord(output)
     if not resume:
         _check_new(output, record, jobs)
     facts = run_facts(model, jobs, settings, shared_tokens)

@@ -14,6 +14,7 @@ from ..tasks.examples import digest
 from .job import TuningJob
 from .settings import TuningSettings
 
+CHECKPOINTS_FOLDER = "checkpoints"
 FACTS_FILE, HISTORY_FILE = "run.json", "history.json"
 MAY_CHANGE = ("steps", "epochs", "patience")
 """Settings that may differ when a run is resumed."""
@@ -50,11 +51,15 @@ def seconds_in(history: History) -> float:
 
 
 class RunRecord:
-    """The files of a run beside its checkpoints."""
+    """The checkpoints of a run and the files beside them.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.facts_file = folder / FACTS_FILE
+    Args:
+        output: the run's output folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / CHECKPOINTS_FOLDER
+        self.facts_file = self.folder / FACTS_FILE
 
     def start(self, facts: dict[str, Any]) -> None:
         _write(self.facts_file, facts)

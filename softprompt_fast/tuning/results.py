@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the training loop did."""
+    """The result of the training loop."""
 
     best: BestPrompts
     history: History
