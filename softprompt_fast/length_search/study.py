@@ -143,7 +143,7 @@ class Memory:
 
 
 def import_optuna() -> Any:
-    """Imports Optuna, or raises an error that says what to install."""
+    """Optuna, or an error that says what to install."""
     try:
         import optuna
     except ImportError as error:
