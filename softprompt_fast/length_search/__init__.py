@@ -1,6 +1,6 @@
-"""Which prompt length is enough: successive halving over lengths and learning rates, within a budget, resumable.
+"""Finds a sufficient prompt length: successive halving over lengths and learning rates, within a budget, resumable.
 
-Needs the extra ``search``. ``softprompt-fast search`` is the same from the command line.
+Needs the extra ``search``. The command line has it as ``softprompt-fast search``.
 """
 
 from .result import Candidate, RungResult, SearchResult

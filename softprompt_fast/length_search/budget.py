@@ -1,9 +1,9 @@
-"""Successive halving (Jamieson and Talwalkar 2016) within a budget: how many candidates, steps and rows a rung has.
+"""Successive halving (Jamieson and Talwalkar 2016) within a budget: the candidates, steps and rows of each rung.
 
-The first rung gets two shares, every other one: after few steps prompts mostly differ in how far they got, and a long
-one that only began to learn can score below a short one that changed little. What scoring the last rung on all rows
-costs is laid aside first. Both limits, steps and estimated cost, hold whichever candidates go on: the plan takes the
-costliest.
+The first rung gets two shares of the budget, each other rung gets one. After few steps prompts mostly differ in how far
+they got: a long prompt that only began to learn can score below a short one that changed little. The cost of scoring
+the last rung on all rows is reserved first. Both limits, steps and estimated cost, hold whichever candidates continue,
+because the plan assumes the most expensive ones.
 """
 
 from __future__ import annotations
@@ -13,30 +13,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LEAST_STEPS = 4
-"""Fewer are mostly warm-up and tell nothing."""
+"""Fewer steps are mostly warm-up and show nothing."""
 LEAST_ROWS = 20
+"""Held-out rows that score a candidate, at least."""
 REDUCTION = 3
-"""A rung keeps a third."""
+"""A rung keeps a third of its candidates."""
 FIRST_SHARES = 2
-"""Shares of the first of several rungs."""
+"""Shares of the budget for the first of several rungs."""
 LAST = 2
-"""Candidates of the last rung."""
+"""Candidates of the last of several rungs."""
 EVALUATIONS = 5
-"""Of an ordinary run, beside the one without a prompt."""
+"""Evaluations of an ordinary run, in addition to the one without a prompt."""
 RESERVE = 0.05
-"""Share of the budget laid aside for set-up, files and clocks that vary, so that measured time keeps to it too."""
+"""Share of the budget reserved for set-up, files and varying clocks, so that measured time keeps to it too."""
 SCORING_SHARE = 0.25
-"""Most of an earlier rung's share that scoring may take; rows are left out to keep to it."""
+"""Largest part of an earlier rung's share that scoring may take; rows are left out to keep to it."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Estimated costs, in tokens through the model once; a training step runs them forward and backward."""
+    """Estimated costs. The unit is one token through the model once; a training step runs it forward and backward."""
 
     text_per_step: float
-    """Text tokens of a step: rows times mean length."""
+    """Text tokens in a step: rows times mean length."""
     prompts_per_step: float
-    """Times that the prompt runs in a step: once per batch, with every row where execution is not shared."""
+    """How often the prompt runs in a step: once per batch, or with every row if execution is not shared."""
     text_per_row: float
     """Text tokens that scoring a held-out row runs."""
     prompts_per_row: float
@@ -57,30 +58,30 @@ class Costs:
 
 @dataclass(frozen=True)
 class Rung:
-    """A round of the search, all of whose candidates are trained and scored alike."""
+    """A round of the search. All its candidates are trained and scored in the same way."""
 
     candidates: int
     steps: int
-    """Of each candidate in this rung."""
+    """Steps of each candidate in this rung."""
     total_steps: int
-    """Of each candidate up to its end."""
+    """Steps of each candidate in this rung and the earlier ones."""
     rows: int
-    """Held-out rows that score it."""
+    """Held-out rows that score each candidate."""
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search will do at most."""
+    """The most that a search will do."""
 
     rungs: list[Rung]
     full_steps: int
-    """F, of one full run."""
+    """F, the steps of one full run."""
     most_steps: int
-    """Of all candidates together."""
+    """Steps of all candidates together."""
     cost: float
-    """Estimate, in full runs."""
+    """Estimated cost, in full runs."""
     budget: float
-    """In full runs: the limit of ``cost``, and of ``most_steps`` / F."""
+    """The limit of ``cost`` and of ``most_steps`` / F, in full runs."""
 
 
 @dataclass
@@ -88,9 +89,9 @@ class Budget:
     """Hands out steps rung by rung.
 
     Args:
-        lengths: of all candidates; a length stands once per candidate.
+        lengths: the length of each candidate.
         full_steps: F.
-        full_length: the length of the full run that ``budget`` counts in.
+        full_length: the prompt length of the full run that ``budget`` is counted in.
     """
 
     costs: Costs
@@ -129,7 +130,7 @@ class Budget:
         left, costs = len(self.sizes) - self._rung, self.costs
         last = left == 1
         own = FIRST_SHARES if self._rung == 0 else 1
-        part = own / (own + left - 1)  # of what is left
+        part = own / (own + left - 1)  # this rung's part of the remaining budget
         rows, share = costs.rows, self.cost_limit - self.cost_spent
         if not last:
             finalists = sorted(self.lengths)[-self.sizes[-1] :]
@@ -146,7 +147,7 @@ class Budget:
         if steps < min(LEAST_STEPS, self.full_steps - self.level):
             raise ValueError(
                 f"`budget` of {self.budget:g} full runs of {self.full_steps} steps leaves {max(0, steps)} steps for "
-                f"each of {len(lengths)} candidates, and {LEAST_STEPS} are the least that tell anything; "
+                f"each of {len(lengths)} candidates, but a candidate needs at least {LEAST_STEPS}; "
                 "give fewer lengths or learning rates, fewer held-out rows, more steps, or a larger budget"
             )
         self._rung += 1
@@ -157,7 +158,7 @@ class Budget:
 
 
 def rung_sizes(candidates: int, budget: float) -> list[int]:
-    """Candidates of each rung: a third goes on, until those left can be trained fully, two at least."""
+    """Candidates of each rung: a third continues, at least two, until the budget can train the remaining in full."""
     sizes = [candidates]
     while sizes[-1] > max(LAST, math.floor(budget)):
         sizes.append(max(LAST, math.ceil(sizes[-1] / REDUCTION)))
@@ -165,12 +166,12 @@ def rung_sizes(candidates: int, budget: float) -> list[int]:
 
 
 def make_plan(costs: Costs, lengths: Sequence[int], full_steps: int, full_length: int, budget: float) -> SearchPlan:
-    """The plan if the costliest candidates always went on.
+    """The plan if the most expensive candidates always continued.
 
     Raises:
         ValueError: the budget leaves too few steps.
     """
-    money = Budget(costs, lengths, full_steps, full_length, budget)
-    rungs = [money.next_rung(sorted(lengths)[-size:]) for size in money.sizes]
+    allowance = Budget(costs, lengths, full_steps, full_length, budget)
+    rungs = [allowance.next_rung(sorted(lengths)[-size:]) for size in allowance.sizes]
     full = costs.full_run(full_steps, full_length)
-    return SearchPlan(rungs, full_steps, money.steps_spent, money.cost_spent / full, budget)
+    return SearchPlan(rungs, full_steps, allowance.steps_spent, allowance.cost_spent / full, budget)

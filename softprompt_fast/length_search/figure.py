@@ -1,4 +1,4 @@
-"""The picture of a search: length against score, length against cost."""
+"""The figure of a search: length against score, length against cost."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 MARKERS = "os^Dv<>p*"
 SPREAD = 1.06
-"""Points of one length stand beside each other, this factor apart."""
+"""Factor between neighbouring points of one length."""
 
 
-def search_figure(found: SearchResult) -> Any:
+def search_figure(result: SearchResult) -> Any:
     """One point per candidate and rung, with its 95 % interval; measured seconds of scoring and of training."""
     figure = new_figure(10, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    rungs = len(found.plan.rungs)
+    rungs = len(result.plan.rungs)
     for number in range(1, rungs + 1):
-        _scores(left, found, number, rungs)
-    chosen, metric = found.recommended, found.metric
+        _scores(left, result, number, rungs)
+    chosen, metric = result.recommended, result.metric
     left.plot(
-        [_place(found, chosen, rungs)],
+        [_place(result, chosen, rungs)],
         [chosen.last.scores[metric]],
         "o",
         markersize=15,
@@ -31,11 +31,11 @@ def search_figure(found: SearchResult) -> Any:
         markeredgecolor=RED,
         label=f"recommended: {chosen.num_virtual_tokens}",
     )
-    left.axhline(found.before[metric], color=GREY, linestyle=":", linewidth=1, label="without a prompt")
+    left.axhline(result.before[metric], color=GREY, linestyle=":", linewidth=1, label="without a prompt")
     left.set_title(f"held-out {metric}, 95 % intervals", fontsize=9)
     left.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=3)
-    _cost(right, found)
-    ticks = sorted({c.num_virtual_tokens for c in found.candidates})
+    _cost(right, result)
+    ticks = sorted({c.num_virtual_tokens for c in result.candidates})
     for panel in (left, right):
         panel.set_xscale("log")
         panel.set_xticks(ticks, list(map(str, ticks)))
@@ -47,12 +47,12 @@ def search_figure(found: SearchResult) -> Any:
     return figure
 
 
-def _scores(panel: Any, found: SearchResult, number: int, rungs: int) -> None:
-    metric = found.metric
+def _scores(panel: Any, result: SearchResult, number: int, rungs: int) -> None:
+    metric = result.metric
     points: list[tuple[Candidate, RungResult]] = [
-        (candidate, candidate.rungs[number - 1]) for candidate in found.candidates if len(candidate.rungs) >= number
+        (candidate, candidate.rungs[number - 1]) for candidate in result.candidates if len(candidate.rungs) >= number
     ]
-    x = [_place(found, candidate, number) for candidate, _ in points]
+    x = [_place(result, candidate, number) for candidate, _ in points]
     y = [rung.scores[metric] for _, rung in points]
     errors = None
     if all(f"{metric}_low" in rung.scores for _, rung in points):
@@ -74,26 +74,26 @@ def _scores(panel: Any, found: SearchResult, number: int, rungs: int) -> None:
     )
 
 
-def _place(found: SearchResult, candidate: Candidate, number: int) -> float:
-    """Candidates of one length, and a candidate's rungs, stand side by side."""
-    alike = [c for c in found.candidates if c.num_virtual_tokens == candidate.num_virtual_tokens]
-    rungs = len(found.plan.rungs)
-    at = alike.index(candidate) * rungs + number - 1 - (len(alike) * rungs - 1) / 2
-    return float(candidate.num_virtual_tokens * SPREAD**at)
+def _place(result: SearchResult, candidate: Candidate, number: int) -> float:
+    """The x position: candidates of one length, and a candidate's rungs, are drawn side by side."""
+    same_length = [c for c in result.candidates if c.num_virtual_tokens == candidate.num_virtual_tokens]
+    rungs = len(result.plan.rungs)
+    offset = same_length.index(candidate) * rungs + number - 1 - (len(same_length) * rungs - 1) / 2
+    return float(candidate.num_virtual_tokens * SPREAD**offset)
 
 
-def _cost(panel: Any, found: SearchResult) -> None:
-    """The median of a length's measurements: the first batches of a search carry one-time checks."""
+def _cost(panel: Any, result: SearchResult) -> None:
+    """Medians of each length's measurements, because the first batches of a search include one-time checks."""
     import numpy as np
 
-    lengths = sorted({c.num_virtual_tokens for c in found.candidates})
+    lengths = sorted({c.num_virtual_tokens for c in result.candidates})
     scoring: dict[int, list[float]] = {length: [] for length in lengths}
     training: dict[int, list[float]] = {length: [] for length in lengths}
-    for candidate in found.candidates:
+    for candidate in result.candidates:
         for rung in candidate.rungs:
             scoring[candidate.num_virtual_tokens].append(1000 * rung.scoring_seconds / rung.scores["rows"])
             training[candidate.num_virtual_tokens].append(
-                1000 * rung.training_seconds / rung.steps / found.rows_per_step
+                1000 * rung.training_seconds / rung.steps / result.rows_per_step
             )
     panel.plot(lengths, [float(np.median(scoring[n])) for n in lengths], "o-", color=BLUE, label="scoring")
     panel.plot(lengths, [float(np.median(training[n])) for n in lengths], "s--", color=RED, label="training")

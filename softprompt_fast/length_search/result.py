@@ -1,4 +1,4 @@
-"""What a search found, and how it is written."""
+"""The result of a search: candidates, their scores in each rung, the recommendation, the report on disk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..base.files import write_atomically
 from ..evaluation.scores import RowScores, rank
 from .budget import SearchPlan
-from .significance import ALPHA, Difference, compare
+from .significance import ALPHA, Difference, compare_scores
 
-FILE = "search.json"
-FIGURE = "search.svg"
+REPORT_FILE = "search.json"
+FIGURE_FILE = "search.svg"
 
 
 @dataclass
@@ -20,17 +21,17 @@ class RungResult:
     """A candidate after a rung."""
 
     rung: int
-    """From 1."""
+    """The rung's number, from 1."""
     steps: int
     total_steps: int
     scores: dict[str, float]
-    """On the rung's held-out rows, which choose: a little too good for what they chose."""
+    """Scores on the rung's held-out rows, which choose the candidates: a little too good for the chosen ones."""
     training_seconds: float
     scoring_seconds: float
     seconds: float
-    """All of it, set-up and files included."""
+    """Time of the whole rung, set-up and files included."""
     against_best: dict[str, Any] | None = None
-    """The difference to the rung's best candidate; None: it is the best."""
+    """The difference to the rung's best candidate; None: this is the best."""
 
 
 @dataclass
@@ -42,11 +43,16 @@ class Candidate:
     learning_rate: float
     rungs: list[RungResult] = field(default_factory=list)
     rows: RowScores | None = field(default=None, repr=False)
-    """Of its last rung; not part of the JSON."""
+    """Row scores of its last rung; not part of the JSON."""
 
     @property
     def last(self) -> RungResult:
         return self.rungs[-1]
+
+    def describe(self, *, with_rate: bool = True) -> str:
+        """Such as "5 tokens at learning rate 0.03"."""
+        count = f"{self.num_virtual_tokens} token{'s' if self.num_virtual_tokens > 1 else ''}"
+        return f"{count} at learning rate {self.learning_rate:.2g}" if with_rate else count
 
     def to_json(self) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in ("number", "num_virtual_tokens", "learning_rate")}
@@ -55,7 +61,7 @@ class Candidate:
 
 @dataclass
 class SearchResult:
-    """What came of a search."""
+    """The result of a search."""
 
     folder: Path
     """The recommended prompt's own folder."""
@@ -63,25 +69,25 @@ class SearchResult:
     before: dict[str, float]
     """Held-out scores of the model without a prompt."""
     candidates: list[Candidate]
-    """By length, then learning rate."""
+    """Ordered by length, then learning rate."""
     best: Candidate
-    """Of the last rung."""
+    """The best candidate of the last rung."""
     recommended: Candidate
-    """The shortest of the last rung that is not significantly worse than the best."""
+    """The shortest candidate of the last rung that is not significantly worse than the best."""
     comparison: Difference | None
-    """Of the recommended with the best; None: they are one."""
+    """The recommended candidate compared with the best; None: they are the same."""
     best_by: str
-    """What ranks candidates: "loss", or "accuracy" and then loss."""
+    """The score that ranks candidates: "loss", or "accuracy" and then loss."""
     test: dict[str, dict[str, float]]
-    """Scores of ``recommended`` and ``best`` on rows that chose nothing; empty: no such rows."""
+    """Scores of ``recommended`` and ``best`` on rows that chose nothing; empty without such rows."""
     steps: int
-    """Of all candidates together."""
+    """Optimiser steps of all candidates together."""
     seconds: float
-    """Of the whole search, interruptions left out; scores on test rows not counted."""
+    """Time of the whole search, without interruptions and without the scores on test rows."""
     full_run_seconds: float
-    """Estimate for one full run of the recommended length, from this search's own steps and evaluations."""
+    """Estimate for one full run of the recommended length, from the steps and evaluations of this search."""
     rows_per_step: int
-    """Of each candidate."""
+    """Training rows of each candidate's steps."""
 
     @property
     def metric(self) -> str:
@@ -89,9 +95,9 @@ class SearchResult:
 
     def options(self) -> str:
         """The recommended settings as options of ``softprompt-fast train``."""
-        found = self.recommended
+        chosen = self.recommended
         return (
-            f"--virtual-tokens {found.num_virtual_tokens} --learning-rate {found.learning_rate:g} "
+            f"--virtual-tokens {chosen.num_virtual_tokens} --learning-rate {chosen.learning_rate:g} "
             f"--steps {self.plan.full_steps}"
         )
 
@@ -114,13 +120,13 @@ class SearchResult:
         }
 
     def write(self, folder: Path) -> Path:
-        path = folder / FILE
-        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
+        path = folder / REPORT_FILE
+        write_atomically(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
         return path
 
 
 def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
-    """By the scores of their last rung, the best first; of equals, the shorter."""
+    """Ordered by the scores of their last rung, the best first; of equal ones, the shorter first."""
     return sorted(
         candidates,
         key=lambda c: (*(-value for value in rank(c.last.scores, by)), c.num_virtual_tokens, c.learning_rate),
@@ -128,14 +134,14 @@ def ranked(candidates: list[Candidate], by: str) -> list[Candidate]:
 
 
 def judge(candidates: list[Candidate], by: str) -> tuple[Candidate, Candidate]:
-    """The best of a rung, and the shortest that is not significantly worse; notes each one's difference to the best."""
+    """The best of a rung, and the shortest that is not significantly worse; sets each one's ``against_best``."""
     order = ranked(candidates, by)
     best = order[0]
     assert best.rows is not None
     good = [best]
     for candidate in order[1:]:
         assert candidate.rows is not None
-        difference = compare(candidate.rows, best.rows, by)
+        difference = compare_scores(candidate.rows, best.rows, by)
         candidate.last.against_best = difference.to_json()
         if not difference.significantly_worse:
             good.append(candidate)
@@ -143,7 +149,7 @@ def judge(candidates: list[Candidate], by: str) -> tuple[Candidate, Candidate]:
 
 
 def promote(candidates: list[Candidate], keep: int, by: str) -> list[Candidate]:
-    """Who goes on: the best by score, and in any case the shortest that is not significantly worse."""
+    """The candidates that continue: the best by score, and always the shortest that is not significantly worse."""
     order = ranked(candidates, by)
     _, shortest = judge(candidates, by)
     chosen = order[:keep] if shortest in order[:keep] else [*order[: keep - 1], shortest]

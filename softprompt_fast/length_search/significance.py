@@ -24,7 +24,7 @@ class Difference:
     metric: str
     """"loss" or "accuracy"."""
     worse_by: float
-    """Accuracy lost, or loss gained; negative where it is better."""
+    """Accuracy lost, or loss gained; negative if the prompt is better."""
     low: float | None
     """95 % interval of ``worse_by``; None: too few rows for one."""
     high: float | None
@@ -41,19 +41,19 @@ class Difference:
         return asdict(self) | {"significantly_worse": self.significantly_worse}
 
 
-def compare(scores: RowScores, reference: RowScores, by: str) -> Difference:
-    """A prompt against a reference.
+def compare_scores(scores: RowScores, reference: RowScores, by: str) -> Difference:
+    """Compares a prompt with a reference.
 
     Args:
-        by: "loss", by a paired t-test, which tells prompts apart on far fewer rows; or "accuracy", where there is one,
-            by McNemar's exact test.
+        by: "loss": a paired t-test, which detects differences on far fewer rows. "accuracy", if the task has one:
+            McNemar's exact test.
 
     Raises:
-        ValueError: scores of different numbers of rows.
+        ValueError: the scores are from different numbers of rows.
     """
     if len(scores.losses) != len(reference.losses):
         raise ValueError(
-            f"`scores` must be of the reference's {len(reference.losses)} rows, got {len(scores.losses)} rows"
+            f"`scores` must hold the reference's {len(reference.losses)} rows, got {len(scores.losses)} rows"
         )
     if by == "loss" or scores.correct is None or reference.correct is None:
         return _losses(scores.losses - reference.losses, reference.weights)
@@ -63,7 +63,7 @@ def compare(scores: RowScores, reference: RowScores, by: str) -> Difference:
 
 
 def _accuracies(lost: int, gained: int, rows: int) -> Difference:
-    """The interval is Agresti and Min's (2005): half a row more in each cell of the table, so it never has width 0."""
+    """With Agresti and Min's interval (2005): half a row is added to each cell, so its width is never 0."""
     difference = lost - gained
     half = Z * math.sqrt(lost + gained + 1 - difference * difference / (rows + 2)) / (rows + 2)
     centre = difference / (rows + 2)
@@ -72,7 +72,7 @@ def _accuracies(lost: int, gained: int, rows: int) -> Difference:
 
 
 def _losses(differences: Tensor, weights: Tensor) -> Difference:
-    """Of a ratio of sums, as the loss per token is."""
+    """The mean loss is a ratio of sums (loss per token); ``error`` is the standard error of that ratio."""
     from scipy.stats import t
 
     rows = len(differences)

@@ -1,7 +1,7 @@
-"""The search's memory: an Optuna study in a journal file (JSON lines), so that a search that was killed goes on.
+"""The search's memory: an Optuna study in a journal file (JSON lines), so that a killed search can be resumed.
 
-Its trials are the candidates. Optuna's own pruner of successive halving decides trial by trial, which lets the first
-ones through whatever they score and bounds no budget; here a rung is decided when all of it is scored.
+Its trials are the candidates. Optuna's own pruner of successive halving is not used: it decides trial by trial, so it
+keeps the first trials whatever they score, and it limits no budget. Here a rung is decided when all of it is scored.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class LogRange:
     low: float
     high: float
     draws: int = 2
-    """For each length."""
+    """Number of rates drawn for each length."""
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high:
-            raise ValueError(f"`learning_rates` must range from a positive number to a larger, got {self}")
+            raise ValueError(f"`learning_rates` must range from a positive number to a larger one, got {self}")
         if self.draws < 1:
             raise ValueError(f"`draws` must be at least 1, got {self.draws}")
 
@@ -38,16 +38,16 @@ class LogRange:
 
 
 class Memory:
-    """The study of an output folder, made or opened.
+    """The study of an output folder, created or opened.
 
     Args:
-        facts: what must be the same when a search goes on; compared with what was stored.
+        facts: must be the same when a search is resumed; compared with the stored facts.
 
     Raises:
         ImportError: Optuna is not installed.
-        FileNotFoundError: ``resume`` without a search.
-        FileExistsError: there is a search, and ``resume`` was not asked for.
-        ValueError: it was made with other facts.
+        FileNotFoundError: ``resume`` was given, but there is no search.
+        FileExistsError: there is a search, and ``resume`` was not given.
+        ValueError: the search was started with other facts.
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any], direction: str, resume: bool) -> None:
@@ -56,7 +56,7 @@ class Memory:
         if resume and not journal.is_file():
             raise FileNotFoundError(f"nothing to resume: {folder} holds no search")
         if not resume and journal.exists():
-            raise FileExistsError(f"{folder} already holds a search; resume it, or choose another output folder")
+            raise FileExistsError(f"{journal} already exists; resume the search, or choose another output folder")
         folder.mkdir(parents=True, exist_ok=True)
         self.optuna.logging.set_verbosity(self.optuna.logging.WARNING)
         backend = self.optuna.storages.journal
@@ -74,12 +74,12 @@ class Memory:
         elif stored != facts:
             changed = next(name for name in {**facts, **stored} if stored.get(name) != facts.get(name))
             raise ValueError(
-                f"`{changed}` must be as when the search in {folder} began, {stored.get(changed)!r}, "
+                f"cannot resume: `{changed}` was {stored.get(changed)!r} when the search started, "
                 f"got {facts.get(changed)!r}; choose another output folder"
             )
 
     def ask(self, lengths: Sequence[int], rates: Sequence[float] | LogRange, seed: int) -> list[dict[str, Any]]:
-        """Number, length and learning rate of every candidate, drawn once; the shortest first."""
+        """Number, length and learning rate of every candidate, the shortest first. They are drawn once."""
         wanted: list[dict[str, Any]] = []
         for length in lengths:
             if isinstance(rates, LogRange):
@@ -88,13 +88,15 @@ class Memory:
                 wanted += [{"num_virtual_tokens": length, "learning_rate": rate} for rate in rates]
         ends = (rates.low, rates.high) if isinstance(rates, LogRange) else (min(rates), max(rates))
         for number in range(len(self._running()), len(wanted)):
-            self.study.sampler = self.optuna.samplers.RandomSampler(seed + number)  # the same however often resumed
+            self.study.sampler = self.optuna.samplers.RandomSampler(
+                seed + number
+            )  # the same draws after any number of resumptions
             if not self.study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.WAITING,)):
                 self.study.enqueue_trial(wanted[number])
             trial = self.study.ask()
             trial.suggest_categorical("num_virtual_tokens", list(lengths))
             trial.suggest_float("learning_rate", *ends, log=True)
-        found = [
+        candidates = [
             {
                 "number": trial.number,
                 "num_virtual_tokens": trial.params["num_virtual_tokens"],
@@ -102,15 +104,15 @@ class Memory:
             }
             for trial in self._running()
         ]
-        return sorted(found, key=lambda values: (values["num_virtual_tokens"], values["learning_rate"]))
+        return sorted(candidates, key=lambda values: (values["num_virtual_tokens"], values["learning_rate"]))
 
     def _running(self) -> list[Any]:
-        """Trials that got their parameters; one that was killed before is left out."""
+        """The trials that have their parameters; a trial that was killed before is left out."""
         trials = self.study.get_trials(deepcopy=False)
         return [trial for trial in trials if len(trial.params) == 2]
 
     def recall(self, number: int | None, key: str) -> Any:
-        """What was stored under a key, of a trial or (None) of the search; None: nothing yet."""
+        """The value stored under a key of a trial, or of the search (``number`` None); None: nothing yet."""
         attributes = self.study.user_attrs if number is None else self._frozen(number).user_attrs
         return attributes.get(key)
 
@@ -121,12 +123,12 @@ class Memory:
             self._trial(number).set_user_attr(key, value)
 
     def report(self, number: int, step: int, score: float) -> None:
-        """A candidate's score after so many steps; Optuna's plots read it."""
+        """Stores a candidate's score after so many steps; Optuna's plots read it."""
         if step not in self._frozen(number).intermediate_values:
             self._trial(number).report(score, step)
 
     def end(self, number: int, *, pruned: bool) -> None:
-        """A candidate is done; its value is the last one reported."""
+        """Ends a candidate; its value is the last one reported."""
         trial = self._frozen(number)
         if not trial.state.is_finished():
             state = self.optuna.trial.TrialState

@@ -1,4 +1,4 @@
-"""Tuning a soft prompt from rows of data: the task, the data, the loop (transformers' Trainer), the scores.
+"""Tunes soft prompts on rows of data, with transformers' Trainer.
 
 Needs the extra ``train``.
 """

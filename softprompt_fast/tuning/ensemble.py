@@ -1,4 +1,4 @@
-"""Ensembles: several prompts of one task, tuned in one run, that decide together.
+"""Ensembles: several prompts of one task, tuned in one run, whose answers are combined.
 
 Lester et al. 2021 (arXiv 2104.08691, section 6): one frozen model, m prompts, one vote each.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..base.files import write_atomically
 from ..evaluation.ensembles import COMBINATIONS, evaluate_ensemble
 from ..evaluation.scores import describe_scores
 from ..models.soft_prompt_model import SoftPromptModel
@@ -23,21 +24,21 @@ from .job import TuningJob, TuningResult
 from .run import tune_tasks
 from .settings import TuningSettings
 
-FILE = "ensemble.json"
+ENSEMBLE_FILE = "ensemble.json"
 NOISE = 0.1
-"""``init_noise`` of members that would start alike."""
+"""``init_noise`` of members that would otherwise start with the same values."""
 
 
 @dataclass
 class EnsembleResult:
-    """What came of a run."""
+    """The result of an ensemble's run."""
 
     members: list[TuningResult]
     combine: str
     scores: dict[str, float]
-    """Held-out scores of the members' common decision, each member at its best state."""
+    """Held-out scores of the members' common decision, with each member's best values."""
     file: Path
-    """Names the members and how they are combined, for ``softprompt-fast predict --ensemble``."""
+    """Holds the members' names and how they are combined; ``softprompt-fast predict --ensemble`` reads it."""
 
 
 def tune_ensemble(
@@ -57,20 +58,20 @@ def tune_ensemble(
     console: Console | None = None,
     **changes: Any,
 ) -> EnsembleResult:
-    """Tunes m prompts ``<task.prompt>-0`` .. ``-<m-1>`` of one task at once, in mixed batches.
+    """Tunes m prompts ``<task.prompt>-0`` .. ``-<m-1>`` of one task in one run, in mixed batches.
 
     Args:
-        members: m, which differ in the rows of their steps and in their first values: by the seed's draw, or, where
-            the initialisation draws nothing, by a little noise; or an initialisation for each.
-        combine: as in :meth:`SoftPromptPipeline.classify`.
-        settings, changes: of all members, as in :func:`tune`.
+        members: m, or an initialisation for each member. Members differ in the order of rows and in their initial
+            values. If the initialisation draws nothing at random, a little noise is added.
+        combine: see :meth:`SoftPromptPipeline.classify`.
+        settings, changes: the settings of all members; see :func:`tune`.
 
     Raises:
-        ValueError: a task that is no classification, fewer than two members.
+        ValueError: the task is not a classification, or there are fewer than two members.
     """
     settings = (settings or TuningSettings()).with_changes(changes)
     if task.kind != "classification":
-        raise ValueError(f"`task` must be a classification, for text is not averaged, got {task.kind!r}")
+        raise ValueError(f"`task` must be a classification because texts cannot be averaged, got {task.kind!r}")
     if combine not in COMBINATIONS:
         raise ValueError(f"`combine` must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
     inits = [settings.init] * members if isinstance(members, int) else list(members)
@@ -106,13 +107,15 @@ def tune_ensemble(
         console=console,
     )
     names = [job.task.prompt for job in jobs]
-    tuned = Task.load(results[0].folder)  # behind BOS, texts are read without it
+    tuned = Task.load(results[0].folder)  # with placement="after_bos", texts are encoded without BOS
     scores = evaluate_ensemble(
         model, tokenizer, tuned, held_out_rows, names, combine=combine, batch_size=settings.batch_size
     )
-    alone = sum(result.after["accuracy"] for result in results) / len(results)
-    console.print(f"together: {describe_scores(scores)}; one alone: {alone:.3f} on average", highlight=False)
-    file = Path(output) / FILE
-    facts = {"members": names, "combine": combine, "scores": scores, "mean_accuracy_of_members": alone}
-    file.write_text(json.dumps(facts, indent=2) + "\n")
+    mean_accuracy = sum(result.after["accuracy"] for result in results) / len(results)
+    console.print(
+        f"together: {describe_scores(scores)}; single members: {mean_accuracy:.3f} on average", highlight=False
+    )
+    file = Path(output) / ENSEMBLE_FILE
+    facts = {"members": names, "combine": combine, "scores": scores, "mean_accuracy_of_members": mean_accuracy}
+    write_atomically(file, json.dumps(facts, indent=2) + "\n")
     return EnsembleResult(results, combine, scores, file)

@@ -1,4 +1,4 @@
-"""What a tuning run gets and gives."""
+"""The input and the result of a tuning run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class TuningJob:
     train_rows: Examples
     held_out_rows: Examples
     settings: TuningSettings | None = None
-    """Of its first values; None: the run's."""
+    """Settings of the prompt's initial values; None: the run's settings."""
     scorer: Callable[[str | None], dict[str, float]] | None = None
-    """Gives the held-out scores of the prompt of a name, None: of no prompt, in place of :func:`evaluate`."""
+    """Replaces :func:`evaluate`: gives the held-out scores of the prompt with this name; None: without a prompt."""
 
 
 @dataclass
 class TuningResult:
-    """What came of a run."""
+    """The result of a run, for one prompt."""
 
     folder: Path
     """The prompt's own folder."""

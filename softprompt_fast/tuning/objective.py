@@ -1,4 +1,4 @@
-"""What tuning minimises: losses on the logits of the places where an answer is expected.
+"""The losses that tuning minimises, on the logits of the places where an answer is expected.
 
 Each is called as ``loss(logits, targets, rows, num_items_in_batch)`` with logits [M, V], targets [M] (-100: none) and
 rows [M], the row of the batch that each target belongs to; see ``SoftPromptModel.forward(loss_function=...)``.
@@ -34,7 +34,7 @@ class AnswerLoss(ABC):
         rows: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """The sum over ``num_items_in_batch`` targets (of all accumulated batches), None: over those given."""
+        """The sum over ``num_items_in_batch`` targets (of all accumulated batches); None: over the given targets."""
         count = (targets != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return self.total(logits, targets, rows) / count
 
@@ -52,11 +52,11 @@ class VocabularyLoss(AnswerLoss):
 
 
 class LabelLoss(AnswerLoss):
-    """Cross entropy among the label words: what classification compares, so nothing else is learnt.
+    """Cross entropy among the label words. Classification compares only these, so nothing else is learnt.
 
     Args:
         token_ids: [C], the token of each label's word.
-        label_smoothing: the share of the target that is spread over all labels, 0 to 1.
+        label_smoothing: share of the target that is spread over all labels, 0 to 1.
     """
 
     def __init__(self, token_ids: Sequence[int], label_smoothing: float = 0.0) -> None:
@@ -94,7 +94,7 @@ class MixedLoss(AnswerLoss):
         assert rows is not None
         group = torch.tensor(self.groups, device=logits.device)[rows]
         parts = []
-        for i in sorted(set(self.groups)):  # a mask instead of a selection: nothing waits for a GPU
+        for i in sorted(set(self.groups)):  # a mask, because a selection would wait for the GPU
             parts.append(self.losses[i].total(logits, torch.where(group == i, targets, IGNORED), rows))
         return torch.stack(parts).sum()
 
@@ -102,7 +102,10 @@ class MixedLoss(AnswerLoss):
 def choose_loss(
     objective: str, task: Task, tokenizer: Any, *, label_smoothing: float = 0.0, encoder_decoder: bool = False
 ) -> AnswerLoss:
-    """The loss of a task: "labels" where every label is one token that a decoder says next, else "vocabulary"."""
+    """The loss of a task.
+
+    The objective "labels" needs labels of one token each and a decoder; otherwise the loss is :class:`VocabularyLoss`.
+    """
     words = label_token_ids(task, tokenizer)
     if objective == "labels" and words is not None and not encoder_decoder:
         return LabelLoss(words, label_smoothing)

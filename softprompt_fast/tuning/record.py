@@ -1,25 +1,25 @@
-"""What a run must remember to be resumed: what it was asked, its last complete checkpoint, its scores so far."""
+"""The files that let a run be resumed: what it was asked, its last complete checkpoint, its scores so far."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..base.files import write_atomically
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import digest
+from .job import TuningJob
 from .settings import TuningSettings
 
-if TYPE_CHECKING:
-    from .job import TuningJob
-
-FACTS, HISTORY = "run.json", "history.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+FACTS_FILE, HISTORY_FILE = "run.json", "history.json"
 MAY_CHANGE = ("steps", "epochs", "patience")
-"""Settings that a run may be resumed with other values of."""
+"""Settings that may differ when a run is resumed."""
 History = list[list[dict[str, float]]]
+"""The evaluations of each prompt, in the order of the jobs."""
 
 
 def run_facts(
@@ -37,61 +37,64 @@ def run_facts(
         facts[f"held_out_rows of {name!r}"] = digest(job.held_out_rows)
         if job.settings is not None:
             facts[f"settings of {name!r}"] = {k: v for k, v in job.settings.to_json().items() if k not in MAY_CHANGE}
-    found: dict[str, Any] = json.loads(json.dumps(facts))
-    return found
+    as_json: dict[str, Any] = json.loads(json.dumps(facts))
+    return as_json
 
 
 def step_of(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else int(Path(checkpoint).name.rpartition("-")[2])
 
 
+def seconds_in(history: History) -> float:
+    """Seconds of tuning, without evaluations, up to the last evaluation."""
+    return max((point["seconds"] for evaluations in history for point in evaluations), default=0.0)
+
+
 class RunRecord:
-    """The files of a run beside its checkpoints."""
+    """The checkpoints of a run and the files beside them.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.seconds_before = 0.0
-        """Of tuning without evaluations, until the checkpoint that is resumed."""
+    Args:
+        output: the run's output folder.
+    """
 
-    def exists(self) -> bool:
-        return (self.folder / FACTS).is_file()
+    def __init__(self, output: Path) -> None:
+        self.folder = output / CHECKPOINTS_FOLDER
+        self.facts_file = self.folder / FACTS_FILE
 
     def start(self, facts: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._write(FACTS, facts)
+        _write(self.facts_file, facts)
 
     def resume(self, facts: dict[str, Any]) -> str | None:
         """The last complete checkpoint; None: the run ended before its first one.
 
         Raises:
             FileNotFoundError: there is no run.
-            ValueError: the run was asked something else, by name.
+            ValueError: the run was asked something else; the message names what.
         """
-        if not self.exists():
+        if not self.facts_file.is_file():
             raise FileNotFoundError(f"nothing to resume: {self.folder} holds no run")
         checkpoints = [str(c.parent) for c in self.folder.glob("checkpoint-*/trainer_state.json")]
-        before = json.loads((self.folder / FACTS).read_text())
+        before = json.loads(self.facts_file.read_text())
         changed = [key for key in {**before, **facts} if before.get(key) != facts.get(key)]
         if changed:
             key = changed[0]
             also = f" (also changed: {', '.join(changed[1:])})" if changed[1:] else ""
-            raise ValueError(f"`{key}` must be {before.get(key)!r} as before to resume, got {facts.get(key)!r}{also}")
+            raise ValueError(
+                f"cannot resume: `{key}` was {before.get(key)!r} when the run started, got {facts.get(key)!r}{also}"
+            )
         return max(checkpoints, key=step_of, default=None)
 
-    def history(self, names: Sequence[str], last: str | None) -> History:
-        """Scores of each prompt until a checkpoint."""
-        file = self.folder / HISTORY
-        if last is None or not file.is_file():
+    def history(self, names: Sequence[str], checkpoint: str | None) -> History:
+        """Evaluations of each prompt until a checkpoint."""
+        file = self.folder / HISTORY_FILE
+        if checkpoint is None or not file.is_file():
             return [[] for _ in names]
         stored = json.loads(file.read_text())
-        found = [[point for point in stored.get(name, []) if point["step"] <= step_of(last)] for name in names]
-        self.seconds_before = max((point["seconds"] for one in found for point in one), default=0.0)
-        return found
+        return [[point for point in stored.get(name, []) if point["step"] <= step_of(checkpoint)] for name in names]
 
     def write_history(self, names: Sequence[str], history: History) -> None:
-        self._write(HISTORY, dict(zip(names, history, strict=True)))
+        _write(self.folder / HISTORY_FILE, dict(zip(names, history, strict=True)))
 
-    def _write(self, name: str, values: Any) -> None:
-        partial = self.folder / f".{name}.{os.getpid()}"
-        partial.write_text(json.dumps(values, indent=2) + "\n")
-        os.replace(partial, self.folder / name)
+
+def _write(path: Path, values: Any) -> None:
+    write_atomically(path, json.dumps(values, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The order of training rows: by seed and epoch alone, every task alike."""
+"""The order of training rows. It depends on seed and epoch only, and gives each task the same share."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 from torch.utils.data import Sampler
 
 MEGA_BATCH = 50
-"""Batches at most among which rows are sorted by length, and a quarter of all at most: the order stays random."""
+"""Rows are sorted by length within groups of this many batches, or a quarter of all: the order stays random."""
 
 
 class TaskSampler(Sampler[int]):
     """Every batch of ``rows * tasks`` indices holds ``rows`` of each task.
 
-    An epoch is a pass over the task with the most rows; others are gone through again and again, each time in another
-    order. Nothing but seed and epoch decides it, so that a resumed run sees the rows that an uninterrupted one does.
+    An epoch is one pass over the task with the most rows; the rows of other tasks are repeated, each time in another
+    order. The order depends on seed and epoch only, so a resumed run sees the same rows as an uninterrupted one.
 
     Args:
-        tasks: of each task, the lengths of its rows; indices count through all tasks.
-        rows: of a task in a batch.
-        by_length: rows of similar length together, where padding costs time. Length may tell of the label, so that
-            batches then are less alike than random ones.
+        tasks: the lengths of each task's rows; indices count through all tasks.
+        rows: rows of each task in a batch.
+        by_length: puts rows of similar length together. This saves padding, but length may correlate with the label,
+            so batches differ more than random ones.
     """
 
     def __init__(self, tasks: Sequence[Sequence[int]], rows: int, seed: int, *, by_length: bool) -> None:
@@ -49,7 +49,7 @@ class TaskSampler(Sampler[int]):
                 yield from batch
 
     def _batches(self, order: list[int], lengths: Sequence[int], draw: random.Random) -> list[list[int]]:
-        """The last batch is what is left over."""
+        """The remaining rows are the last batch."""
         whole = len(order) // self.rows * self.rows
         if self.by_length:
             most = self.rows * max(1, min(MEGA_BATCH, whole // (4 * self.rows)))

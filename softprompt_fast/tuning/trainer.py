@@ -1,4 +1,4 @@
-"""A SoftPromptModel in transformers' Trainer: only prompts are saved, Ctrl-C ends a step cleanly, progress is shown."""
+"""A SoftPromptModel in transformers' Trainer: saves prompts only, stops cleanly at Ctrl-C, shows progress."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
 from ..models.soft_prompt_model import SoftPromptModel
@@ -22,7 +23,8 @@ from ..prompts.fast_soft_prompt import UPDATE_A, UPDATE_B
 from ..prompts.reparameterization import Offset
 from .objective import AnswerLoss, MixedLoss
 
-Evaluator = Callable[[], dict[str, float]]
+Evaluator = Callable[[int, float], dict[str, float]]
+"""Called with the step and the seconds of tuning so far; returns the scores of the current prompts."""
 BANK_FILE = "bank.safetensors"
 
 
@@ -30,20 +32,20 @@ class PromptTrainer(Trainer):
     """Trains the prompts of a :class:`SoftPromptModel` that require a gradient.
 
     Args:
-        evaluator: gives the scores of the current prompts; replaces Trainer's own evaluation loop.
-        losses: the loss of each task; a batch with ``groups`` says which task its rows are of, else there is one.
-        update_learning_rate: of the prompts' token updates; None: that of the prompts.
-        sampler: of the training rows; None: Trainer's own.
+        evaluator: replaces Trainer's own evaluation loop.
+        losses: the loss of each task; the ``groups`` of a batch say which task each row belongs to.
+        update_learning_rate: the learning rate of the prompts' token updates.
+        sampler: the order of the training rows.
     """
 
     def __init__(
         self,
         model: SoftPromptModel,
         *args: Any,
-        evaluator: Evaluator | None = None,
-        losses: Sequence[AnswerLoss] = (),
-        update_learning_rate: float | None = None,
-        sampler: Any = None,
+        evaluator: Evaluator,
+        losses: Sequence[AnswerLoss],
+        update_learning_rate: float,
+        sampler: Sampler[int],
         **kwargs: Any,
     ) -> None:
         self.evaluator = evaluator
@@ -52,55 +54,58 @@ class PromptTrainer(Trainer):
         self.sampler = sampler
         self.tokens_seen = 0
         self.evaluation_seconds = 0.0
+        self.started = 0.0
         super().__init__(model, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self.started = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def tuning_seconds(self) -> float:
+        """Seconds since training started, without evaluations."""
+        return time.perf_counter() - self.started - self.evaluation_seconds
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        if self.evaluator is None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         start = time.perf_counter()
-        scores = {f"{metric_key_prefix}_{key}": value for key, value in self.evaluator().items()}
+        scores = self.evaluator(self.state.global_step, self.tuning_seconds())
+        scores = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
         self.evaluation_seconds += time.perf_counter() - start
         self.log(dict(scores))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+        return self.sampler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Only distances from the initial prompt decay; token updates have a learning rate of their own."""
+        """Only distances from the initial prompt decay; token updates have their own learning rate."""
         if self.optimizer is not None:
             return self.optimizer
         groups: dict[str, dict[str, Any]] = {
             "prompts": {"params": [], "weight_decay": 0.0},
             "offsets": {"params": [], "weight_decay": self.args.weight_decay},
-            "updates": {"params": [], "weight_decay": 0.0},
+            "updates": {"params": [], "weight_decay": 0.0, "lr": self.update_learning_rate},
         }
-        if self.update_learning_rate is not None:
-            groups["updates"]["lr"] = self.update_learning_rate
         bank = self._prompts_model().prompts
         every = [forms for name in bank if (forms := bank.forms(name)) is not None]
         offsets = {id(forms.original) for forms in every if isinstance(forms[0], Offset)}
         for name, parameter in bank.named_parameters():
             if parameter.requires_grad:
-                kind = "updates" if name.startswith((UPDATE_A, UPDATE_B)) else "prompts"
-                groups["offsets" if id(parameter) in offsets else kind]["params"].append(parameter)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = kind([group for group in groups.values() if group["params"]], **options)
+                group = "updates" if name.startswith((UPDATE_A, UPDATE_B)) else "prompts"
+                groups["offsets" if id(parameter) in offsets else group]["params"].append(parameter)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+        self.optimizer = optimizer_class([group for group in groups.values() if group["params"]], **options)
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.tokens_seen += sum(inputs["lengths"]) if "lengths" in inputs else inputs["input_ids"].numel()
-        groups = inputs.pop("groups", None)
-        if groups is not None and len(self.losses) > 1:
-            inputs["loss_function"] = MixedLoss(self.losses, groups)
-        elif self.losses:
-            inputs["loss_function"] = self.losses[0]
+        self.tokens_seen += sum(inputs["lengths"])
+        groups = inputs.pop("groups")
+        inputs["loss_function"] = MixedLoss(self.losses, groups) if len(self.losses) > 1 else self.losses[0]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    # Checkpoints hold the prompts, and what they are computed from; the base model is never written.
+    # Checkpoints hold the prompts and what they are computed from; the base model is never written.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -115,7 +120,7 @@ class PromptTrainer(Trainer):
         self._prompts_model().prompts.load_state_dict(load_file(Path(resume_from_checkpoint) / BANK_FILE))
 
     def _load_best_model(self) -> None:
-        """Left to `BestPrompts`, which knows the best of each prompt."""
+        """`BestPrompts` does this instead: each prompt has its own best step."""
 
     def _prompts_model(self) -> SoftPromptModel:
         model: SoftPromptModel = self.accelerator.unwrap_model(self.model)
@@ -123,7 +128,7 @@ class PromptTrainer(Trainer):
 
 
 class GracefulStop(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; the second one at once."""
+    """The first Ctrl-C ends training after the current step, with a checkpoint; the second ends it immediately."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -135,7 +140,7 @@ class GracefulStop(TrainerCallback):
             self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if dist.is_initialized():  # all stop behind the same step, or the others would wait for this one
+        if dist.is_initialized():  # all processes stop after the same step, or the others would wait for this one
             flag = torch.tensor(float(self.requested), device=args.device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             self.requested = bool(flag)
@@ -154,7 +159,9 @@ class GracefulStop(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.console.print("[yellow]Stopping after this step and saving; press Ctrl-C again to stop at once.[/yellow]")
+        self.console.print(
+            "[yellow]Stopping after this step and saving; press Ctrl-C again to stop immediately.[/yellow]"
+        )
 
 
 class RichProgress(TrainerCallback):

@@ -20,7 +20,7 @@ from support.tiny_models import build
 from support.tiny_reviews import reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
-from softprompt_fast.cli import app as cli
+from softprompt_fast.cli.app import console, main
 from softprompt_fast.evaluation.intervals import wilson_interval
 from softprompt_fast.evaluation.predictions import evaluate, predict
 from softprompt_fast.hf.loading import load_base_model
@@ -259,16 +259,16 @@ def test_mistakes_are_one_line(
         command += [name, value] if value else [name]
     monkeypatch.setattr(sys, "argv", ["softprompt-fast", *command])
     shown: list[str] = []
-    monkeypatch.setattr(cli.console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
+    monkeypatch.setattr(console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main()
     assert stop.value.code == 1
     assert re.search(message, "\n".join(shown)), shown
 
 
 def test_an_output_folder_is_not_overwritten(model_folder: Path, data: Path, tmp_path: Path) -> None:
     run(*train_command(model_folder, data, tmp_path / "run", "--steps", "1"))
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match=r"run\.json already exists; resume the run, or choose another"):
         run(*train_command(model_folder, data, tmp_path / "run", "--steps", "1"))
 
 

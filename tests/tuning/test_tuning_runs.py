@@ -1,4 +1,4 @@
-"""What a run refuses, remembers and leaves behind: order of rows, resumption, modes, errors before any work."""
+"""Tuning runs: order of rows, resumption, the model's modes afterwards, errors before any work."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_a_run_that_is_resumed_behind_its_first_epoch_ends_as_if_it_were_not(tmp
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"learning_rate": 0.2}, "`learning_rate` must be 0.1 as before to resume, got 0.2"),
-        ({"seed": 3}, "`seed` must be 0 as before"),
-        ({"num_virtual_tokens": 5}, "`num_virtual_tokens` must be 4 as before"),
-        ({"reparameterization": "residual"}, "`reparameterization` must be 'none' as before"),
-        ({"rows": reviews(40)}, "`train_rows of 'p'` must be '64 rows"),
-        ({"apart": reviews(6)}, "`held_out_rows of 'p'` must be '8 rows"),
+        ({"learning_rate": 0.2}, "cannot resume: `learning_rate` was 0.1 when the run started, got 0.2"),
+        ({"seed": 3}, "`seed` was 0 when the run started, got 3"),
+        ({"num_virtual_tokens": 5}, "`num_virtual_tokens` was 4 when"),
+        ({"reparameterization": "residual"}, "`reparameterization` was 'none' when"),
+        ({"rows": reviews(40)}, "`train_rows of 'p'` was '64 rows"),
+        ({"apart": reviews(6)}, "`held_out_rows of 'p'` was '8 rows"),
     ],
 )
 def test_a_run_is_resumed_as_it_began(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -111,14 +111,16 @@ def test_a_run_before_its_first_checkpoint_is_not_overwritten(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "p")
     for checkpoint in tmp_path.glob("checkpoints/checkpoint-*"):
         shutil.rmtree(checkpoint)
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(
+        FileExistsError, match=r"run\.json already exists; resume the run, or choose another output folder"
+    ):
         tuned(tmp_path)
     assert tuned(tmp_path, resume=True).steps == 6
 
 
 def test_a_run_is_resumed_on_its_own_base_model(tmp_path: Path) -> None:
     tuned(tmp_path)
-    with pytest.raises(ValueError, match=r"`model` must be 'SoftPromptModel on .*Llama.*as before"):
+    with pytest.raises(ValueError, match=r"`model` was 'SoftPromptModel on .*Llama.* when the run started, got"):
         tuned(tmp_path, resume=True, architecture="gpt2")
 
 
@@ -130,7 +132,7 @@ def test_scores_that_are_not_finite_end_a_run(tmp_path: Path) -> None:
         tuned(tmp_path, model, init="random", eval_every=1)
 
 
-# --- what is left behind ---
+# --- the model afterwards ---
 
 
 def test_tuning_leaves_modes_and_other_prompts_as_they_were(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_the_callers_task_is_not_changed(tmp_path: Path) -> None:
     assert task.special_tokens and not Task.load(result.folder).special_tokens
 
 
-# --- behind BOS ---
+# --- after BOS ---
 
 
 def test_a_prompt_from_behind_bos_starts_others_without_its_first_vector(tmp_path: Path) -> None:
@@ -198,18 +200,20 @@ def test_a_prompt_from_behind_bos_starts_others_without_its_first_vector(tmp_pat
 def test_places_behind_bos_that_cannot_be_right_are_refused(tmp_path: Path) -> None:
     job = TuningJob(classification_task(reviews(), prompt="p"), reviews(), reviews(8))
     model = spf.SoftPromptModel(build("llama"))
-    with pytest.raises(ValueError, match="`shared_tokens` must be 0 with placement='after_bos'"):
+    with pytest.raises(ValueError, match="`shared_tokens` cannot be combined with placement='after_bos'"):
         tune_tasks(model, tiny_tokenizer(), [job], tmp_path, placement="after_bos", shared_tokens=2)
     model.add_prompt("p", init=torch.randn(2, 32))
     with pytest.raises(ValueError, match="'p', which does not begin with BOS"):
         tuned(tmp_path, model, placement="after_bos")
-    with pytest.raises(ValueError, match="`shared_tokens` must be 0 for a prompt that the model has already, got 2"):
+    with pytest.raises(
+        ValueError, match="`shared_tokens` cannot be combined with a prompt that the model already has: 'p'"
+    ):
         tune_tasks(model, tiny_tokenizer(), [job], tmp_path, shared_tokens=2)
-    with pytest.raises(ValueError, match="encoder-decoders"):
+    with pytest.raises(ValueError, match="placement='after_bos' cannot be combined with encoder-decoders"):
         tuned(tmp_path, architecture="t5", placement="after_bos")
 
 
-# --- first values, errors ---
+# --- initial values, errors ---
 
 
 def test_members_that_would_start_alike_do_not(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from softprompt_fast.tasks.task import Task, classification_task
 from softprompt_fast.tuning.best import BestPrompts
 from softprompt_fast.tuning.job import TuningResult
 from softprompt_fast.tuning.objective import LabelLoss, MixedLoss, VocabularyLoss, choose_loss
-from softprompt_fast.tuning.prepare import mean_norm
+from softprompt_fast.tuning.prompt_setup import mean_norm
 from softprompt_fast.tuning.run import tune
 from softprompt_fast.tuning.settings import TuningSettings, instruction
 
@@ -193,7 +193,7 @@ def test_the_best_state_is_kept_not_the_last(tmp_path: Path, by: str, best: int)
         states.update("p", {"accuracy": accuracy, "loss": loss}, step)
     again = BestPrompts(model, tmp_path, by)  # as after an interruption
     assert again.restore("p") == dict(zip(("accuracy", "loss"), scores[best], strict=True))
-    assert (parameter == best).all() and again.found["p"]["step"] == best
+    assert (parameter == best).all() and again.entries["p"]["step"] == best
     assert not again.update("p", {"accuracy": 0.8, "loss": 0.5}, 9)
 
 

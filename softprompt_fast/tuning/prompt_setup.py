@@ -1,4 +1,4 @@
-"""A prompt before its first step: first values, place, and the form it is trained in."""
+"""A prompt before its first step: its initial values, its place, and the form it is trained in."""
 
 from __future__ import annotations
 
@@ -25,32 +25,30 @@ from ..prompts.reparameterization import (
     SharedPart,
     reparameterize,
 )
-from ..tasks.encoding import token_ids
 from ..tasks.task import TASK_FILE, Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
 
 
 def check_form(model: SoftPromptModel, tokenizer: Any, settings: TuningSettings) -> None:
-    """Whether the model can have a prompt of this place and form.
+    """Checks that the model can have a prompt of this place and form.
 
     Raises:
-        ValueError: naming the setting, the rule and the value.
+        ValueError: naming the setting that the model cannot have.
     """
     if isinstance(model, DeepPromptModel):
-        if settings.norm_bound is not None:
-            raise ValueError(f"`norm_bound` must be None for deep prompts, got {settings.norm_bound}")
-        if settings.token_update_rank is not None:
-            raise ValueError(f"`token_update_rank` must be None for deep prompts, got {settings.token_update_rank}")
+        for name in ("norm_bound", "token_update_rank"):
+            if getattr(settings, name) is not None:
+                raise ValueError(f"`{name}` cannot be combined with deep prompts")
     if settings.placement == "after_bos":
         if isinstance(model, DeepPromptModel):
-            raise ValueError("`placement` must be 'before_bos' for deep prompts, which hold no token, got 'after_bos'")
+            raise ValueError("placement='after_bos' cannot be combined with deep prompts, which hold no token")
         if is_encoder_decoder(model.base_model):
-            raise ValueError("`placement` must be 'before_bos' for encoder-decoders; got 'after_bos'")
+            raise ValueError("placement='after_bos' cannot be combined with encoder-decoders")
         bos_vector(model, tokenizer)
 
 
 def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: TuningSettings) -> None:
-    """Adds ``task.prompt`` with the first values that the settings ask for."""
+    """Adds ``task.prompt`` with the initial values that the settings ask for."""
     count = settings.num_virtual_tokens
     init: Any = settings.init
     if isinstance(init, str) and init == "auto":
@@ -64,7 +62,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
         "seed": settings.seed,
     }
     if isinstance(init, (str, PathLike)) and _holds_bos(init):
-        init = read_vectors(init)[1:]  # its first vector is BOS's, which stands in the text or is put in front again
+        init = read_vectors(init)[1:]  # without BOS's vector: the text holds BOS, or it is put in front again below
     if settings.placement == "after_bos":
         bos = bos_vector(model, tokenizer)
         if isinstance(init, str) and init in model.prompts:
@@ -80,19 +78,19 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
 
 
 def _holds_bos(init: str | PathLike[str]) -> bool:
-    """Whether a saved prompt was tuned behind BOS."""
+    """Whether a saved prompt was tuned with ``placement="after_bos"``."""
     return (Path(init) / TASK_FILE).is_file() and not Task.load(init).special_tokens
 
 
 def _automatic(
     model: SoftPromptModel, tokenizer: Any, task: Task, count: int | None
 ) -> tuple[str | Tensor, int | None]:
-    """An instruction that names the labels, repeated to length so that its end stands before the text."""
+    """An instruction that names the labels, repeated to length; its end comes just before the text."""
     count = count or DEFAULT_TOKENS
     if task.kind != "classification":
         return "vocabulary", count
-    ids = token_ids(tokenizer, instruction(task.label_words))
-    if len(ids) > count:  # a torn sentence would name some of the labels only
+    ids = list(tokenizer(instruction(task.label_words), add_special_tokens=False).input_ids)
+    if len(ids) > count:  # a truncated sentence would name only some of the labels
         return "class_labels", count
     ids = (ids * -(-count // len(ids)))[-count:]
     table = embedding_table(model.get_input_embeddings())
@@ -102,14 +100,14 @@ def _automatic(
 def set_form(
     model: SoftPromptModel, tokenizer: Any, name: str, settings: TuningSettings, shared: nn.Parameter | None = None
 ) -> None:
-    """Lets a prompt be computed as the settings say while it is trained; ``fold`` undoes it.
+    """Computes a prompt in the form that the settings ask for while it is trained; ``fold`` makes it plain again.
 
     Args:
-        shared: vectors [S, D] that stand in front of this and other prompts.
+        shared: vectors [S, D] in front of this prompt and others.
     """
     bank = model.prompts
     values = bank[name].detach()
-    # After values are read, in this order: each form works on what the one before gives.
+    # The order matters: each form works on the result of the one before.
     if settings.reparameterization == "low-rank":
         reparameterize(bank, name, LowRank(len(values), values.shape[1], settings.rank))
     elif settings.decay_to_initial:
@@ -127,6 +125,6 @@ def set_form(
 
 
 def mean_norm(model: SoftPromptModel) -> float:
-    """Mean length of the model's token embeddings as the model sees them."""
+    """Mean norm of the model's token embeddings, as the model sees them."""
     table = embedding_table(model.get_input_embeddings())
     return torch.linalg.vector_norm(table.weight.detach().float(), dim=1).mean().item() * abs(table.scale)

@@ -1,0 +1,93 @@
+"""The end of a tuning run: the best values of each prompt, its folder, ``metrics.json``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.files import write_atomically
+from ..evaluation.scores import describe_scores
+from ..prompts.reparameterization import fold
+from .best import BestPrompts
+from .job import TuningResult
+from .preparation import Prepared, line_prefix
+from .record import History
+
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of the training loop."""
+
+    best: BestPrompts
+    history: History
+    seconds: float
+    """Time in the loop, evaluations included."""
+    evaluation_seconds: float
+    steps: int
+    interrupted: bool
+    main_process: bool
+    """Whether this process writes the files that all processes share."""
+
+
+def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
+    """Gives each prompt its best values in plain form, and saves it with its task and the scores."""
+    results = []
+    for job, before, history in zip(prepared.jobs, prepared.before, outcome.history, strict=True):
+        name = job.task.prompt
+        folder = prepared.output / name
+        trained = _trainable_parameters(prepared, name)
+        fold(prepared.model.prompts, name)
+        after = outcome.best.restore(name)
+        prepared.model.save_pretrained(prepared.output, [name])
+        job.task.save(folder)
+        results.append(
+            TuningResult(
+                folder=folder,
+                before=before,
+                after=after,
+                tuning_seconds=outcome.seconds,
+                evaluation_seconds=outcome.evaluation_seconds,
+                steps=outcome.steps,
+                best_step=outcome.best.entries[name]["step"],
+                interrupted=outcome.interrupted,
+                trainable_parameters=trained,
+                history=history,
+            )
+        )
+        prefix = line_prefix(job, prepared.jobs)
+        prepared.console.print(f"{prefix}with the prompt: {describe_scores(after)}; saved in {folder}", highlight=False)
+    if outcome.main_process:
+        _write_metrics(prepared, results)
+    return results
+
+
+def _trainable_parameters(prepared: Prepared, name: str) -> int:
+    bank, settings = prepared.model.prompts, prepared.settings
+    forms = bank.forms(name)
+    values = [bank[name]] if forms is None else list(forms.parameters())
+    values += bank.token_update(name) or ()
+    count = sum(value.numel() for value in values if value.requires_grad)
+    if settings.placement == "after_bos":  # the first row, BOS's, is not trained
+        low_rank = settings.reparameterization == "low-rank"
+        count -= settings.rank if low_rank else bank[name].shape[1]
+    return count
+
+
+def _write_metrics(prepared: Prepared, results: list[TuningResult]) -> None:
+    metrics: dict[str, Any] = {
+        "tuning_seconds": results[0].tuning_seconds,
+        "evaluation_seconds": results[0].evaluation_seconds,
+        "steps": results[0].steps,
+        "seed": prepared.settings.seed,
+        "settings": prepared.settings.to_json(),
+    }
+    names = ("before", "after", "best_step", "trainable_parameters", "history")
+    scores = [{name: getattr(result, name) for name in names} for result in results]
+    if len(results) == 1:
+        metrics = scores[0] | metrics
+    else:
+        metrics["prompts"] = dict(zip(prepared.names, scores, strict=True))
+    write_atomically(prepared.output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
