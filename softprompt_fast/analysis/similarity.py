@@ -1,4 +1,4 @@
-"""How alike prompts are, from their vectors alone."""
+"""Similarity of prompts, computed from their vectors alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pairwise_cosine(a: Tensor, b: Tensor) -> float:
 def aligned_cosine(a: Tensor, b: Tensor) -> float:
     """Mean cosine of the vectors at the same places, over as many as the shorter prompt has.
 
-    Tells whether one prompt was grown out of the other: places mean little between runs that began apart.
+    It shows whether one prompt was tuned from the other. Between runs with different starts, places mean little.
     """
     return token_cosines(a, b).diagonal().mean().item()
 

@@ -135,7 +135,7 @@ def test_an_interrupted_comparison_leaves_nothing_running(tmp_path: Path, monkey
 
     jobs = [job_of("lora", tmp_path, seed=seed) for seed in (0, 1)]
     with pytest.raises(KeyboardInterrupt):
-        pool.run_jobs(jobs, tmp_path, at_once=2, report=interrupt)
+        pool.run_jobs(jobs, tmp_path, at_once=2, on_result=interrupt)
     parent, child = map(int, Path(f"{tmp_path / 'data'}.pids").read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(parent, 0)
