@@ -121,7 +121,7 @@ def interpret(
     effects = None
     if rows:
         if task is None:
-            raise ValueError("`task` must be given with rows: it says how they are read")
+            raise ValueError("give `task` together with `rows`; it says how they are read")
         name = _only(prompts) if ablate is None else ablate
         if name not in prompts:
             raise ValueError(f"`ablate` must be one of {list(prompts)}, got {name!r}")
@@ -187,7 +187,7 @@ def _change(whole: RowScores, shortened: RowScores) -> tuple[float, float]:
 
 def _only(prompts: Mapping[str, Tensor]) -> str:
     if len(prompts) != 1:
-        raise ValueError(f"`ablate` must name one of the {len(prompts)} prompts: {list(prompts)}")
+        raise ValueError(f"`ablate` must be one of {list(prompts)}, got None")
     return next(iter(prompts))
 
 

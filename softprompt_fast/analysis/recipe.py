@@ -74,7 +74,7 @@ def _max_length(analysis: Analysis, virtual_tokens: int) -> Choice:
 def _steps(analysis: Analysis, batch_size: int) -> Choice:
     if analysis.kind == "classification":
         steps = max(DEFAULT_STEPS, STEPS_PER_LABEL * len(analysis.classes))
-        reason = f"{STEPS_PER_LABEL} a label: tasks with two labels, in four domains, needed {DEFAULT_STEPS}"
+        reason = f"{STEPS_PER_LABEL} a label: runs with two labels, in four domains, settled within {DEFAULT_STEPS}"
     else:
         steps, reason = math.ceil(3 * _usable(analysis) / batch_size), "three passes over the rows"
         if steps < DEFAULT_STEPS:
@@ -99,7 +99,7 @@ def _label_words(analysis: Analysis, tokenizer: Any) -> Choice:
                 break
     if len(better) == len(given):
         return Choice(better, "another spelling makes each word one token, all different")
-    return Choice(given, "no spelling makes each word one token: they are scored as a whole, one pass per label")
+    return Choice(given, "no spelling makes each word one token: they are scored whole, one pass per label")
 
 
 def _cases(word: str) -> tuple[str, ...]:
@@ -178,7 +178,7 @@ def _class_warnings(analysis: Analysis) -> list[str]:
         shown = ", ".join(f"{label!r} {count}" for label, count in list(several.items())[:5])
         warnings.append(f"multi-token label words ({shown}): scoring takes one pass per label")
     for labels in analysis.first_token_clashes:
-        warnings.append(f"the words of {labels[:5]} begin with the same token: only later tokens tell them apart")
+        warnings.append(f"the words of {labels[:5]} begin with the same token: only later tokens differ")
     answers = analysis.zero_shot_answers
     if answers and max(answers.values()) > 0.95 * sum(answers.values()):
         said = max(answers, key=answers.__getitem__)

@@ -21,7 +21,7 @@ class Lengths:
     quantiles: dict[str, int]
     """min, p50, p90, p99, max."""
     tokens: list[int] = field(repr=False)
-    """Of each row; not part of the JSON."""
+    """Length of each row; not part of the JSON."""
 
     @classmethod
     def of(cls, tokens: list[int]) -> Lengths:
@@ -84,9 +84,9 @@ class Analysis:
     unknown_labels: dict[str, int]
     """Labels of training rows that the task does not name."""
     text: Lengths
-    """Of the rendered texts, before truncation."""
+    """Lengths of the rendered texts before truncation."""
     target: Lengths
-    """Of the label words or responses."""
+    """Lengths of the label words or responses."""
     max_length: int
     """The task's. Longer texts lose their beginning."""
     context: int | None

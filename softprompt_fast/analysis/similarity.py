@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 def token_cosines(a: Tensor, b: Tensor) -> Tensor:
     """[P, D], [P', D] -> [P, P'], the cosine of every pair of vectors."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"prompts must be [P, D] with one D, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(f"prompts must be [P, D] with the same D, got {list(a.shape)} and {list(b.shape)}")
     return normalize(a.detach().cpu().double(), dim=1) @ normalize(b.detach().cpu().double(), dim=1).T
 
 

@@ -107,7 +107,7 @@ def print_pruned(pruned: Pruned, console: Console) -> None:
     if pruned.zeroed_pieces:
         console.print(f"{pruned.zeroed_pieces} pieces of the kept vectors set to zero")
     table = Table("rows", "before", "after", title="Scores")
-    for name, part in (("selection (decided: too good)", pruned.selection), ("other rows", pruned.held_out)):
+    for name, part in (("selection (used to choose: too good)", pruned.selection), ("other rows", pruned.held_out)):
         table.add_row(f"{name}, {part['before']['rows']:.0f}", _scores(part["before"]), _scores(part["after"]))
     console.print(table)
 

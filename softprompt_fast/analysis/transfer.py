@@ -68,9 +68,9 @@ def similar(
     if not sources:
         raise ValueError("`sources` must hold at least one prompt, got none")
     if not rows and target is None:
-        raise ValueError("`rows` or `target` must be given: there is nothing to compare the sources with")
+        raise ValueError("give `rows` or `target`; without them there is nothing to compare the sources with")
     if rows and task is None:
-        raise ValueError("`task` must be given with rows: it says how they are read")
+        raise ValueError("give `task` together with `rows`; it says how they are read")
     scores: dict[str, dict[str, float]] = {}
     candidates: dict[str, Tensor | None] = dict(sources)
     if rows and task is not None:

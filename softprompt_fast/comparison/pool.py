@@ -34,7 +34,7 @@ class _Running:
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
-    """The result of the same job with the same data, unless it failed."""
+    """The stored result of the same job with the same data; None: there is none, or it is a failure."""
     result = read_json(Path(job.result))
     if result is None or result.get("key") != job.key() or result.get("status") not in ("ok", "not applicable"):
         return None

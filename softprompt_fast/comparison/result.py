@@ -21,7 +21,7 @@ COLUMNS = (
     *COST_COLUMNS,
     "reason",
 )
-"""Of results.csv."""
+"""Columns of results.csv."""
 
 
 @dataclass

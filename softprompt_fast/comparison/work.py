@@ -1,4 +1,4 @@
-"""What a method is given and what it gives back."""
+"""The input and the output of a method."""
 
 from __future__ import annotations
 
