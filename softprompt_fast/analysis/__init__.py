@@ -1,10 +1,11 @@
 """Analysis of data before tuning and of prompts after it."""
 
 from ..base.figures import save_figure
-from .data_analysis import Analysis, analyze
+from .data_analysis import analyze
 from .figures import analysis_figure, interpretation_figure, pruning_figure, similarity_figure
 from .interpretation import Interpretation, interpret
 from .pruning import Pruned, prune
+from .results import Analysis
 from .transfer import Similarity, similar
 
 __all__ = [

@@ -1,14 +1,11 @@
-"""A look at a task's data before a prompt is tuned: lengths, classes, repeats, baselines, and a recipe."""
+"""Analysis of a task's data before a prompt is tuned: lengths, classes, repeats, baselines, and a recipe."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import numpy as np
 
 from ..evaluation.intervals import wilson_interval
 from ..evaluation.likelihood import Progress
@@ -18,81 +15,9 @@ from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.encoding import token_ids, without_end
 from ..tasks.examples import has_target, is_empty
 from ..tasks.task import Task
-from .duplicates import Duplicates, find_duplicates
-from .recipe import Recipe, suggest
-
-LEVELS = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-
-
-@dataclass
-class Lengths:
-    """Lengths in tokens."""
-
-    mean: float
-    quantiles: dict[str, int]
-    """min, p50, p90, p99, max."""
-    tokens: list[int] = field(repr=False)
-    """Of each row; not part of the JSON."""
-
-    @classmethod
-    def of(cls, tokens: list[int]) -> Lengths:
-        found = np.quantile(tokens, list(LEVELS.values()), method="higher") if tokens else [0] * len(LEVELS)
-        return cls(float(np.mean(tokens)) if tokens else 0.0, dict(zip(LEVELS, map(int, found), strict=True)), tokens)
-
-
-@dataclass
-class LabelWord:
-    """How the tokenizer sees a label's word."""
-
-    word: str
-    ids: list[int]
-    tokens: list[str]
-
-
-@dataclass
-class Analysis:
-    """All that :func:`analyze` finds."""
-
-    kind: str
-    train_rows: int
-    held_out_rows: int
-    empty_rows: int
-    """Training rows without text."""
-    unlabelled_rows: int
-    """Training rows without a label or response."""
-    unknown_labels: dict[str, int]
-    """Labels of training rows that the task does not name."""
-    text: Lengths
-    """Of the rendered texts, uncut."""
-    target: Lengths
-    """Of the label words or responses."""
-    max_length: int
-    """The task's: longer texts lose their beginning."""
-    context: int | None
-    """The model's; None: no fixed limit."""
-    cut_by_max_length: float
-    """Share of texts."""
-    over_context: float
-    """Share of rows whose prompt, text (cut) and answer do not fit the context."""
-    classes: dict[str, int]
-    """Training rows per label; empty for generation tasks."""
-    duplicates: Duplicates
-    label_words: dict[str, LabelWord]
-    first_token_clashes: list[list[str]]
-    """Groups of labels whose words begin with the same token."""
-    majority: dict[str, float | str] | None
-    """Always the commonest training label: ``label``, ``accuracy`` and interval, on the held-out rows if any."""
-    zero_shot: dict[str, float] | None
-    """The model without a prompt, on at most ``sample`` rows: scores and 95 % intervals. None: no rows to score."""
-    zero_shot_answers: dict[str, int]
-    """How often it says which label."""
-    recipe: Recipe
-
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        for lengths in (values["text"], values["target"]):
-            del lengths["tokens"]
-        return values
+from .duplicates import find_duplicates
+from .recipe import suggest
+from .results import Analysis, LabelWord, Lengths, Recipe
 
 
 def analyze(
@@ -107,11 +32,11 @@ def analyze(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Looks at data through a model's tokenizer and asks the model itself, untuned.
+    """Measures data with a model's tokenizer, and scores the model without a prompt.
 
     Args:
         held_out_rows: baselines are measured on them, or on the training rows if there are none.
-        sample: rows for the zero-shot baseline, drawn with ``seed``; 0: none.
+        sample: rows for the zero-shot baseline, drawn with ``seed``. 0: no baseline.
 
     Raises:
         ValueError: no rows, or a column that the template names and the data lack.
@@ -133,7 +58,7 @@ def analyze(
     counts = Counter(str(row[task.target_column]) for row in labelled)
     classes = {label: counts[label] for label in task.labels}
     zero_shot, answers = _zero_shot(model, tokenizer, task, usable, sample, batch_size, seed, progress)
-    found = Analysis(
+    analysis = Analysis(
         kind=task.kind,
         train_rows=len(train_rows),
         held_out_rows=len(held_out_rows),
@@ -155,11 +80,12 @@ def analyze(
         zero_shot_answers=answers,
         recipe=Recipe({}, []),
     )
-    found.recipe = suggest(found, tokenizer)
-    if found.context is not None:
-        room = found.context - found.recipe.choices["num_virtual_tokens"].value - found.target.quantiles["max"]
-        found.over_context = _share(min(n, task.max_length) > room for n in text)
-    return found
+    analysis.recipe = suggest(analysis, tokenizer)
+    if analysis.context is not None:
+        answer = analysis.target.quantiles["max"]
+        room = analysis.context - analysis.recipe.choices["num_virtual_tokens"].value - answer
+        analysis.over_context = _share(min(n, task.max_length) > room for n in text)
+    return analysis
 
 
 def _token_counts(tokenizer: Any, texts: list[str], *, special: bool = True, drop_eos: bool = False) -> list[int]:
@@ -213,9 +139,9 @@ def _zero_shot(
     if not rows or sample == 0:
         return None, {}
     chosen = random.Random(seed).sample(list(rows), min(sample, len(rows)))
-    scores = score_prompts(model, tokenizer, task, chosen, {"none": None}, batch_size=batch_size, progress=progress)[
-        "none"
-    ]
+    (scores,) = score_prompts(
+        model, tokenizer, task, chosen, {"none": None}, batch_size=batch_size, progress=progress
+    ).values()
     answers: dict[str, int] = {}
     if scores.predicted is not None:
         said = Counter(scores.predicted.tolist())

@@ -1,4 +1,4 @@
-"""Texts that stand in data more than once: repeats, contradictions, and leaks into the held-out rows."""
+"""Texts that appear more than once: repeats, contradictions, and leaks into the held-out rows."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ class Duplicates:
     """Counts of rows, and a few of their texts."""
 
     exact: int
-    """Rows whose text stands before them letter by letter."""
+    """Rows that repeat an earlier row's text exactly."""
     near: int
-    """Rows whose text, normalised, stands before them, not counting ``exact``."""
+    """Rows that repeat an earlier row's normalised text, not counting ``exact``."""
     conflicts: int
-    """Rows whose normalised text has rows of different labels; 0 for generation tasks, where answers may differ."""
+    """Rows whose normalised text has several labels; 0 for generation tasks, where answers may differ."""
     leaks_exact: int
     """Held-out rows whose text is in the training data."""
     leaks_near: int
-    """Held-out rows whose normalised text is, not counting ``leaks_exact``."""
+    """Held-out rows whose normalised text is in the training data, not counting ``leaks_exact``."""
     conflict_examples: list[str]
     leak_examples: list[str]
 
 
 def normalise(text: str) -> str:
-    """Case, accents' encoding, punctuation and spaces taken away; a text of nothing else is kept."""
+    """Removes differences of case, accent encoding, punctuation and spaces. A text with nothing else is kept."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"[\W_]+", " ", folded).strip() or folded.strip()
 
@@ -46,7 +46,7 @@ def row_text(task: Task, row: Mapping[str, Any]) -> str:
 def find_duplicates(
     task: Task, train_rows: Sequence[Mapping[str, Any]], held_out_rows: Sequence[Mapping[str, Any]]
 ) -> Duplicates:
-    """Repeats and contradictions among the training rows, and held-out rows that stand among them."""
+    """Counts repeats and contradictions among the training rows, and held-out rows that are also training rows."""
     texts: set[str] = set()
     labels: dict[str, set[str]] = {}
     of_label: dict[str, int] = {}
@@ -63,7 +63,7 @@ def find_duplicates(
         if task.kind == "classification" and has_target(task, row):
             known.add(str(row[task.target_column]))
             of_label[key] = of_label.get(key, 0) + 1
-    contradictory = [key for key, found in labels.items() if len(found) > 1]
+    contradictory = [key for key, known in labels.items() if len(known) > 1]
     held_out = [row_text(task, row) for row in held_out_rows]
     leaked = [text for text in held_out if text in texts]
     almost = [text for text in held_out if text not in texts and normalise(text) in labels]

@@ -1,65 +1,60 @@
-"""Pictures of analyses, interpretations, pruning and transfer. Agg only, no global state of matplotlib."""
+"""Figures of analyses, interpretations, pruning and transfer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..base.figures import BLUE, GREY, RED, SHOWN, bars, heat_map, new_figure
-
-if TYPE_CHECKING:
-    from .data_analysis import Analysis
-    from .interpretation import Interpretation
-    from .pruning import Pruned
-    from .transfer import Similarity
-
+from .interpretation import CAVEAT, Interpretation
+from .pruning import Pruned
+from .results import Analysis
+from .transfer import Similarity
 
 MOST_PROMPTS = 8
-"""Prompts with panels of their own in one figure."""
+"""Most prompts that get panels of their own in one figure."""
 
 
-def analysis_figure(found: Analysis) -> Any:
-    """Lengths of texts and answers against the limits; classes and accuracies that need no tuning, or none of these."""
-    classes = bool(found.classes)
-    figure = new_figure(10, 3.4 + 0.12 * max(0, min(len(found.classes), SHOWN) - 10))
+def analysis_figure(analysis: Analysis) -> Any:
+    """Text lengths with their limits; then classes and baseline accuracies, or for generation response lengths."""
+    classes = bool(analysis.classes)
+    figure = new_figure(10, 3.4 + 0.12 * max(0, min(len(analysis.classes), SHOWN) - 10))
     left, right = figure.subplots(1, 2)
-    _histogram(left, found.text.tokens, "texts", "tokens of the rendered text")
-    marks = [(found.max_length, "max_length", RED, "--")]
-    if found.context is not None:
-        marks.append((found.context, "model's context", GREY, ":"))
-    longest = found.text.quantiles["max"]
+    _histogram(left, analysis.text.tokens, "texts", "tokens of the rendered text")
+    marks = [(analysis.max_length, "max_length", RED, "--")]
+    if analysis.context is not None:
+        marks.append((analysis.context, "model's context", GREY, ":"))
+    longest = analysis.text.quantiles["max"]
     for value, name, color, style in marks:
         if value <= 3 * max(longest, 1):
             left.axvline(value, color=color, linestyle=style, label=f"{name} {value}")
     note = "; ".join(f"{name} {value} (beyond)" for value, name, *_ in marks if value > 3 * max(longest, 1))
-    cut = f"{found.cut_by_max_length:.2%} longer than max_length"
-    left.set_title(f"{found.train_rows} texts, {cut}" + (f"\n{note}" if note else ""), fontsize=9)
+    cut = f"{analysis.cut_by_max_length:.2%} longer than max_length"
+    left.set_title(f"{analysis.train_rows} texts, {cut}" + (f"\n{note}" if note else ""), fontsize=9)
     if left.get_legend_handles_labels()[0]:
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2, frameon=False, fontsize=7)
     if not classes:
-        _histogram(right, found.target.tokens, "responses", "tokens of the response, end included")
+        _histogram(right, analysis.target.tokens, "responses", "tokens of the response, end included")
         right.set_title("responses", fontsize=9)
         return figure
-    order = sorted(found.classes, key=lambda label: -found.classes[label])
+    order = sorted(analysis.classes, key=lambda label: -analysis.classes[label])
     shown = order[:SHOWN]
     title = "rows per label" if len(shown) == len(order) else f"rows per label, the {SHOWN} largest of {len(order)}"
     parts = []
-    for name, scores in (("majority", found.majority), ("zero-shot", found.zero_shot)):
+    for name, scores in (("majority", analysis.majority), ("zero-shot", analysis.zero_shot)):
         if scores is not None:
             interval = f"{scores['accuracy_low']:.3f} to {scores['accuracy_high']:.3f}"
             parts.append(f"{name} accuracy {scores['accuracy']:.3f} ({interval})")
     title = "\n".join([title, *parts])
-    bars(right, shown, [found.classes[label] for label in shown], title=title, unit="training rows")
+    bars(right, shown, [analysis.classes[label] for label in shown], title=title, unit="training rows")
     return figure
 
 
-def interpretation_figure(found: Interpretation) -> Any:
-    """Norms and cosines of the first prompts' vectors; cosines between all prompts; what each vector changes."""
-    from .interpretation import CAVEAT
-
-    names = list(found.prompts)
-    drawn = dict(list(found.prompts.items())[:MOST_PROMPTS])
-    lines = len(drawn) + (len(names) > 1) + (found.ablation is not None)
+def interpretation_figure(interpretation: Interpretation) -> Any:
+    """Norms and cosines of the first prompts' vectors, cosines between all prompts, the effect of each vector."""
+    names = list(interpretation.prompts)
+    drawn = dict(list(interpretation.prompts.items())[:MOST_PROMPTS])
+    lines = len(drawn) + (len(names) > 1) + (interpretation.ablation is not None)
     tallest = max(len(reading.norms) for reading in drawn.values())
     height = 2.6 + 0.08 * min(tallest, SHOWN)
     figure = new_figure(11, height * lines + 0.8)
@@ -77,16 +72,23 @@ def interpretation_figure(found: Interpretation) -> Any:
             unit="norm; shaded: 5 % to 95 % of the vocabulary",
         )
         left.axvspan(
-            found.vocabulary_norms["p05"], found.vocabulary_norms["p95"], color=GREY, alpha=0.3, linewidth=0, zorder=0
+            interpretation.vocabulary_norms["p05"],
+            interpretation.vocabulary_norms["p95"],
+            color=GREY,
+            alpha=0.3,
+            linewidth=0,
+            zorder=0,
         )
         heat_map(figure, right, reading.token_cosines, list(map(str, range(len(labels)))), title=f"{name}: cosines")
     at = len(drawn)
     if len(names) > 1:
-        heat_map(figure, panels[at][0], found.mean_cosine, names, title="prompts: cosine of mean vectors")
-        heat_map(figure, panels[at][1], found.aligned_cosine, names, title="prompts: mean cosine place by place")
+        heat_map(figure, panels[at][0], interpretation.mean_cosine, names, title="prompts: cosine of mean vectors")
+        heat_map(
+            figure, panels[at][1], interpretation.aligned_cosine, names, title="prompts: mean cosine place by place"
+        )
         at += 1
-    if found.ablation is not None:
-        removed = found.ablation
+    if interpretation.ablation is not None:
+        removed = interpretation.ablation
         labels = list(map(str, range(len(removed.loss_change))))
         bars(
             panels[at][0],
@@ -111,24 +113,24 @@ def interpretation_figure(found: Interpretation) -> Any:
     return figure
 
 
-def pruning_figure(found: Pruned) -> Any:
-    """Each vector's ablation loss, what was removed, and the scores on other rows."""
-    count = len(found.loss_changes)
+def pruning_figure(pruned: Pruned) -> Any:
+    """Each vector's ablation loss, the removed vectors, and the scores before and after."""
+    count = len(pruned.loss_changes)
     figure = new_figure(10, 2.6 + 0.1 * min(count, SHOWN))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    gone = set(found.removed)
+    gone = set(pruned.removed)
     bars(
         left,
         list(map(str, range(count))),
-        found.loss_changes,
+        pruned.loss_changes,
         colors=[RED if i in gone else BLUE for i in range(count)],
-        title=f"{count} vectors, {len(found.kept)} kept (blue), {len(gone)} removed (red)",
+        title=f"{count} vectors, {len(pruned.kept)} kept (blue), {len(gone)} removed (red)",
         unit="change of the loss on the selection rows without the vector",
     )
-    score = "accuracy" if "accuracy" in found.held_out["before"] else "loss"
-    values = [part[when][score] for part in (found.selection, found.held_out) for when in ("before", "after")]
+    score = "accuracy" if "accuracy" in pruned.held_out["before"] else "loss"
+    values = [part[when][score] for part in (pruned.selection, pruned.held_out) for when in ("before", "after")]
     names = ["selection, before", "selection, after", "other rows, before", "other rows, after"]
-    scores = [part[when] for part in (found.selection, found.held_out) for when in ("before", "after")]
+    scores = [part[when] for part in (pruned.selection, pruned.held_out) for when in ("before", "after")]
     bars(
         right,
         names,
@@ -141,9 +143,9 @@ def pruning_figure(found: Pruned) -> Any:
     return figure
 
 
-def similarity_figure(found: Sequence[Similarity]) -> Any:
+def similarity_figure(sources: Sequence[Similarity]) -> Any:
     """Sources in their order: loss and accuracy on the target's rows, cosines with the target prompt."""
-    shown = found[:SHOWN]
+    shown = sources[:SHOWN]
     names = [source.name for source in shown]
     columns: list[tuple[str, list[float], Any]] = []
     scores = [source.scores for source in shown if source.scores is not None]
@@ -165,7 +167,7 @@ def similarity_figure(found: Sequence[Similarity]) -> Any:
 
 def _histogram(panel: Any, values: Sequence[int], what: str, unit: str) -> None:
     if values:
-        step = -(-(max(values) - min(values) + 1) // 40)  # whole tokens: else bins would hold unequally many lengths
+        step = -(-(max(values) - min(values) + 1) // 40)  # whole tokens, so that all bins hold equally many lengths
         edges = [edge - 0.5 for edge in range(min(values), max(values) + step + 1, step)]
         panel.hist(values, bins=edges, color=BLUE)
     panel.set_xlabel(unit, fontsize=8)

@@ -1,4 +1,4 @@
-"""What can be seen of a prompt: its neighbours in the vocabulary, its norms, and what each vector does."""
+"""Facts about a prompt: its neighbours in the vocabulary, its norms, and the effect of each vector."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -40,10 +41,10 @@ class Neighbour:
 
 @dataclass
 class Reading:
-    """One prompt beside the vocabulary; P entries each."""
+    """One prompt compared with the vocabulary; P entries each."""
 
     cosine: list[list[Neighbour]]
-    """Per vector the nearest by cosine, nearest first."""
+    """For each vector the nearest tokens by cosine, nearest first."""
     euclidean: list[list[Neighbour]]
     norms: list[float]
     norm_ranks: list[float]
@@ -54,7 +55,7 @@ class Reading:
 
 @dataclass
 class Ablation:
-    """What dropping each vector changes on rows. Vectors act together: changes do not add up."""
+    """The effect of dropping each vector, on rows. Vectors act together, so changes do not add up."""
 
     prompt: str
     rows: int
@@ -71,7 +72,7 @@ class Ablation:
 
 @dataclass
 class Interpretation:
-    """All that :func:`interpret` finds."""
+    """The result of :func:`interpret`."""
 
     caveat: str
     prompts: dict[str, Reading]
@@ -80,7 +81,7 @@ class Interpretation:
     mean_cosine: list[list[float]]
     """[N, N] between prompts: cosine of mean vectors."""
     aligned_cosine: list[list[float]]
-    """[N, N] between prompts: mean cosine of vectors at the same places, as far as the shorter one goes."""
+    """[N, N] between prompts: mean cosine of vectors at the same places, up to the shorter prompt's length."""
     ablation: Ablation | None
 
     def to_json(self) -> dict[str, Any]:
@@ -99,13 +100,13 @@ def interpret(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Interpretation:
-    """Reads prompts against the vocabulary, against each other and, with rows, vector by vector.
+    """Compares prompts with the vocabulary and with each other. With rows, measures the effect of each vector.
 
     Args:
         prompts: [P_n, D] each, such as ``model.prompts``' parameters.
         k: neighbours per vector; at most as many as there are tokens.
-        task, rows: held-out rows on which vectors are dropped one at a time; without rows nothing is dropped.
-        ablate: the prompt whose vectors are dropped; None: the only one.
+        task, rows: held-out rows on which vectors are dropped one at a time. Without rows nothing is dropped.
+        ablate: the prompt whose vectors are dropped. None: the only one.
 
     Raises:
         ValueError: no prompts, an unknown ``ablate``, rows without a task.
@@ -118,18 +119,18 @@ def interpret(
     norms = _norms(vectors)
     readings = {name: _read(tokenizer, values, vectors, norms, k) for name, values in prompts.items()}
     means, aligned = between_prompts(list(prompts.values()))
-    found = None
+    effects = None
     if rows:
         if task is None:
-            raise ValueError("`task` must be given with rows: it says how they are read")
+            raise ValueError("give `task` together with `rows`; it says how they are read")
         name = _only(prompts) if ablate is None else ablate
         if name not in prompts:
             raise ValueError(f"`ablate` must be one of {list(prompts)}, got {name!r}")
-        found = ablation(model, tokenizer, task, rows, name, prompts[name], batch_size=batch_size, progress=progress)
+        effects = ablation(model, tokenizer, task, rows, name, prompts[name], batch_size=batch_size, progress=progress)
     levels = {"min": 0.0, "p05": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-    quantiles = torch.from_numpy(_quantiles(norms, list(levels.values()))).tolist()
+    quantiles = np.quantile(norms.numpy(), list(levels.values())).tolist()  # torch's refuses large vocabularies
     return Interpretation(
-        CAVEAT, readings, dict(zip(levels, quantiles, strict=True)), means.tolist(), aligned.tolist(), found
+        CAVEAT, readings, dict(zip(levels, quantiles, strict=True)), means.tolist(), aligned.tolist(), effects
     )
 
 
@@ -185,12 +186,12 @@ def _change(whole: RowScores, shortened: RowScores) -> tuple[float, float]:
 
 def _only(prompts: Mapping[str, Tensor]) -> str:
     if len(prompts) != 1:
-        raise ValueError(f"`ablate` must name one of the {len(prompts)} prompts: {list(prompts)}")
+        raise ValueError(f"`ablate` must be one of {list(prompts)}, got None")
     return next(iter(prompts))
 
 
 def _vocabulary(model: SoftPromptModel, tokenizer: Any) -> Tensor:
-    """[V, D] as the model sees them; rows behind the tokenizer's last token are padding of the table."""
+    """[V, D] as the model sees them. Rows after the tokenizer's last token are padding of the table."""
     table = embedding_table(model.get_input_embeddings())
     count = min(len(tokenizer), table.weight.shape[0])
     return table(torch.arange(count, device=table.weight.device)).detach()
@@ -199,12 +200,6 @@ def _vocabulary(model: SoftPromptModel, tokenizer: Any) -> Tensor:
 def _norms(vectors: Tensor) -> Tensor:
     """[V] float32, on the host."""
     return torch.cat([part.float().norm(dim=1).cpu() for part in vectors.split(CHUNK)])
-
-
-def _quantiles(values: Tensor, levels: list[float]) -> Any:
-    import numpy as np  # torch's own refuses large vocabularies
-
-    return np.quantile(values.numpy(), levels)
 
 
 def _read(tokenizer: Any, prompt: Tensor, vectors: Tensor, norms: Tensor, k: int) -> Reading:
@@ -233,6 +228,6 @@ def _read(tokenizer: Any, prompt: Tensor, vectors: Tensor, norms: Tensor, k: int
 
 def _neighbours(tokenizer: Any, ids: Tensor, values: Tensor) -> list[list[Neighbour]]:
     return [
-        [Neighbour(i, tokenizer.decode([i]), value) for i, value in zip(row, found, strict=True)]
-        for row, found in zip(ids.tolist(), values.tolist(), strict=True)
+        [Neighbour(i, tokenizer.decode([i]), value) for i, value in zip(row, near, strict=True)]
+        for row, near in zip(ids.tolist(), values.tolist(), strict=True)
     ]

@@ -1,8 +1,8 @@
 """Shorter prompts: vectors that do not help are removed, after XPrompt (Ma et al. 2022, arXiv 2210.04457).
 
-XPrompt scores tokens by the gradient of a mask and retrains what is left from its earlier values ("rewinding"). Here a
-vector's score is its ablation loss, what dropping it changes on the selection rows, and nothing is retrained: to go on
-tuning, start a run with the pruned prompt as ``init``.
+XPrompt scores tokens by the gradient of a mask and retrains the remaining ones from their earlier values
+("rewinding"). Here a vector's score is its ablation loss: the change of the loss on the selection rows without the
+vector. Nothing is retrained. To continue tuning, start a run with the pruned prompt as ``init``.
 """
 
 from __future__ import annotations
@@ -17,33 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.files import write_atomically
 from ..evaluation.likelihood import Progress
 from ..evaluation.prompt_scoring import score_prompts
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import FastSoftPrompt
-from ..tasks.examples import usable_rows
+from ..tasks.examples import Examples, usable_rows
 from ..tasks.task import Task
 
 Mask = Tensor
-"""[P, pieces] boolean: which pieces of which vectors are kept; a vector without any is removed."""
+"""[P, pieces] boolean: the pieces of each vector that are kept. A vector without any is removed."""
 
 
 @dataclass
 class Pruned:
-    """A shorter prompt and how it came about."""
+    """A shorter prompt, its scores, and the vectors that were removed."""
 
     prompt: Tensor
     """[P', D]"""
     kept: list[int]
-    """Places of its vectors in the prompt it was made from."""
+    """Places of its vectors in the original prompt."""
     removed: list[int]
-    """In the order in which they went."""
+    """Places of the removed vectors, in the order of removal."""
     loss_changes: list[float]
     """[P], the first ablation: change of the loss on the selection rows without the vector."""
     zeroed_pieces: int
-    """Pieces of kept vectors set to zero; 0 unless asked for."""
+    """Pieces of kept vectors set to zero; 0 without ``pieces``."""
     selection: dict[str, dict[str, float]]
-    """Scores ``before`` and ``after`` on the rows used for choosing: too good, for they were chosen by."""
+    """Scores ``before`` and ``after`` on the selection rows. Too good, because these rows decided what to remove."""
     held_out: dict[str, dict[str, float]]
     """Scores ``before`` and ``after`` on other rows."""
 
@@ -54,15 +55,15 @@ class Pruned:
         """Writes ``folder/<task.prompt>/`` as ``tune`` does, task included, and ``folder/pruning.json``.
 
         Raises:
-            FileExistsError: there is such a prompt already.
+            FileExistsError: the prompt's folder already exists.
         """
         own = Path(folder) / task.prompt
         if own.exists():
-            raise FileExistsError(f"{own} must not exist; choose another output folder")
+            raise FileExistsError(f"{own} already exists; choose another output folder")
         bank = FastSoftPrompt.frozen({task.prompt: self.prompt}, like=model.prompts)
         SoftPromptModel(model.base_model, bank, execution="padded").save_pretrained(folder)
         task.save(own)
-        (Path(folder) / "pruning.json").write_text(json.dumps(self.to_json(), indent=2) + "\n")
+        write_atomically(Path(folder) / "pruning.json", json.dumps(self.to_json(), indent=2) + "\n")
         return own
 
 
@@ -83,18 +84,18 @@ def prune(
 ) -> Pruned:
     """Removes vectors one by one while the loss on the selection rows does not rise.
 
-    All vectors are scored once by ablation (P prompts in mixed batches), then tried from the least useful on: a vector
-    whose removal does not raise the loss goes. That is about 2 P passes over the selection rows.
+    All vectors are scored once by ablation (P prompts in mixed batches). Then they are tried in order, the least useful
+    first: a vector is removed if that does not raise the loss. This takes about 2 P passes over the selection rows.
 
     Args:
         prompt: [P, D]; not changed.
-        selection_rows: decide what goes.
-        held_out_rows: others, scored before and after; what counts.
-        min_tokens: vectors to keep at least.
-        tolerance: how far the loss may lie above the lowest seen so far; 0: no removal may raise it.
-        rescore: score what is left again after each removal and take the least useful one: P * P / 2 passes.
-        pieces: above 1: XPrompt's second level. Each kept vector is cut into so many pieces of D / pieces numbers,
-            which are then scored and set to zero in the same way.
+        selection_rows: decide which vectors are removed.
+        held_out_rows: other rows, scored before and after. Trust these scores.
+        min_tokens: fewest vectors to keep.
+        tolerance: how far the loss may rise above the lowest seen so far. 0: no removal may raise it.
+        rescore: score the remaining vectors again after each removal, and try the least useful: P * P / 2 passes.
+        pieces: above 1, XPrompt's second level: each kept vector is cut into this many pieces of D / pieces numbers.
+            The pieces are then scored and set to zero in the same way.
 
     Raises:
         ValueError: naming the argument, the rule and the value.
@@ -110,48 +111,46 @@ def prune(
     selection, held_out = usable_rows(task, selection_rows), usable_rows(task, held_out_rows)
 
     def losses(masks: list[Mask]) -> list[float]:
-        found = score_prompts(
-            model,
-            tokenizer,
-            task,
-            selection,
-            {str(i): apply_mask(values, mask) for i, mask in enumerate(masks)},
-            batch_size=batch_size,
-            progress=progress,
-        )
-        return [scores.loss for scores in found.values()]
+        prompts = {str(i): apply_mask(values, mask) for i, mask in enumerate(masks)}
+        scores = score_prompts(model, tokenizer, task, selection, prompts, batch_size=batch_size, progress=progress)
+        return [score.loss for score in scores.values()]
 
     mask = torch.ones(P, max(pieces, 1), dtype=torch.bool)
     search = _Search(losses, mask, tolerance, rescore)
     whole = search.lowest
-    fixed = 0 if task.special_tokens else 1  # behind BOS, its vector is the first and stays
+    fixed = 0 if task.special_tokens else 1  # a prompt after BOS begins with BOS's vector, which stays
     removed, first = search.eliminate([(i, slice(None)) for i in range(P)], P - min_tokens, fixed)
     zeroed: list[int] = []
     if pieces > 1:
         parts = [(i, slice(j, j + 1)) for i in range(fixed, P) if search.mask[i].any() for j in range(pieces)]
         zeroed, _ = search.eliminate(parts, len(parts), keep_vectors=True)
     mask = search.mask
-    result = apply_mask(values, mask)
-    both = {"before": values, "after": result}
-    scored = [
-        {
-            name: s.summary()
-            for name, s in score_prompts(model, tokenizer, task, part, both, batch_size=batch_size).items()
-        }
-        for part in (selection, held_out)
-    ]
-    kept = [i for i in range(P) if mask[i].any()]
-    return Pruned(result.clone(), kept, removed, [loss - whole for loss in first], len(zeroed), scored[0], scored[1])
+    shorter = apply_mask(values, mask)
+
+    def before_and_after(rows: Examples) -> dict[str, dict[str, float]]:
+        prompts = {"before": values, "after": shorter}
+        scores = score_prompts(model, tokenizer, task, rows, prompts, batch_size=batch_size)
+        return {name: score.summary() for name, score in scores.items()}
+
+    return Pruned(
+        prompt=shorter.clone(),
+        kept=[i for i in range(P) if mask[i].any()],
+        removed=removed,
+        loss_changes=[loss - whole for loss in first],
+        zeroed_pieces=len(zeroed),
+        selection=before_and_after(selection),
+        held_out=before_and_after(held_out),
+    )
 
 
 def apply_mask(prompt: Tensor, mask: Mask) -> Tensor:
-    """[P, D], [P, pieces] -> [P', D]: removed vectors gone, removed pieces zero."""
+    """[P, D], [P, pieces] -> [P', D]: without the removed vectors; removed pieces are zero."""
     spread = mask.repeat_interleave(prompt.shape[1] // mask.shape[1], dim=1).to(prompt.device)
     return (prompt * spread)[mask.any(1).to(prompt.device)]
 
 
 class _Search:
-    """Greedy removal of units (a vector, or a piece of one) while the loss stays near the lowest seen."""
+    """Removes units (vectors, or pieces of one) greedily while the loss stays near the lowest seen."""
 
     def __init__(
         self, losses: Callable[[list[Mask]], list[float]], mask: Mask, tolerance: float, rescore: bool
@@ -165,8 +164,8 @@ class _Search:
         """Removes up to ``most`` units, the least useful first.
 
         Args:
-            fixed: so many of the first units stay.
-            keep_vectors: the last piece of a vector stays; without it the vector would be gone.
+            fixed: the first ``fixed`` units stay.
+            keep_vectors: the last piece of a vector stays.
 
         Returns:
             The removed units' places in ``units``, and the loss without each single unit at the start.
@@ -185,7 +184,7 @@ class _Search:
                 (loss,) = self.losses([smaller])
             if loss > self.lowest + self.tolerance:
                 if fresh:
-                    break  # the least useful one hurts: so do the others
+                    break  # removing any other unit raises the loss even more
                 continue
             self.mask, self.lowest = smaller, min(self.lowest, loss)
             removed.append(candidate)

@@ -1,4 +1,4 @@
-"""How alike prompts are, from their vectors alone."""
+"""Similarity of prompts, computed from their vectors alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity, normalize
 def token_cosines(a: Tensor, b: Tensor) -> Tensor:
     """[P, D], [P', D] -> [P, P'], the cosine of every pair of vectors."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"prompts must be [P, D] with one D, got {list(a.shape)} and {list(b.shape)}")
+        raise ValueError(f"prompts must be [P, D] with the same D, got {list(a.shape)} and {list(b.shape)}")
     return normalize(a.detach().cpu().double(), dim=1) @ normalize(b.detach().cpu().double(), dim=1).T
 
 
@@ -29,7 +29,7 @@ def pairwise_cosine(a: Tensor, b: Tensor) -> float:
 def aligned_cosine(a: Tensor, b: Tensor) -> float:
     """Mean cosine of the vectors at the same places, over as many as the shorter prompt has.
 
-    Tells whether one prompt was grown out of the other: places mean little between runs that began apart.
+    It shows whether one prompt was tuned from the other. Between runs with different starts, places mean little.
     """
     return token_cosines(a, b).diagonal().mean().item()
 

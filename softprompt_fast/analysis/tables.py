@@ -9,27 +9,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .data_analysis import Analysis
 from .interpretation import Interpretation
 from .pruning import Pruned
+from .results import Analysis
 from .transfer import Similarity
 
 
-def print_analysis(found: Analysis, console: Console) -> None:
-    lengths = Table("tokens", "mean", *found.text.quantiles, title="Lengths")
-    for name, values in (("text", found.text), ("answer", found.target)):
+def print_analysis(analysis: Analysis, console: Console) -> None:
+    lengths = Table("tokens", "mean", *analysis.text.quantiles, title="Lengths")
+    for name, values in (("text", analysis.text), ("answer", analysis.target)):
         lengths.add_row(name, f"{values.mean:.1f}", *map(str, values.quantiles.values()))
     console.print(lengths)
-    limit = "no fixed limit" if found.context is None else f"{found.context} ({found.over_context:.2%} do not fit)"
-    console.print(
-        f"max_length {found.max_length} cuts {found.cut_by_max_length:.2%} of the texts; model's context: {limit}"
+    limit = (
+        "no fixed limit" if analysis.context is None else f"{analysis.context} ({analysis.over_context:.2%} do not fit)"
     )
-    if found.classes:
-        total = max(1, sum(found.classes.values()))
+    console.print(
+        f"max_length {analysis.max_length} cuts {analysis.cut_by_max_length:.2%} of the texts; model's context: {limit}"
+    )
+    if analysis.classes:
+        total = max(1, sum(analysis.classes.values()))
         classes = Table("label", "rows", "share", "word", "tokens", "said without a prompt", title="Classes")
-        for label, count in found.classes.items():
-            word = found.label_words[label]
-            said = found.zero_shot_answers.get(label)
+        for label, count in analysis.classes.items():
+            word = analysis.label_words[label]
+            said = analysis.zero_shot_answers.get(label)
             classes.add_row(
                 escape(label),
                 str(count),
@@ -39,32 +41,40 @@ def print_analysis(found: Analysis, console: Console) -> None:
                 "" if said is None else str(said),
             )
         console.print(classes)
-    repeats = found.duplicates
-    rows = Table("rows", "exact", "but for case, punctuation, spaces", title="Repeats")
-    rows.add_row(f"training ({found.train_rows}) repeating an earlier text", str(repeats.exact), str(repeats.near))
+    repeats = analysis.duplicates
+    rows = Table("rows", "exact", "differing in case, punctuation, spaces", title="Repeats")
+    rows.add_row(f"training ({analysis.train_rows}) repeating an earlier text", str(repeats.exact), str(repeats.near))
     rows.add_row(
-        f"held out ({found.held_out_rows}) that stand in training", str(repeats.leaks_exact), str(repeats.leaks_near)
+        f"held out ({analysis.held_out_rows}) that are also in training",
+        str(repeats.leaks_exact),
+        str(repeats.leaks_near),
     )
     console.print(rows)
-    if found.majority is not None:
-        console.print(f"always {found.majority['label']!r}: {_scores(found.majority)}")
-    if found.zero_shot is not None:
-        console.print(f"model without a prompt: {_scores(found.zero_shot)}")
+    if analysis.majority is not None:
+        console.print(f"always {analysis.majority['label']!r}: {_scores(analysis.majority)}")
+    if analysis.zero_shot is not None:
+        console.print(f"model without a prompt: {_scores(analysis.zero_shot)}")
     recipe = Table("setting", "suggested", "because", title="Recipe")
-    for name, choice in found.recipe.choices.items():
+    for name, choice in analysis.recipe.choices.items():
         recipe.add_row(name, escape(str(choice.value)), escape(choice.reason))
     console.print(recipe)
-    for warning in found.recipe.warnings:
+    for warning in analysis.recipe.warnings:
         console.print(f"[bold yellow]warning:[/bold yellow] {escape(warning)}", highlight=False)
-    console.print(f"softprompt-fast train {found.recipe.options()} ...", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"softprompt-fast train {analysis.recipe.options()} ...", highlight=False, markup=False, soft_wrap=True
+    )
 
 
-def print_interpretation(found: Interpretation, console: Console) -> None:
-    console.print(found.caveat, style="bold yellow", highlight=False)
-    norms = ", ".join(f"{name} {value:.2f}" for name, value in found.vocabulary_norms.items())
+def print_interpretation(interpretation: Interpretation, console: Console) -> None:
+    console.print(interpretation.caveat, style="bold yellow", highlight=False)
+    norms = ", ".join(f"{name} {value:.2f}" for name, value in interpretation.vocabulary_norms.items())
     console.print(f"norms of the vocabulary: {norms}")
-    for name, reading in found.prompts.items():
-        dropped = found.ablation if found.ablation is not None and found.ablation.prompt == name else None
+    for name, reading in interpretation.prompts.items():
+        dropped = (
+            interpretation.ablation
+            if interpretation.ablation is not None and interpretation.ablation.prompt == name
+            else None
+        )
         columns = ["", "norm", "larger than", "nearest by cosine", "nearest by distance"]
         table = Table(*columns, *(["without it: loss", "accuracy"] if dropped else []), title=escape(name))
         for i, norm in enumerate(reading.norms):
@@ -79,11 +89,11 @@ def print_interpretation(found: Interpretation, console: Console) -> None:
         if dropped is not None:
             accuracy = "" if dropped.accuracy is None else f", accuracy {dropped.accuracy:.3f}"
             console.print(f"whole prompt on {dropped.rows} rows: loss {dropped.loss:.4f}{accuracy}")
-    names = list(found.prompts)
+    names = list(interpretation.prompts)
     if len(names) > 1:
         for title, values in (
-            ("cosine of mean vectors", found.mean_cosine),
-            ("mean cosine place by place", found.aligned_cosine),
+            ("cosine of mean vectors", interpretation.mean_cosine),
+            ("mean cosine place by place", interpretation.aligned_cosine),
         ):
             table = Table("", *map(escape, names), title=f"Between prompts: {title}")
             for name, row in zip(names, values, strict=True):
@@ -91,20 +101,20 @@ def print_interpretation(found: Interpretation, console: Console) -> None:
             console.print(table)
 
 
-def print_pruned(found: Pruned, console: Console) -> None:
-    count = len(found.loss_changes)
-    console.print(f"{count} vectors, {len(found.kept)} kept: {found.kept}; removed in this order: {found.removed}")
-    if found.zeroed_pieces:
-        console.print(f"{found.zeroed_pieces} pieces of the kept vectors set to zero")
+def print_pruned(pruned: Pruned, console: Console) -> None:
+    count = len(pruned.loss_changes)
+    console.print(f"{count} vectors, {len(pruned.kept)} kept: {pruned.kept}; removed in this order: {pruned.removed}")
+    if pruned.zeroed_pieces:
+        console.print(f"{pruned.zeroed_pieces} pieces of the kept vectors set to zero")
     table = Table("rows", "before", "after", title="Scores")
-    for name, part in (("selection (chosen by: too good)", found.selection), ("other rows", found.held_out)):
+    for name, part in (("selection (used to choose: too good)", pruned.selection), ("other rows", pruned.held_out)):
         table.add_row(f"{name}, {part['before']['rows']:.0f}", _scores(part["before"]), _scores(part["after"]))
     console.print(table)
 
 
-def print_similar(found: Sequence[Similarity], console: Console) -> None:
+def print_similar(sources: Sequence[Similarity], console: Console) -> None:
     table = Table("", "prompt", "on the rows", "cosine of means", "mean cosine", title="Sources, the best first")
-    for place, source in enumerate(found, 1):
+    for place, source in enumerate(sources, 1):
         numbers = [source.mean_cosine, source.pairwise_cosine]
         table.add_row(
             str(place),

@@ -1,4 +1,4 @@
-"""Which stored prompt to start from: sources ranked for a task.
+"""Stored prompts ranked as starting points for a task.
 
 SPoT (Vu et al. 2022, arXiv 2110.07904) retrieves source prompts by the cosine of prompts; Su et al. (2022, arXiv
 2111.06719) measure transfer by what a prompt scores on the target task.
@@ -28,9 +28,9 @@ class Similarity:
 
     name: str
     scores: dict[str, float] | None
-    """On the target's rows, with 95 % intervals: ``loss`` and ``accuracy`` or ``perplexity``; None: no rows."""
+    """``loss`` and ``accuracy`` or ``perplexity`` on the target's rows, with 95 % intervals. None: no rows."""
     mean_cosine: float | None
-    """Cosine of the mean vectors with the target prompt's; None: no target prompt."""
+    """Cosine of this prompt's mean vector and the target prompt's. None: no target prompt."""
     pairwise_cosine: float | None
     """Mean cosine over all pairs of vectors."""
 
@@ -52,15 +52,15 @@ def similar(
 ) -> list[Similarity]:
     """Ranks stored prompts as starting points for a task, the best first.
 
-    With rows, by the loss on them: it is what tuning goes on to lower, it orders sources that answer equally many rows
-    rightly, and it needs no tuned target prompt. Without rows, by the cosine of mean vectors (SPoT's retrieval).
+    With rows, the ranking is by the loss on them. Tuning minimises that loss, it orders sources of equal accuracy, and
+    it needs no tuned target prompt. Without rows, the ranking is by the cosine of mean vectors (SPoT's retrieval).
 
     Args:
-        task: how the target's rows are read; None only without rows.
-        rows: labelled rows of the target; few are enough to tell good sources from bad ones. May be empty.
+        task: how the target's rows are read. None only without rows.
+        rows: labelled rows of the target; a few are enough to tell good sources from bad ones. May be empty.
         sources: [P_n, D] each, of any lengths; all run in mixed batches.
         target: [P, D], such as a prompt tuned on the target for a few steps.
-        baseline: score no prompt at all, too, as ``(no prompt)``; only with rows.
+        baseline: also score the model without a prompt, as ``(no prompt)``. Only with rows.
 
     Raises:
         ValueError: no sources, or neither rows nor a target prompt.
@@ -68,24 +68,17 @@ def similar(
     if not sources:
         raise ValueError("`sources` must hold at least one prompt, got none")
     if not rows and target is None:
-        raise ValueError("`rows` or `target` must be given: there is nothing to compare the sources with")
+        raise ValueError("give `rows` or `target`; without them there is nothing to compare the sources with")
     if rows and task is None:
-        raise ValueError("`task` must be given with rows: it says how they are read")
+        raise ValueError("give `task` together with `rows`; it says how they are read")
     scores: dict[str, dict[str, float]] = {}
     candidates: dict[str, Tensor | None] = dict(sources)
     if rows and task is not None:
         if baseline:
             candidates[NO_PROMPT] = None
-        found = score_prompts(
-            model,
-            tokenizer,
-            task,
-            usable_rows(task, rows),
-            candidates,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        scores = {name: result.summary() for name, result in found.items()}
+        usable = usable_rows(task, rows)
+        row_scores = score_prompts(model, tokenizer, task, usable, candidates, batch_size=batch_size, progress=progress)
+        scores = {name: result.summary() for name, result in row_scores.items()}
     ranked = []
     for name, values in candidates.items():
         compared = values is not None and target is not None

@@ -9,13 +9,12 @@ from typing import Any
 
 BLUE, RED, GREY = "#4477aa", "#d1495b", "#9a9a9a"
 
-
 SHOWN = 30
-"""Bars and ticks with a label of their own; more would not be readable."""
+"""Most bars and ticks that get a label; more would not be readable."""
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure that draws with Agg, whatever backend is active."""
+    """An empty figure that draws with Agg, even if another backend is active."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,7 +24,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: PathLike[str] | str) -> Path:
-    """Writes svg, png or pdf by the path's ending; the same figure gives the same svg."""
+    """Writes svg, png or pdf, chosen by the path's ending. The same figure gives the same svg."""
     import matplotlib
 
     path = Path(path)
@@ -62,7 +61,7 @@ def bars(
 def heat_map(
     figure: Any, panel: Any, values: Sequence[Sequence[float]], labels: Sequence[str], *, title: str = ""
 ) -> None:
-    """A square matrix of cosines, numbers written in where there is room."""
+    """A square matrix of cosines; up to 10 labels, the numbers are written into it."""
     image = panel.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1, aspect="equal")
     ticks, shown = _thinned([clean(label) for label in labels])
     panel.set_xticks(ticks, shown, rotation=90, fontsize=7)
@@ -78,7 +77,7 @@ def heat_map(
 
 
 def clean(text: str, most: int = 24) -> str:
-    """Short, and without what matplotlib would read as a formula or could not draw."""
+    """A short label, without characters that matplotlib reads as a formula or cannot draw."""
     text = "".join(c if c.isprintable() else "?" for c in text.replace("$", r"\$"))
     return text if len(text) <= most else text[: most - 3] + "..."
 

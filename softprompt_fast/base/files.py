@@ -10,6 +10,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Writes a scratch file next to ``path`` and renames it. Makes the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text, encoding="utf-8")
@@ -27,12 +28,12 @@ def save_tensors_atomically(path: Path, tensors: dict[str, Any], metadata: dict[
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Numbers that are none (NaN) are an error here, not in whoever reads the file."""
+    """Writes JSON atomically. NaN and infinity are not JSON, so they raise a ValueError."""
     write_atomically(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None: not there, or not whole."""
+    """Reads a JSON object; None: there is no such file, or it is incomplete."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
@@ -41,5 +42,5 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files of a folder."""
+    """Bytes of all files in a folder and below."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

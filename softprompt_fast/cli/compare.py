@@ -114,7 +114,8 @@ def compare(
             threads=threads,
             timeout=None if timeout is None else 60 * timeout,
             data_name=name or Path(data).stem,
-            facts={"files": {"data": data, "validation": validation, "test": test}, "split_seed": split_seed},
+            files={"data": data, "validation": validation, "test": test},
+            split_seed=split_seed,
             console=console,
         )
     except KeyboardInterrupt:

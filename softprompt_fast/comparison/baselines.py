@@ -19,8 +19,8 @@ from ..tuning.objective import choose_loss
 from .backends import Packed, PeftPrompt, Plain
 from .encoding import Encoder
 from .loop import Trained, train
-from .methods import Ready, Work
 from .scores import score_rows
+from .work import Ready, Work
 
 BEST = "best.safetensors"
 

@@ -1,4 +1,4 @@
-"""What a prediction costs, counted: tokens in front of a row, and operations."""
+"""The cost of a prediction: tokens in front of a row, and operations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class Cost:
 
     text_tokens: float
     prefix_tokens: float
-    """What the method puts in front of every row's text."""
+    """Tokens that the method puts in front of every row's text."""
     flops: float
-    """Of a forward pass over prefix and text up to one set of logits, the row alone and nothing kept."""
+    """Operations of a forward pass over prefix and text, for one row alone and without a cache."""
     flops_cached: float
-    """The same where the prefix's keys and values are kept between rows."""
+    """The same if the prefix's keys and values are cached between rows."""
 
 
 def cost(model: Any, text_tokens: Sequence[int], prefix_tokens: float, *, uses_head: bool = True) -> Cost:
-    """Two operations per weight of a matrix and token, and attention's products; normalisations are not counted.
+    """Counts two operations per matrix weight and token, and the products in attention, but no normalisations.
 
-    All experts of a mixture count, which is too many.
+    In a mixture of experts, all experts are counted. That is more than run.
     """
     matrices, head = matrix_weights(model)
     head = head if uses_head else 0
@@ -38,7 +38,7 @@ def cost(model: Any, text_tokens: Sequence[int], prefix_tokens: float, *, uses_h
 
 
 def matrix_weights(model: Any) -> tuple[int, int]:
-    """Weights that every token is multiplied with, and those of the head, which only the last one is."""
+    """Weights that run for every token, and the head's weights, which run for the last token only."""
     embeddings = {id(model.get_input_embeddings().weight)}
     output = model.get_output_embeddings()
     head = 0

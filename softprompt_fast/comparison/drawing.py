@@ -9,22 +9,22 @@ from typing import Any
 
 from ..base.figures import BLUE, GREY, RED, new_figure
 from . import words
-from .run import Comparison
+from .result import Comparison
 from .summary import REFERENCE, MethodSummary
 
 
-def scores_figure(found: Comparison) -> Any:
+def scores_figure(comparison: Comparison) -> Any:
     """Each method's score with its interval and its seeds."""
-    shown = [s for s in found.summaries if s.score is not None]
+    shown = comparison.scored
     figure = new_figure(7.2, 1.2 + 0.36 * max(1, len(shown)))
     panel = figure.subplots()
-    _scores(panel, shown, found.facts["metric"])
+    _scores(panel, shown, comparison.setup.metric)
     return figure
 
 
-def cost_figure(found: Comparison) -> Any:
+def cost_figure(comparison: Comparison) -> Any:
     """Training time, memory, storage and cost of a prediction, method by method."""
-    shown = [s for s in found.summaries if s.score is not None]
+    shown = comparison.scored
     figure = new_figure(9.4, 1.4 + 0.62 * max(1, len(shown)))
     panels = figure.subplots(2, 2).flat
     for panel, (title, values, label) in zip(panels, _costs(shown), strict=True):
@@ -32,19 +32,19 @@ def cost_figure(found: Comparison) -> Any:
     return figure
 
 
-def overview_figure(found: Comparison) -> Any:
+def overview_figure(comparison: Comparison) -> Any:
     """Scores and costs in one picture."""
-    shown = [s for s in found.summaries if s.score is not None]
+    shown = comparison.scored
     figure = new_figure(10, 1.6 + 0.8 * max(1, len(shown)))
     grid = figure.add_gridspec(3, 2, height_ratios=(1.15, 1, 1))
-    _scores(figure.add_subplot(grid[0, :]), shown, found.facts["metric"])
+    _scores(figure.add_subplot(grid[0, :]), shown, comparison.setup.metric)
     for at, (title, values, label) in enumerate(_costs(shown)):
         _bars(figure.add_subplot(grid[1 + at // 2, at % 2]), shown, values, title, label)
     return figure
 
 
 def inline_svg(figure: Any, title: str) -> str:
-    """An svg element that stands in a page by itself: nothing in it points anywhere else."""
+    """An svg element for a page; it refers to nothing outside itself."""
     import matplotlib
 
     stream = io.StringIO()
@@ -76,11 +76,7 @@ def _costs(shown: Sequence[MethodSummary]) -> list[tuple[str, list[float], Any]]
         ("training, seconds (without evaluation)", [s.train_seconds or 0.0 for s in shown], words.seconds),
         ("peak memory, of training where there is any", [_memory(s) for s in shown], words.size),
         ("stored per task", [s.stored_bytes or 0.0 for s in shown], words.size),
-        (
-            "operations per prediction, the row alone",
-            [s.flops_per_row or 0.0 for s in shown],
-            words.count,
-        ),
+        ("operations per prediction, the row alone", [s.flops_per_row or 0.0 for s in shown], words.count),
     ]
 
 
@@ -89,7 +85,7 @@ def _memory(summary: MethodSummary) -> float:
 
 
 def _bars(panel: Any, shown: Sequence[MethodSummary], values: Sequence[float], title: str, label: Any) -> None:
-    """Bars with their numbers beside them; logarithmic where they differ by more than 50 times."""
+    """Bars with their numbers; the axis is logarithmic if the largest is over 50 times the smallest."""
     colors = [RED if s.method == REFERENCE else BLUE for s in shown]
     bars = panel.barh(range(len(shown)), values, color=colors)
     positive = [value for value in values if value > 0]
@@ -101,7 +97,7 @@ def _bars(panel: Any, shown: Sequence[MethodSummary], values: Sequence[float], t
         panel.set_xlim(0, max(positive) * 1.25)
     panel.bar_label(bars, [label(value) if value > 0 else "" for value in values], padding=3, fontsize=7)
     for place, value in enumerate(values):
-        if value <= 0:  # has no place on a logarithmic axis
+        if value <= 0:  # a logarithmic axis has no place for it
             panel.text(0.01, place, "none", transform=panel.get_yaxis_transform(), va="center", fontsize=7)
     _names(panel, shown)
     panel.set_title(title, fontsize=9)

@@ -1,4 +1,4 @@
-"""The training loop of the methods that ``tune`` does not train: the same schedule, the best checkpoint kept."""
+"""The training loop of the methods that ``tune`` does not train. Same schedule; it keeps the best checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..evaluation.scores import RowScores, rank
 
 @dataclass
 class Trained:
-    """What a loop took and which of its checkpoints is the best."""
+    """A finished loop: its times and its best checkpoint."""
 
     train_seconds: float
     """Optimiser steps only."""
@@ -39,12 +39,12 @@ def train(
     batch_size: int,
     seed: int,
 ) -> Trained:
-    """AdamW with warm-up and a cosine down to zero on the parameters that require a gradient.
+    """Trains the parameters that require a gradient: AdamW, warm-up, then a cosine down to zero.
 
     Args:
-        step_loss: gives the mean loss of the rows at some places.
-        lengths: of all training rows, in tokens; rows of like length share a batch.
-        keep: saves the current weights; called when they are the best so far on the validation rows.
+        step_loss: the mean loss of the training rows with these indices.
+        lengths: of all training rows, in tokens; rows of similar length share a batch.
+        keep: saves the current weights. Called when they are the best so far on the validation rows.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total, every = int(options["steps"]), max(1, int(options["steps"]) // int(options["evaluations"]))
@@ -71,7 +71,7 @@ def train(
         losses.append(loss.detach())
         if step % every and step != total:
             continue
-        mean = torch.stack(losses).mean().item()  # waits for the device, so the clock is right
+        mean = torch.stack(losses).mean().item()  # waits for the device, so that the time is right
         train_seconds += time.perf_counter() - start
         if not math.isfinite(mean):
             raise FloatingPointError(f"the training loss is {mean} at step {step}; try a smaller learning rate")
@@ -91,7 +91,7 @@ def train(
         evaluation_seconds += time.perf_counter() - start
         start = time.perf_counter()
     model.eval()
-    optimizer.zero_grad(set_to_none=True)  # else gradients would count in the memory of inference
+    optimizer.zero_grad(set_to_none=True)  # otherwise gradients would count as memory of inference
     return Trained(train_seconds, evaluation_seconds, total, best_step, history)
 
 
@@ -103,7 +103,7 @@ def schedule_at(step: int, total: int, warmup: int) -> float:
 
 
 def grouped_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches: shuffled anew each pass, rows of like length together within groups of 50 batches."""
+    """Endless batches, shuffled in each pass. Within groups of 50 batches, rows of similar length share a batch."""
     generator = random.Random(seed)
     while True:
         order = list(range(len(lengths)))

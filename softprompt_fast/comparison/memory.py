@@ -1,4 +1,4 @@
-"""Peak memory of a part of a process."""
+"""Peak memory during a part of a process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The process's largest resident size since ``reset``; on a GPU, the largest allocation there.
+    """The process's largest resident size since ``reset``; on a GPU, the most memory allocated there.
 
-    Resident size counts the interpreter, its libraries and the model. Where the system cannot forget a peak (not
-    Linux), ``resettable`` is False and the peak is that of the whole process.
+    Resident size includes the interpreter, its libraries and the model. Only Linux can reset a peak. Elsewhere
+    ``resettable`` is False and the peak is that of the whole process.
     """
 
     def __init__(self, device: Any) -> None:
@@ -27,7 +27,7 @@ class PeakMemory:
         self.resettable = True
 
     def reset(self) -> int:
-        """Forgets earlier peaks; returns the memory in use now."""
+        """Resets the peak; returns the memory in use now."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -35,7 +35,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
         with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)  # else what loading freed would count
+            ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed after loading would count
         try:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:
@@ -45,15 +45,15 @@ class PeakMemory:
     def peak(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        found = _status("VmHWM")
-        if found is not None:
-            return found
+        peak = _status("VmHWM")
+        if peak is not None:
+            return peak
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _status(name: str) -> int | None:
-    """A size of /proc/self/status in bytes."""
+    """A size from /proc/self/status, in bytes; None: not known here."""
     try:
         for line in STATUS.read_text().splitlines():
             if line.startswith(f"{name}:"):

@@ -1,67 +1,25 @@
-"""Each method: from a frozen model and rows to something that scores rows."""
+"""The methods: each turns a frozen model and rows into something that scores rows."""
 
 from __future__ import annotations
 
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..base.files import size_of
-from ..evaluation.scores import RowScores
 from ..hf.architecture import context_length
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
 from ..tuning.settings import TuningSettings
 from .backends import Packed
+from .baselines import full, lora, peft_prompt
 from .encoding import Encoder, common_start, fitting_shots
+from .probe import fit_probe
 from .scores import score_rows
-from .settings import Job
-
-
-@dataclass
-class Work:
-    """A job with its model and rows."""
-
-    job: Job
-    task: Task
-    model: Any
-    tokenizer: Any
-    splits: dict[str, Examples]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return self.job.options
-
-    @property
-    def artifacts(self) -> Path:
-        return Path(self.job.artifacts)
-
-
-@dataclass
-class Ready:
-    """A method that is ready to score rows."""
-
-    score: Callable[[Examples], RowScores]
-    prefix_tokens: float = 0.0
-    trainable_parameters: int = 0
-    stored_bytes: int = 0
-    """What one more task adds to the frozen model on disk."""
-    train_seconds: float = 0.0
-    evaluation_seconds: float = 0.0
-    uses_head: bool = True
-    """Whether a prediction needs the model's logits."""
-    detail: dict[str, Any] = field(default_factory=dict)
-    """What else a reader of the report should know."""
-
-
-class NotApplicable(Exception):
-    """A method that this kind of task does not have; not a failure."""
+from .work import NotApplicable, Ready, Work
 
 
 def zero_shot(work: Work) -> Ready:
@@ -125,13 +83,14 @@ def prompt(work: Work) -> Ready:
     shutil.rmtree(work.artifacts / "checkpoints", ignore_errors=True)
     tuned.eval()
     backend = Packed(tuned, work.task.prompt)
-    encoder = Encoder(Task.load(result.folder), work.tokenizer)  # behind BOS, texts are read without it
+    encoder = Encoder(Task.load(result.folder), work.tokenizer)  # its task.json says whether texts are read without BOS
     values = tuned.prompts[work.task.prompt]
     return Ready(
         lambda rows: score_rows(backend, encoder, rows, work.job.batch_size),
         prefix_tokens=len(values),
         trainable_parameters=result.trainable_parameters,
-        stored_bytes=size_of(result.folder) - (result.folder / TASK_FILE).stat().st_size,  # others store no task
+        stored_bytes=size_of(result.folder)
+        - (result.folder / TASK_FILE).stat().st_size,  # the other methods store no task
         train_seconds=result.tuning_seconds - result.evaluation_seconds,
         evaluation_seconds=result.evaluation_seconds,
         detail={
@@ -146,8 +105,6 @@ def prompt(work: Work) -> Ready:
 def linear_probe(work: Work) -> Ready:
     if work.task.kind != "classification":
         raise NotApplicable("a linear probe gives labels, not text")
-    from .probe import fit_probe
-
     start = time.perf_counter()
     fitted = fit_probe(work.model, work.tokenizer, work.task, work.splits, work.options, work.job.batch_size)
     seconds = time.perf_counter() - start
@@ -162,24 +119,6 @@ def linear_probe(work: Work) -> Ready:
         uses_head=False,
         detail={"C": fitted.C, "validation": fitted.searched},
     )
-
-
-def peft_prompt(work: Work) -> Ready:
-    from .baselines import peft_prompt as run
-
-    return run(work)
-
-
-def lora(work: Work) -> Ready:
-    from .baselines import lora as run
-
-    return run(work)
-
-
-def full(work: Work) -> Ready:
-    from .baselines import full as run
-
-    return run(work)
 
 
 RUNNERS: dict[str, Callable[[Work], Ready]] = {

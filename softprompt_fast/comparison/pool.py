@@ -1,4 +1,4 @@
-"""Runs jobs in processes of their own; reuses results that are there; leaves nothing running behind."""
+"""Runs each job in its own process. Reuses stored results. Ends every process it started."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import read_json, write_atomically, write_json
-from .settings import FORMAT, Job
+from .settings import RESULT_FORMAT, Job
 
 WORKER = ["-m", "softprompt_fast.comparison.worker"]
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 LOG_LINES = 5
-Report = Callable[[Job, dict[str, Any], bool], None]
-"""Called with each job's result as it comes; True: it was there already."""
+ResultCallback = Callable[[Job, dict[str, Any], bool], None]
+"""Receives a job, its result, and whether the result was stored by an earlier run."""
 
 
 @dataclass
@@ -34,11 +34,11 @@ class _Running:
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
-    """The result of the same job with the same data, unless it failed."""
-    found = read_json(Path(job.result))
-    if found is None or found.get("key") != job.key() or found.get("status") not in ("ok", "not applicable"):
+    """The stored result of the same job with the same data; None: there is none, or it is a failure."""
+    result = read_json(Path(job.result))
+    if result is None or result.get("key") != job.key() or result.get("status") not in ("ok", "not applicable"):
         return None
-    return found
+    return result
 
 
 def run_jobs(
@@ -47,28 +47,28 @@ def run_jobs(
     *,
     at_once: int = 1,
     timeout: float | None = None,
-    report: Report | None = None,
-    watch: Callable[[str], None] | None = None,
+    on_result: ResultCallback | None = None,
+    on_progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Results in the order of the jobs; a job that fails gives a result that says why.
+    """Results in the order of the jobs. The result of a job that failed says why.
 
     Args:
         folder: for job files and logs.
-        at_once: processes at the same time.
-        timeout: seconds that one job may take; None: any.
-        report: called with each result as it comes.
-        watch: called all the while with what is running, in words.
+        at_once: most processes in parallel.
+        timeout: seconds that one job may take. None: no limit.
+        on_result: called with each result when it is ready.
+        on_progress: called several times a second with a text that names the running jobs.
     """
     results: dict[str, dict[str, Any]] = {}
     waiting: list[Job] = []
     for job in jobs:
-        found = stored_result(job)
-        if found is None:
+        stored = stored_result(job)
+        if stored is None:
             waiting.append(job)
         else:
-            results[job.name] = found
-            if report is not None:
-                report(job, found, True)
+            results[job.name] = stored
+            if on_result is not None:
+                on_result(job, stored, True)
     running: list[_Running] = []
     try:
         while waiting or running:
@@ -82,10 +82,10 @@ def run_jobs(
                     _stop([one])
                 running.remove(one)
                 results[one.job.name] = result = _collect(one, at_once, timeout if late else None)
-                if report is not None:
-                    report(one.job, result, False)
-            if watch is not None:
-                watch(", ".join(f"{one.job.name} ({time.monotonic() - one.started:.0f} s)" for one in running))
+                if on_result is not None:
+                    on_result(one.job, result, False)
+            if on_progress is not None:
+                on_progress(", ".join(f"{one.job.name} ({time.monotonic() - one.started:.0f} s)" for one in running))
             time.sleep(POLL_SECONDS)
     finally:
         _stop(running)
@@ -96,11 +96,11 @@ def _start(job: Job, folder: Path) -> _Running:
     file, log = folder / "jobs" / f"{job.name}.json", folder / "logs" / f"{job.name}.log"
     write_atomically(file, json.dumps(asdict(job), indent=1, ensure_ascii=False) + "\n")
     log.parent.mkdir(parents=True, exist_ok=True)
-    Path(job.result).unlink(missing_ok=True)  # of other settings or of a failure
+    Path(job.result).unlink(missing_ok=True)  # it has other settings or is a failure
     environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
     if job.threads is not None:
         environment |= {name: str(job.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    # The package may have been found through sys.path alone.
+    # The process must find this package even where only sys.path led to it.
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
     command = [sys.executable, *WORKER, str(file)]
@@ -111,13 +111,13 @@ def _start(job: Job, folder: Path) -> _Running:
             stdout=stream,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # Ctrl-C in the terminal comes here, and this process ends the others
+            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others
         )
     return _Running(job, process, log, time.monotonic())
 
 
 def _collect(one: _Running, at_once: int, timeout: float | None) -> dict[str, Any]:
-    """The result a process wrote, or what is known of its end."""
+    """The result that a process wrote, or one that says how the process ended."""
     result = read_json(Path(one.job.result))
     if result is None or result.get("key") != one.job.key():
         status = one.process.returncode
@@ -131,7 +131,7 @@ def _collect(one: _Running, at_once: int, timeout: float | None) -> dict[str, An
             reason = f"ended with status {status} and no result"
         tail = _tail(one.log)
         result = {
-            "format": FORMAT,
+            "format": RESULT_FORMAT,
             "key": one.job.key(),
             "method": one.job.method,
             "seed": one.job.seed,
@@ -153,7 +153,7 @@ def _tail(log: Path) -> str:
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Ends processes and all that they started."""
+    """Ends processes and everything that they started."""
     for one in running:
         _signal(one, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS

@@ -18,12 +18,12 @@ from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .backends import Plain
 from .encoding import Encoder
-from .files import truth
+from .splits import truth
 
 
 @dataclass
 class Probe:
-    """A fitted probe and how it was found."""
+    """A fitted probe and how its C was chosen."""
 
     features: Any
     """Rows -> [rows, D] on the host."""
@@ -43,7 +43,7 @@ class Probe:
         return _scores(self.pipeline, self.task, self.features(rows), rows)
 
     def save(self, folder: Path) -> None:
-        """Everything that a prediction needs beside the frozen model, in float32."""
+        """Writes everything that a prediction needs besides the frozen model, in float32."""
         from safetensors.numpy import save_file
 
         scaler, model = self.pipeline[0], self.pipeline[-1]
@@ -57,7 +57,10 @@ class Probe:
 def fit_probe(
     model: Any, tokenizer: Any, task: Task, splits: Mapping[str, Examples], options: Mapping[str, Any], batch_size: int
 ) -> Probe:
-    """Standardised features; the C with the lowest validation loss, which also chooses the checkpoints of others."""
+    """Fits on standardised features and keeps the C with the lowest validation loss.
+
+    The other methods choose their checkpoints by the same loss.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -69,12 +72,12 @@ def fit_probe(
 
     x, y = features(splits["train"]), truth(task, splits["train"])
     if len(set(y)) < 2:
-        raise ValueError(f"the training rows must hold at least two labels, got {sorted(set(y))}")
+        raise ValueError(f"the training rows must have at least two labels, got {sorted(set(y))}")
     start = time.perf_counter()
     held_out = features(splits["validation"])
     evaluation_seconds = time.perf_counter() - start
     values = options["C"] if isinstance(options["C"], list) else [options["C"]]
-    found, searched = [], []
+    fitted, searched = [], []
     for value in values:
         pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=value, max_iter=int(options["max_iter"])))
         pipeline.fit(x, y)
@@ -82,14 +85,14 @@ def fit_probe(
         accuracy = scores.accuracy
         assert accuracy is not None
         searched.append({"C": value, "accuracy": accuracy, "loss": scores.loss})
-        found.append((scores.loss, value, pipeline))
-    _, chosen, pipeline = min(found, key=lambda one: one[0])
+        fitted.append((scores.loss, value, pipeline))
+    _, chosen, pipeline = min(fitted, key=lambda one: one[0])
     return Probe(features, pipeline, task, chosen, searched, evaluation_seconds)
 
 
 @torch.no_grad()
 def last_states(plain: Plain, texts: list[list[int]], batch_size: int) -> np.ndarray[Any, Any]:
-    """[rows, D], the last hidden state (behind the last normalisation) at each text's last token."""
+    """[rows, D], the last hidden state (after the last normalisation) at each text's last token."""
     decoder = plain.model.base_model
     accepts = set(inspect.signature(decoder.forward).parameters)
     states = None
@@ -107,12 +110,12 @@ def last_states(plain: Plain, texts: list[list[int]], batch_size: int) -> np.nda
 
 
 def _scores(pipeline: Any, task: Task, x: np.ndarray[Any, Any], rows: Examples) -> RowScores:
-    """A label that no training row has gets the probability 1e-12."""
+    """Scores of labelled rows. A label that no training row has gets the probability 1e-12."""
     scores = torch.full((len(rows), len(task.labels)), np.log(1e-12), dtype=torch.float64)
-    with np.errstate(divide="ignore"):  # a probability of 0 is bounded below
-        found = torch.from_numpy(pipeline.predict_log_proba(x)).double()
+    with np.errstate(divide="ignore"):  # a probability of 0 gets a lower bound below
+        log_probabilities = torch.from_numpy(pipeline.predict_log_proba(x)).double()
     for column, label in enumerate(pipeline.classes_):
-        scores[:, task.labels.index(str(label))] = found[:, column].clamp(min=float(np.log(1e-12)))
+        scores[:, task.labels.index(str(label))] = log_probabilities[:, column].clamp(min=float(np.log(1e-12)))
     places = torch.tensor([task.labels.index(label) for label in truth(task, rows)])
     predicted = scores.argmax(-1)
     losses = -scores.gather(-1, places[:, None])[:, 0]

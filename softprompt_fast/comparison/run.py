@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from rich.markup import escape
 from ..base.files import write_atomically, write_json
 from ..tasks.examples import Examples
 from ..tasks.task import Task
-from .files import clean_splits, truth, write_splits
 from .pool import run_jobs
+from .report import html
+from .result import Comparison, ComparisonSetup
 from .settings import (
     BATCH_SIZE,
     METHODS,
@@ -31,89 +30,9 @@ from .settings import (
     model_digest,
     resolve_options,
 )
-from .summary import MethodSummary, summarise
-from .verdict import RULES, verdict
-
-COLUMNS = (
-    "data",
-    "model",
-    "method",
-    "status",
-    "metric",
-    "score",
-    "score_sd",
-    "score_low",
-    "score_high",
-    "interval",
-    "loss",
-    "loss_low",
-    "loss_high",
-    "macro_f1",
-    "difference",
-    "p",
-    "p_holm",
-    "test",
-    "seeds",
-    "train_rows",
-    "validation_rows",
-    "test_rows",
-    "trainable_parameters",
-    "stored_bytes",
-    "prefix_tokens",
-    "text_tokens",
-    "train_seconds",
-    "evaluation_seconds",
-    "inference_seconds_per_1000",
-    "flops_per_row",
-    "flops_per_row_cached",
-    "memory_loaded",
-    "memory_training",
-    "memory_inference",
-    "reason",
-)
-
-
-@dataclass
-class Comparison:
-    """What came of a comparison; the files of ``folder`` say the same."""
-
-    folder: Path
-    facts: dict[str, Any]
-    """Model, task, rows, seeds, versions, hardware."""
-    summaries: list[MethodSummary]
-    results: list[dict[str, Any]]
-    """Of every job, as in ``runs/``."""
-    verdict: str
-
-    def __getitem__(self, method: str) -> MethodSummary:
-        for summary in self.summaries:
-            if summary.method == method:
-                return summary
-        raise KeyError(f"{method!r} is not among the methods compared: {[s.method for s in self.summaries]}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Without the rows' predictions, which ``runs/`` holds."""
-        jobs = [{key: value for key, value in result.items() if key != "rows"} for result in self.results]
-        return {
-            **self.facts,
-            "verdict": self.verdict,
-            "rules": list(RULES),
-            "methods": [summary.to_json() for summary in self.summaries],
-            "jobs": jobs,
-        }
-
-    def to_csv(self) -> str:
-        """One line per method; tables of several comparisons can be joined as they are."""
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        shared = {name: self.facts[name] for name in ("data", "model", "metric")}
-        shared |= {f"{name}_rows": count for name, count in self.facts["rows"].items()}
-        for summary in self.summaries:
-            own = {name: value for name, value in summary.to_json().items() if name in COLUMNS}
-            own |= {"seeds": " ".join(map(str, summary.seeds)), "reason": "; ".join(summary.reasons)}
-            writer.writerow(shared | own)
-        return stream.getvalue()
+from .splits import clean_splits, label_counts, truth, write_splits
+from .summary import summarise
+from .verdict import verdict
 
 
 def compare(
@@ -137,85 +56,132 @@ def compare(
     threads: int | None = None,
     timeout: float | None = None,
     data_name: str = "data",
-    facts: Mapping[str, Any] | None = None,
+    files: Mapping[str, str | None] | None = None,
+    split_seed: int | None = None,
     console: Console | None = None,
 ) -> Comparison:
     """Compares methods on one task: the same model, template, label words, rows, steps and batch size for all.
 
-    Each method and seed runs in a process of its own. Its result lands in ``output/runs/<method>-seed<seed>.json`` and
-    is used again when the same comparison runs once more, so an interrupted one goes on where it stopped. Leaves
-    ``results.json``, ``results.csv`` and ``report.html`` in ``output``, prompts and adapters in ``output/artifacts``.
+    Each method and seed runs in a process of its own and writes ``output/runs/<method>-seed<seed>.json``. The same
+    comparison run again uses the results that are there, so an interrupted one continues where it stopped. Writes
+    ``results.json``, ``results.csv`` and ``report.html`` to ``output``, prompts and adapters to ``output/artifacts``.
 
     Args:
         model: folder or name, as for ``load_base_model``; a decoder.
-        validation_rows: choose checkpoints and the probe's C. Texts that stand in the test rows are left out.
+        validation_rows: choose checkpoints and the probe's C. Texts that are also in the test rows are left out.
         test_rows: scored once per method and seed.
-        methods: some of ``METHODS``; comparisons are with ``"prompt"``.
-        seeds: of initialisations, orders of rows and the choice of examples.
-        instruction: text in front, for ``instruction`` and ``few-shot``; None: made of the label words.
+        methods: some of ``METHODS``; each is compared with ``"prompt"``.
+        seeds: for initialisation, the order of rows and the choice of examples.
+        instruction: text in front, for ``instruction`` and ``few-shot``. None: made of the label words.
         options: settings of single methods, such as ``{"lora": {"learning_rate": 1e-4}}``.
-        jobs: processes at once; more than one disturb each other's times.
-        threads: per process; None: torch's own choice, or an equal share of the cores where several run at once.
-        timeout: seconds after which a job is ended and counts as failed; None: never.
-        data_name: what the rows are called in the tables.
-        facts: what else the report should say of the data.
+        jobs: processes in parallel. With more than one, each makes the others slower, so times are less reliable.
+        threads: per process. None: torch's own choice, or an equal share of the cores if several run in parallel.
+        timeout: seconds after which a job is ended and counts as failed. None: no limit.
+        data_name: name of the data in the tables.
+        files: where each split came from, for the report.
+        split_seed: seed of the split into train, validation and test rows, for the report.
 
     Raises:
-        ValueError: an unknown method or option, or rows that cannot be used. What fails in a job raises nothing: the
-            tables say so.
+        ValueError: an unknown method or option, or rows that cannot be used. A job that fails raises nothing: the
+            tables and the report say why.
     """
     console = console or Console(stderr=True)
     output = Path(output)
     chosen = check_methods(methods)
     seeds = list(dict.fromkeys(seeds))
-    if not seeds:
-        raise ValueError("`seeds` must hold at least one seed, got none")
-    for name, number in (("jobs", jobs), ("steps", steps), ("batch_size", batch_size)):
-        if number < 1:
-            raise ValueError(f"`{name}` must be positive, got {number}")
+    _check(seeds, jobs=jobs, steps=steps, batch_size=batch_size)
     if threads is None and jobs > 1:
         threads = max(1, (os.cpu_count() or 1) // jobs)
-    given = dict(options or {})
-    check_methods([*given, *chosen])
-    if idle := [method for method in given if method not in chosen]:
-        raise ValueError(f"`options` must be of methods that are compared, got some of {', '.join(idle)}")
+    own_options = _options_by_method(
+        chosen, options or {}, task=task, steps=steps, virtual_tokens=num_virtual_tokens, instruction=instruction
+    )
     splits, left_out = clean_splits(task, train_rows, validation_rows, test_rows)
     for reason, count in left_out.items():
         console.print(f"[yellow]{count} rows are left out of {escape(reason)}[/yellow]", highlight=False)
-    digest = write_splits(output / "data", splits, task)
-    every: list[Job] = []
-    for method in chosen:
-        own = resolve_options(
-            method,
-            given.get(method, {}),
-            task=task,
-            steps=steps,
-            virtual_tokens=num_virtual_tokens,
-            instruction=instruction,
-        )
-        for seed in seeds[:1] if method in WITHOUT_SEED else seeds:
-            name = f"{method}-seed{seed}"
-            every.append(
-                Job(
-                    method=method,
-                    seed=seed,
-                    model=model,
-                    dtype=dtype,
-                    device=device,
-                    threads=threads,
-                    task=asdict(task),
-                    options=own,
-                    batch_size=batch_size,
-                    data=str((output / "data").resolve()),
-                    data_digest=digest,
-                    model_digest=model_digest(model),
-                    result=str((output / "runs" / f"{name}.json").resolve()),
-                    artifacts=str((output / "artifacts" / name).resolve()),
-                )
-            )
+    shared = {
+        "model": model,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "task": asdict(task),
+        "batch_size": batch_size,
+        "data": str((output / "data").resolve()),
+        "data_digest": write_splits(output / "data", splits, task),
+        "model_digest": model_digest(model),
+    }
+    every = [
+        _job(output, method, seed, own_options[method], shared)
+        for method in chosen
+        for seed in (seeds[:1] if method in WITHOUT_SEED else seeds)
+    ]
+    results = _run(every, output, jobs, timeout, console)
+    classification = task.kind == "classification"
+    summaries = summarise(results, chosen, truth(task, splits["test"]) if classification else [])
+    setup = ComparisonSetup(
+        data=data_name,
+        model=model,
+        metric="accuracy" if classification else "loss per token",
+        rows={name: len(rows) for name, rows in splits.items()},
+        left_out=left_out,
+        labels={name: label_counts(task, rows) for name, rows in splits.items()},
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        task=task,
+        dtype=dtype,
+        jobs_at_once=max((r.get("jobs_at_once") or 1 for r in results), default=jobs),
+        threads=threads,
+        files=None if files is None else dict(files),
+        split_seed=split_seed,
+        **_environment(results),
+    )
+    comparison = Comparison(output, setup, summaries, results, verdict(summaries, task.kind))
+    write_files(comparison)
+    return comparison
+
+
+def write_files(comparison: Comparison) -> None:
+    """``results.json``, ``results.csv`` and ``report.html``."""
+    write_json(comparison.folder / "results.json", comparison.to_json())
+    write_atomically(comparison.folder / "results.csv", comparison.to_csv())
+    write_atomically(comparison.folder / "report.html", html(comparison))
+
+
+def _check(seeds: Sequence[int], **counts: int) -> None:
+    if not seeds:
+        raise ValueError("`seeds` must hold at least one seed, got none")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"`{name}` must be positive, got {count}")
+
+
+def _options_by_method(
+    methods: Sequence[str], given: Mapping[str, Mapping[str, Any]], **shared: Any
+) -> dict[str, dict[str, Any]]:
+    """The settings of each method; an error names what cannot be used before anything runs."""
+    check_methods([*given, *methods])
+    if unused := [method for method in given if method not in methods]:
+        raise ValueError(f"`options` must name methods that are compared, got {', '.join(unused)}")
+    return {method: resolve_options(method, given.get(method, {}), **shared) for method in methods}
+
+
+def _job(output: Path, method: str, seed: int, options: dict[str, Any], shared: dict[str, Any]) -> Job:
+    name = f"{method}-seed{seed}"
+    return Job(
+        method=method,
+        seed=seed,
+        options=options,
+        result=str((output / "runs" / f"{name}.json").resolve()),
+        artifacts=str((output / "artifacts" / name).resolve()),
+        **shared,
+    )
+
+
+def _run(
+    every: Sequence[Job], output: Path, at_once: int, timeout: float | None, console: Console
+) -> list[dict[str, Any]]:
+    """The result of every job; prints a line as each comes."""
     done = 0
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)
 
     def report(job: Job, result: dict[str, Any], reused: bool) -> None:
         nonlocal done
@@ -224,49 +190,26 @@ def compare(
             f"[{done}/{len(every)}] {_line(job, result, reused)}", markup=False, highlight=False, soft_wrap=True
         )
 
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        with lock, console.status("") as status:
-            results = run_jobs(every, output, at_once=jobs, timeout=timeout, report=report, watch=status.update)
+        with FileLock(output / ".lock", timeout=0), console.status("") as status:
+            return run_jobs(
+                every, output, at_once=at_once, timeout=timeout, on_result=report, on_progress=status.update
+            )
     except Timeout as error:
         raise OSError(f"another comparison is writing to {output}; choose another output folder") from error
-    metric = "accuracy" if task.kind == "classification" else "loss per token"
-    labels = truth(task, splits["test"]) if task.kind == "classification" else []
-    summaries = summarise(results, chosen, labels)
-    known = next((r for r in results if "environment" in r), {})
-    everything: dict[str, Any] = {
-        "data": data_name,
-        "model": model,
-        "metric": metric,
-        "rows": {name: len(rows) for name, rows in splits.items()},
-        "left_out": left_out,
-        "labels": {
-            name: {label: sum(value == label for value in truth(task, rows)) for label in task.labels}
-            for name, rows in splits.items()
-        },
-        "seeds": seeds,
-        "steps": steps,
-        "batch_size": batch_size,
-        "task": asdict(task),
-        "dtype": dtype,
-        "jobs_at_once": max((r.get("jobs_at_once") or 1 for r in results), default=jobs),
-        "threads": threads,
-        "model_facts": known.get("model", {}),
-        "environment": known.get("environment", {}),
-        "same_environment": all(r["environment"] == known["environment"] for r in results if "environment" in r),
-        **(facts or {}),
+
+
+def _environment(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The setup's fields that only the jobs know."""
+    known = [r for r in results if "environment" in r]
+    if not known:
+        return {}
+    return {
+        "model_facts": known[0].get("model", {}),
+        "environment": known[0]["environment"],
+        "same_environment": all(r["environment"] == known[0]["environment"] for r in known),
     }
-    found = Comparison(output, everything, summaries, results, verdict(summaries, task.kind))
-    write_files(found)
-    return found
-
-
-def write_files(found: Comparison) -> None:
-    """``results.json``, ``results.csv`` and ``report.html``."""
-    from .report import html
-
-    write_json(found.folder / "results.json", found.to_json())
-    write_atomically(found.folder / "results.csv", found.to_csv())
-    write_atomically(found.folder / "report.html", html(found))
 
 
 def _line(job: Job, result: dict[str, Any], reused: bool) -> str:

@@ -14,14 +14,14 @@ from ..tasks.task import Task
 from ..tuning.settings import TuningSettings
 from ..tuning.settings import instruction as label_instruction
 
-FORMAT = 1
-"""Of result files; part of their key, so that files of another format are not reused."""
+RESULT_FORMAT = 1
+"""Format of result files. It is part of their key, so files of another format are not reused."""
 
 METHODS = ("zero-shot", "instruction", "few-shot", "prompt", "peft-prompt", "lora", "linear-probe", "full")
 TRAINED = ("prompt", "peft-prompt", "lora", "full")
 """Methods trained by gradient steps, with the same steps, batch size and schedule."""
 WITHOUT_SEED = ("zero-shot", "instruction", "linear-probe")
-"""Methods in which nothing is drawn: they run once, whatever the number of seeds."""
+"""Methods without any random choice. They run once, whatever the number of seeds."""
 UNTRAINED = ("zero-shot", "instruction", "few-shot")
 
 STEPS = 120
@@ -75,7 +75,7 @@ RATE_SOURCES = {
 
 @dataclass
 class Job:
-    """One method with one seed: all that its process needs to know."""
+    """One method with one seed, with everything that its process needs to know."""
 
     method: str
     seed: int
@@ -91,27 +91,29 @@ class Job:
     data_digest: str
     model_digest: str
     result: str
-    """Where the result goes."""
+    """File of the result."""
     artifacts: str
-    """Folder for what the method stores: a prompt, an adapter."""
+    """Folder for the method's prompt or adapter."""
 
     @property
     def name(self) -> str:
         return f"{self.method}-seed{self.seed}"
 
     def key(self) -> str:
-        """The same for the same settings and data, wherever they lie and on however many threads."""
+        """Identifies settings and data, wherever the files are and however many threads run."""
         facts = asdict(self)
         for other in ("data", "result", "artifacts", "threads"):
             del facts[other]
-        if self.method == "prompt":  # what is not given has defaults that may change
+        if self.method == "prompt":  # the defaults of other settings may change
             facts["options"] = TuningSettings().with_changes(self.options).to_json()
-        text = json.dumps({"format": FORMAT, "version": __version__, **facts}, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(
+            {"format": RESULT_FORMAT, "version": __version__, **facts}, sort_keys=True, ensure_ascii=False
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_methods(methods: Sequence[str]) -> list[str]:
-    """In the order of :data:`METHODS`, each once."""
+    """The methods in the order of :data:`METHODS`, each once."""
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise ValueError(f"`methods` must be some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
@@ -143,7 +145,7 @@ def resolve_options(
     virtual_tokens: int,
     instruction: str | None,
 ) -> dict[str, Any]:
-    """A method's settings: its defaults, what all methods share, and what the caller sets for it alone."""
+    """A method's settings: its defaults, then those that all methods share, then ``given`` for this method alone."""
     options = dict(DEFAULTS[method])
     if "steps" in options:
         options["steps"] = steps
@@ -164,14 +166,14 @@ def resolve_options(
 
 
 def default_instruction(task: Task) -> str:
-    """What to do, from the labels' names."""
+    """An instruction made of the label words."""
     if task.kind == "generation":
         return "Answer the following.\n"
     return label_instruction(task.label_words)
 
 
 def model_digest(name: str) -> str:
-    """Changes when a folder's weights or configuration do; a name of the hub is its own digest."""
+    """Changes when a folder's weights or configuration change. The digest of a name on the Hub is the name itself."""
     folder = Path(name)
     if not folder.is_dir():
         return name
@@ -181,5 +183,5 @@ def model_digest(name: str) -> str:
 
 
 def _tune_keywords() -> list[str]:
-    """Settings of ``tune`` for this method alone; the rest are given by the comparison."""
+    """Settings of ``tune`` that may differ for this method; the comparison sets the others for all methods."""
     return [f.name for f in fields(TuningSettings) if f.name not in ("batch_size", "seed")]

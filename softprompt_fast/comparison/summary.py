@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import statistics as plain
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,11 @@ from ..evaluation.statistics import Array, bootstrap_interval, holm, mcnemar, pa
 from .settings import DESCRIPTIONS, WITHOUT_SEED
 
 REFERENCE = "prompt"
+
+# Metadata of a summary's fields: the group of columns in results.csv, and whether the value is a mean over seeds.
+SCORE = {"column": "score"}
+COST = {"column": "cost"}
+MEAN_COST = {"column": "cost", "mean": True}
 
 
 @dataclass
@@ -25,67 +30,58 @@ class MethodSummary:
     status: str
     """ok, failed (no seed has a result), partly failed, not applicable."""
     reasons: list[str] = field(default_factory=list)
-    """Why there is no result, by seed."""
+    """Why a seed has no result."""
     seeds: list[int] = field(default_factory=list)
-    """Those with a result."""
+    """The seeds that have a result."""
     scores: list[float] = field(default_factory=list)
     """Accuracy (classification) or loss per token (generation) of each seed."""
-    score: float | None = None
-    score_sd: float | None = None
-    """Over seeds; None with fewer than two."""
-    score_low: float | None = None
-    score_high: float | None = None
-    interval: str | None = None
-    """wilson: one accuracy; bootstrap: over rows, of the mean over seeds."""
-    loss: float | None = None
-    loss_low: float | None = None
-    loss_high: float | None = None
-    macro_f1: float | None = None
-    difference: float | None = None
-    """Of the score from the prompt's, on the seeds that both have."""
-    p: float | None = None
-    p_holm: float | None = None
-    test: str | None = None
-    """mcnemar or permutation, paired by rows."""
-    trainable_parameters: float | None = None
-    stored_bytes: float | None = None
-    prefix_tokens: float | None = None
-    text_tokens: float | None = None
-    train_seconds: float | None = None
-    evaluation_seconds: float | None = None
-    inference_seconds_per_1000: float | None = None
-    flops_per_row: float | None = None
-    flops_per_row_cached: float | None = None
-    memory_loaded: float | None = None
-    memory_training: float | None = None
-    memory_inference: float | None = None
+    score: float | None = field(default=None, metadata=SCORE)
+    score_sd: float | None = field(default=None, metadata=SCORE)
+    """Standard deviation over seeds; None with fewer than two."""
+    score_low: float | None = field(default=None, metadata=SCORE)
+    score_high: float | None = field(default=None, metadata=SCORE)
+    interval: str | None = field(default=None, metadata=SCORE)
+    """wilson: for one seed's accuracy; bootstrap: resampled rows, mean over seeds."""
+    loss: float | None = field(default=None, metadata=SCORE)
+    loss_low: float | None = field(default=None, metadata=SCORE)
+    loss_high: float | None = field(default=None, metadata=SCORE)
+    macro_f1: float | None = field(default=None, metadata=SCORE)
+    difference: float | None = field(default=None, metadata=SCORE)
+    """The score minus the prompt's, on the seeds that both have."""
+    p: float | None = field(default=None, metadata=SCORE)
+    p_holm: float | None = field(default=None, metadata=SCORE)
+    test: str | None = field(default=None, metadata=SCORE)
+    """mcnemar or permutation; both compare row by row."""
+    trainable_parameters: float | None = field(default=None, metadata=MEAN_COST)
+    stored_bytes: float | None = field(default=None, metadata=MEAN_COST)
+    prefix_tokens: float | None = field(default=None, metadata=MEAN_COST)
+    text_tokens: float | None = field(default=None, metadata=MEAN_COST)
+    train_seconds: float | None = field(default=None, metadata=MEAN_COST)
+    evaluation_seconds: float | None = field(default=None, metadata=MEAN_COST)
+    inference_seconds_per_1000: float | None = field(default=None, metadata=COST)
+    flops_per_row: float | None = field(default=None, metadata=MEAN_COST)
+    flops_per_row_cached: float | None = field(default=None, metadata=MEAN_COST)
+    memory_loaded: float | None = field(default=None, metadata=MEAN_COST)
+    memory_training: float | None = field(default=None, metadata=MEAN_COST)
+    memory_inference: float | None = field(default=None, metadata=MEAN_COST)
     options: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-MEANS = (
-    "trainable_parameters",
-    "stored_bytes",
-    "prefix_tokens",
-    "text_tokens",
-    "train_seconds",
-    "evaluation_seconds",
-    "flops_per_row",
-    "flops_per_row_cached",
-    "memory_loaded",
-    "memory_training",
-    "memory_inference",
-)
+SCORE_COLUMNS = tuple(f.name for f in fields(MethodSummary) if f.metadata.get("column") == "score")
+COST_COLUMNS = tuple(f.name for f in fields(MethodSummary) if f.metadata.get("column") == "cost")
+MEANS = tuple(f.name for f in fields(MethodSummary) if f.metadata.get("mean"))
+"""Facts of a job's result whose mean over seeds is the summary's."""
 
 
 def summarise(results: Sequence[dict[str, Any]], methods: Sequence[str], truth: Sequence[str]) -> list[MethodSummary]:
-    """One summary per method, in their order; compared with the soft prompt where it has a result.
+    """One summary per method, in the given order, compared with the soft prompt if that has a result.
 
     Args:
-        results: of all jobs, as their files hold them.
-        truth: [rows], the test rows' labels; unused for generation.
+        results: of all jobs, as in their files.
+        truth: [rows], the test rows' labels; not used for generation.
     """
     by_method = {m: [r for r in results if r["method"] == m] for m in methods}
     summaries = [_one(method, by_method[method], truth) for method in methods]
@@ -118,24 +114,21 @@ def _one(method: str, results: Sequence[dict[str, Any]], truth: Sequence[str]) -
     else:
         hits = [sum(r["rows"]["correct"]) for r in good]
         summary.scores = [hit / rows for hit in hits]
-        if len(good) == 1:
+        mean = _mean_over_seeds(good, "correct")
+        all_same = mean.min() == mean.max() and mean[0] in (0.0, 1.0)  # resampling gives the same rows each time
+        if len(good) == 1 or all_same:
             summary.score_low, summary.score_high = wilson_interval(hits[0], rows)
             summary.interval = "wilson"
         else:
-            mean = _mean_over_seeds(good, "correct")
-            if mean.min() == mean.max() and mean[0] in (0.0, 1.0):  # drawn again, such rows are always the same
-                summary.score_low, summary.score_high = wilson_interval(hits[0], rows)
-                summary.interval = "wilson"
-            else:
-                summary.score_low, summary.score_high = bootstrap_interval(mean)
-                summary.interval = "bootstrap"
-        summary.macro_f1 = plain.fmean(_macro_f1(truth, r["rows"]["predicted"]) for r in good)
-    summary.score = plain.fmean(summary.scores)
+            summary.score_low, summary.score_high = bootstrap_interval(mean)
+            summary.interval = "bootstrap"
+        summary.macro_f1 = fmean(_macro_f1(truth, r["rows"]["predicted"]) for r in good)
+    summary.score = fmean(summary.scores)
     if len(good) > 1:
-        summary.score_sd = plain.stdev(summary.scores)
+        summary.score_sd = stdev(summary.scores)
     for name in MEANS:
-        setattr(summary, name, plain.fmean(r[name] for r in good))
-    summary.inference_seconds_per_1000 = plain.fmean(1000 * r["inference_seconds"] / rows for r in good)
+        setattr(summary, name, fmean(r[name] for r in good))
+    summary.inference_seconds_per_1000 = fmean(1000 * r["inference_seconds"] / rows for r in good)
     return summary
 
 
@@ -174,9 +167,9 @@ def _compare(summaries: Sequence[MethodSummary], by_method: dict[str, list[dict[
 
 
 def _mean_over_seeds(results: Sequence[dict[str, Any]], name: str) -> Array:
-    """[rows]"""
-    found: Array = np.array([r["rows"][name] for r in results], dtype=np.float64).mean(0)
-    return found
+    """[rows], of each row's value."""
+    mean: Array = np.array([r["rows"][name] for r in results], dtype=np.float64).mean(0)
+    return mean
 
 
 def _macro_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:

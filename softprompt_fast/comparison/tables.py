@@ -7,21 +7,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import words
-from .run import Comparison
+from .result import Comparison
 
 
-def print_comparison(found: Comparison, console: Console) -> None:
-    facts = found.facts
-    rows = facts["rows"]
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    setup = comparison.setup
+    rows = setup.rows
     console.print(
-        f"{facts['data']}: {facts['model']}, {rows['train']} training, {rows['validation']} validation and "
+        f"{setup.data}: {setup.model}, {rows['train']} training, {rows['validation']} validation and "
         f"{rows['test']} test rows",
         markup=False,
         highlight=False,
     )
-    scores = Table("method", facts["metric"], "95 %", "sd (seeds)", "difference", "p", title="Scores")
+    scores = Table("method", setup.metric, "95 %", "sd (seeds)", "difference", "p", title="Scores")
     costs = Table("method", "trained", "stored", "training", "memory", "1,000 rows", "front", title="Costs")
-    for summary in found.summaries:
+    for summary in comparison.summaries:
         if summary.score is None:
             scores.add_row(summary.method, escape(summary.status))
             continue
@@ -51,7 +51,7 @@ def print_comparison(found: Comparison, console: Console) -> None:
         style="dim",
         highlight=False,
     )
-    for summary in found.summaries:
+    for summary in comparison.summaries:
         for reason in summary.reasons:
             console.print(f"{summary.method}: {reason}", markup=False, highlight=False)
-    console.print(found.verdict, markup=False, highlight=False)
+    console.print(comparison.verdict, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Is prompt tuning the right choice here? A sentence from the numbers, by rules that are stated beside it."""
+"""Is prompt tuning the right choice here? A sentence derived from the numbers by fixed rules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .settings import UNTRAINED
 from .summary import REFERENCE, MethodSummary
+from .words import size
 
 ALPHA = 0.05
 RULES = (
@@ -42,10 +43,10 @@ def verdict(summaries: Sequence[MethodSummary], kind: str) -> str:
         best = max(better, key=lambda s: sign * (s.score or 0.0))
         gain = f"{best.method} is clearly better: {_score(best.score, kind)} against {what} ({_p(best)})"
         if (best.stored_bytes or 0) <= own.stored_bytes:
-            return f"No: {gain}, and it stores {_bytes(best.stored_bytes)} per task against {_bytes(own.stored_bytes)}."
+            return f"No: {gain}, and it stores {size(best.stored_bytes)} per task against {size(own.stored_bytes)}."
         return (
-            f"It depends: {gain}, but it stores {_bytes(best.stored_bytes)} per task against "
-            f"{_bytes(own.stored_bytes)}. For one task take {best.method}; for many tasks on one model weigh its gain "
+            f"It depends: {gain}, but it stores {size(best.stored_bytes)} per task against "
+            f"{size(own.stored_bytes)}. For one task take {best.method}; for many tasks on one model weigh its gain "
             "against its size."
         )
     smaller = [
@@ -58,10 +59,12 @@ def verdict(summaries: Sequence[MethodSummary], kind: str) -> str:
     if smaller:
         names = ", ".join(s.method for s in smaller)
         return f"It may be, but {names} is not clearly worse than {what}, stores less and reads fewer tokens per row."
-    alike = [s.method for s in others if s not in worse]
+    similar = [s.method for s in others if s not in worse]
     text = f"Yes: {what}, and no method is clearly better"
-    if alike:
-        text += f"; {', '.join(alike)} cannot be told apart from it on these rows, but stores more or reads more tokens"
+    if similar:
+        text += (
+            f"; {', '.join(similar)} cannot be told apart from it on these rows, but stores more or reads more tokens"
+        )
     return text + "."
 
 
@@ -82,9 +85,3 @@ def _p(summary: MethodSummary) -> str:
     if summary.p_holm is None:
         return "not tested"
     return "p < 0.001" if summary.p_holm < 0.001 else f"p = {summary.p_holm:.3f}"
-
-
-def _bytes(value: float | None) -> str:
-    from .words import size
-
-    return size(value)

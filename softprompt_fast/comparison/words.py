@@ -1,15 +1,15 @@
-"""Numbers as people read them."""
+"""Numbers in a readable form."""
 
 from __future__ import annotations
 
 
 def size(value: float | None) -> str:
-    """Bytes."""
+    """A number of bytes."""
     return _scaled(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB"), " ")
 
 
 def count(value: float | None) -> str:
-    """Parameters, operations."""
+    """A number of parameters or operations."""
     return _scaled(value, 1000.0, ("", "k", "M", "G", "T", "P"), " ")
 
 

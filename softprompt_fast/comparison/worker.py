@@ -1,6 +1,6 @@
 """One job in its own process: ``python -m softprompt_fast.comparison.worker job.json``.
 
-Time and peak memory are this process's own, and what goes wrong here ends nothing else.
+Time and peak memory are measured for this job alone, and an error here does not end the other jobs.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from ..base.files import write_json
 from ..base.machine import environment
-from .settings import FORMAT, Job
+from .settings import RESULT_FORMAT, Job
 
 
 def main(path: str) -> int:
-    """Writes the job's result, also of a failure; returns the exit status."""
-    from ..base.files import write_json
-
+    """Writes the job's result, even if it is a failure; returns the exit status."""
     _die_with_parent()
     job = Job(**json.loads(Path(path).read_text(encoding="utf-8")))
     result: dict[str, Any] = {
-        "format": FORMAT,
+        "format": RESULT_FORMAT,
         "key": job.key(),
         "method": job.method,
         "seed": job.seed,
@@ -53,13 +52,14 @@ def run(job: Job) -> dict[str, Any]:
 
     from ..hf.architecture import is_causal, is_encoder_decoder
     from ..hf.loading import load_base_model
-    from ..ops.extension import backend as _library
+    from ..ops.extension import backend
     from ..tasks.task import Task
     from .cost import cost
     from .encoding import Encoder
-    from .files import SPLITS, read_split
     from .memory import PeakMemory
-    from .methods import RUNNERS, NotApplicable, Work
+    from .methods import RUNNERS
+    from .splits import SPLITS, read_split
+    from .work import NotApplicable, Work
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
@@ -75,7 +75,7 @@ def run(job: Job) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in model.parameters()),
             "dtype": str(model.dtype).removeprefix("torch."),
         },
-        "environment": environment(model.device, _library.state().name),
+        "environment": environment(model.device, backend.state().name),
         "load_seconds": time.perf_counter() - start,
     }
     shutil.rmtree(job.artifacts, ignore_errors=True)
@@ -88,9 +88,9 @@ def run(job: Job) -> dict[str, Any]:
     except NotApplicable as reason:
         return facts | {"status": "not applicable", "reason": str(reason)}
     facts["memory_training"] = memory.peak()
-    facts["processor_seconds"] = time.process_time() - processor  # less disturbed by what else the machine does
+    facts["processor_seconds"] = time.process_time() - processor  # less affected by other load on the machine
     memory.reset()
-    ready.score(splits["validation"][: job.batch_size])  # what the first batch sets up is not timed
+    ready.score(splits["validation"][: job.batch_size])  # warm-up: the first batch is not timed
     start, processor = time.perf_counter(), time.process_time()
     scores = ready.score(splits["test"])
     facts["inference_seconds"] = time.perf_counter() - start
@@ -99,7 +99,7 @@ def run(job: Job) -> dict[str, Any]:
     facts["memory_resettable"] = memory.resettable
     if not bool(scores.losses.isfinite().all()):
         raise FloatingPointError("scores of some test rows are not finite numbers")
-    found = cost(model, texts, ready.prefix_tokens, uses_head=ready.uses_head)
+    costs = cost(model, texts, ready.prefix_tokens, uses_head=ready.uses_head)
     predicted = None if scores.predicted is None else [task.labels[i] for i in scores.predicted.tolist()]
     return facts | {
         "status": "ok",
@@ -114,16 +114,16 @@ def run(job: Job) -> dict[str, Any]:
         "stored_bytes": ready.stored_bytes,
         "train_seconds": ready.train_seconds,
         "evaluation_seconds": ready.evaluation_seconds,
-        "text_tokens": found.text_tokens,
-        "prefix_tokens": found.prefix_tokens,
-        "flops_per_row": found.flops,
-        "flops_per_row_cached": found.flops_cached,
+        "text_tokens": costs.text_tokens,
+        "prefix_tokens": costs.prefix_tokens,
+        "flops_per_row": costs.flops,
+        "flops_per_row_cached": costs.flops_cached,
         "detail": ready.detail,
     }
 
 
 def _die_with_parent() -> None:
-    """On Linux: a comparison that is killed leaves no job behind."""
+    """On Linux: killing the comparison also ends this process."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 

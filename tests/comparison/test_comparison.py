@@ -20,9 +20,10 @@ from support.tiny_reviews import run, tiny_tokenizer
 import softprompt_fast as spf
 from softprompt_fast.base.files import read_json, size_of, write_json
 from softprompt_fast.comparison import pool, worker
-from softprompt_fast.comparison.files import clean_splits
-from softprompt_fast.comparison.run import Comparison, compare, write_files
+from softprompt_fast.comparison.result import Comparison, ComparisonSetup
+from softprompt_fast.comparison.run import compare, write_files
 from softprompt_fast.comparison.settings import METHODS, Job, parse_options
+from softprompt_fast.comparison.splits import clean_splits
 from softprompt_fast.comparison.summary import summarise
 from softprompt_fast.comparison.verdict import verdict
 from softprompt_fast.evaluation.predictions import evaluate
@@ -50,7 +51,10 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
         ("`init` of 'peft-prompt' must be one of RANDOM, .* got 'x'", {"options": {"peft-prompt": {"init": "x"}}}),
         ("`seeds` must hold at least one", {"seeds": []}),
         ("`steps` must be positive, got 0", {"steps": 0}),
-        ("`options` must be of methods that are compared", {"methods": ["prompt"], "options": {"lora": {"r": 2}}}),
+        (
+            "`options` must name methods that are compared, got lora",
+            {"methods": ["prompt"], "options": {"lora": {"r": 2}}},
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             start(**changes)
@@ -66,7 +70,7 @@ def test_texts_of_the_test_rows_leave_the_other_splits() -> None:
     splits, left = clean_splits(TASK, SPLITS["train"] + test[:2] + other[:1], [*other, test[4]], [*test, empty])
     assert (splits["train"], splits["validation"], splits["test"]) == (SPLITS["train"], other, test)
     assert sorted(left.values()) == [1, 1, 3]
-    with pytest.raises(ValueError, match="`train` must hold texts that do not stand in"):
+    with pytest.raises(ValueError, match="`train` must hold texts that are not in"):
         clean_splits(TASK, test, other, test)
 
 
@@ -89,7 +93,9 @@ def fake_worker(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(pool, "WORKER", ["-c", code])
 
 
-def test_a_process_that_dies_is_recorded_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_recorded_and_the_others_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = (
         "import json, os, signal, sys\n"
         "job = json.load(open(sys.argv[1]))\n"
@@ -129,7 +135,7 @@ def test_an_interrupted_comparison_leaves_nothing_running(tmp_path: Path, monkey
 
     jobs = [job_of("lora", tmp_path, seed=seed) for seed in (0, 1)]
     with pytest.raises(KeyboardInterrupt):
-        pool.run_jobs(jobs, tmp_path, at_once=2, report=interrupt)
+        pool.run_jobs(jobs, tmp_path, at_once=2, on_result=interrupt)
     parent, child = map(int, Path(f"{tmp_path / 'data'}.pids").read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(parent, 0)
@@ -234,27 +240,38 @@ def test_a_worker_reports_what_it_did(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found is not None and "must be a decoder, got T5" in found["reason"]
 
 
-def test_every_method_stands_in_the_report_also_without_a_result(tmp_path: Path) -> None:
+def test_every_method_is_in_the_report_even_without_a_result(tmp_path: Path) -> None:
     truth = ["yes"] * 30
     every = [result(m, 0, [1] * (20 + i) + [0] * (10 - i), detail={}) for i, m in enumerate(METHODS)]
     every[-1] = {"method": "full", "seed": 0, "status": "error", "reason": "<out> of memory", "options": {}}
-    facts = {
-        "data": "rows",
-        "model": "tiny",
-        "metric": "accuracy",
-        "rows": {"train": 1, "validation": 1, "test": 30},
-        "left_out": {},
-        "labels": {name: {"yes": 1} for name in ("train", "validation", "test")},
-        "seeds": [0],
-        "steps": 1,
-        "batch_size": 1,
-        "task": asdict(TASK),
-        "jobs_at_once": 2,
-        "environment": {},
-    }
+    setup = ComparisonSetup(
+        data="rows",
+        model="tiny",
+        metric="accuracy",
+        rows={"train": 1, "validation": 1, "test": 30},
+        left_out={},
+        labels={name: {"yes": 1} for name in ("train", "validation", "test")},
+        seeds=[0],
+        steps=1,
+        batch_size=1,
+        task=TASK,
+        jobs_at_once=2,
+    )
     summaries = summarise(every, METHODS, truth)
-    write_files(Comparison(tmp_path, facts, summaries, every, verdict(summaries, "classification")))
+    write_files(Comparison(tmp_path, setup, summaries, every, verdict(summaries, "classification")))
     page = (tmp_path / "report.html").read_text()
     assert all(f"<td>{method}</td>" in page for method in METHODS)
     assert "&lt;out&gt; of memory" in page and "http" not in page
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + len(METHODS)
+    header, *lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(lines) == len(METHODS)
+    assert header == (
+        "data,model,method,status,metric,score,score_sd,score_low,score_high,interval,loss,loss_low,loss_high,macro_f1,"
+        "difference,p,p_holm,test,seeds,train_rows,validation_rows,test_rows,trainable_parameters,stored_bytes,"
+        "prefix_tokens,text_tokens,train_seconds,evaluation_seconds,inference_seconds_per_1000,flops_per_row,"
+        "flops_per_row_cached,memory_loaded,memory_training,memory_inference,reason"
+    )
+    assert list(json.loads((tmp_path / "results.json").read_text())) == [
+        *("data", "model", "metric", "rows", "left_out", "labels", "seeds", "steps", "batch_size", "task", "dtype"),
+        *("jobs_at_once", "threads", "model_facts", "environment", "same_environment"),
+        *("verdict", "rules", "methods", "jobs"),
+    ]

@@ -23,9 +23,10 @@ from softprompt_fast.comparison.cost import cost, matrix_weights
 from softprompt_fast.comparison.encoding import Encoder, draw_shots, fitting_shots
 from softprompt_fast.comparison.loop import grouped_batches, schedule_at
 from softprompt_fast.comparison.memory import PeakMemory
-from softprompt_fast.comparison.methods import RUNNERS, NotApplicable
+from softprompt_fast.comparison.methods import RUNNERS
 from softprompt_fast.comparison.scores import score_rows
 from softprompt_fast.comparison.settings import METHODS
+from softprompt_fast.comparison.work import NotApplicable
 from softprompt_fast.evaluation.predictions import evaluate
 from softprompt_fast.evaluation.prompt_scoring import score_prompts
 from softprompt_fast.tasks.task import Task
@@ -185,13 +186,13 @@ def test_as_many_shots_as_fit() -> None:
         fitting_shots(TASK, tokenizer, "", train, 8, 0, "\n", 3)
 
 
-def test_what_stands_in_front_does_not_shorten_the_text() -> None:
+def test_a_prefix_does_not_shorten_the_text() -> None:
     tokenizer = tiny_tokenizer()
     row = {"text": "film " * 30 + "fine", "label": "yes"}
     task = replace(TASK, max_length=10)
     alone = Encoder(task, tokenizer).text(row)
-    behind = Encoder(task, tokenizer, "very dull\n").text(row)
-    assert len(alone) == 10 and behind == tokenizer("very dull").input_ids + alone
+    after = Encoder(task, tokenizer, "very dull\n").text(row)
+    assert len(alone) == 10 and after == tokenizer("very dull").input_ids + alone
     braces = Encoder(replace(TASK, max_length=50), tokenizer, "{very}\n").text(SPLITS["test"][0])
     assert braces[-3:] == Encoder(TASK, tokenizer).text(SPLITS["test"][0])[-3:]
 
@@ -219,7 +220,7 @@ def test_backends_give_the_same_scores(architecture: str, task: Task) -> None:
     assert not torch.allclose(ours.losses, packed.losses, atol=1e-3)
 
 
-def test_training_logits_stand_where_the_targets_are() -> None:
+def test_training_logits_are_those_of_the_targets() -> None:
     tokenizer = tiny_tokenizer()
     model = build("llama")
     texts, targets = [[4, 10, 7], [5, 6]], [[9, 8], [11]]

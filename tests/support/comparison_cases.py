@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from softprompt_fast.comparison.methods import Work
 from softprompt_fast.comparison.settings import Job, resolve_options
+from softprompt_fast.comparison.work import Work
 from softprompt_fast.tasks.task import Task, classification_task, generation_task
 from support.tiny_models import build
 from support.tiny_reviews import BAD, GOOD, reviews, tiny_tokenizer

@@ -1,9 +1,10 @@
-"""Files that are whole or not there, and the rows of the splits."""
+"""The rows of the splits: which are used, and their files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def read_split(folder: str, name: str) -> Examples:
 def clean_splits(
     task: Task, train: Examples, validation: Examples, test: Examples
 ) -> tuple[dict[str, Examples], dict[str, int]]:
-    """Rows that can be scored; texts that stand in the test rows leave the other splits, so that nothing leaks.
+    """Rows that can be scored. Texts that are also in the test rows leave the other splits, so that nothing leaks.
 
     Returns:
         The splits, and how many rows were left out for which reason.
@@ -52,9 +53,16 @@ def clean_splits(
         left_out[f"{name}: text also stands in {' or '.join(others)}"] = len(splits[name]) - len(kept)
         splits[name] = kept
         if not kept:
-            raise ValueError(f"`{name}` must hold texts that do not stand in {' or '.join(others)}, got none")
+            raise ValueError(f"`{name}` must hold texts that are not in {' or '.join(others)}, got none")
     return splits, {reason: count for reason, count in left_out.items() if count}
 
 
 def truth(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """[rows], the labels or responses."""
     return [str(row[task.target_column]) for row in rows]
+
+
+def label_counts(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Rows of each label; empty for generation tasks."""
+    counts = Counter(truth(task, rows))
+    return {label: counts[label] for label in task.labels}
