@@ -17,7 +17,6 @@ from torch import Tensor
 from ..tasks.encoding import label_token_ids
 from ..tasks.task import Task
 
-OBJECTIVES = ("labels", "vocabulary")
 IGNORED = -100
 
 
