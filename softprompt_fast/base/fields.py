@@ -20,7 +20,7 @@ class Rule:
     """Follows "must be" in an error."""
     holds: Callable[[Any], bool]
     metavar: str | None = None
-    """Stands for a value in the help of the command line; None: the name of the type."""
+    """Shown for a value in the help of the command line; None: the name of the type."""
     choices: tuple[str, ...] = ()
 
 
@@ -39,10 +39,10 @@ def _is_number(value: Any) -> bool:
 ANYTHING = Rule(str, "anything", lambda value: True)
 TEXTS = Rule(list[str], "a list of texts", lambda value: isinstance(value, list))
 INTEGER = Rule(int, "an integer", _is_integer)
-POSITIVE_INTEGER = Rule(int, "a positive integer", lambda value: _is_integer(value) and value >= 1, "INTEGER>=1")
-POSITIVE = Rule(float, "positive", lambda value: _is_number(value) and value > 0, "FLOAT>0")
-NOT_NEGATIVE = Rule(float, "0 or more", lambda value: _is_number(value) and value >= 0, "FLOAT>=0")
-SHARE = Rule(float, "at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1, "0<=FLOAT<1")
+POSITIVE_INTEGER = Rule(int, "a positive integer", lambda value: _is_integer(value) and value >= 1, "int>=1")
+POSITIVE = Rule(float, "positive", lambda value: _is_number(value) and value > 0, "float>0")
+NOT_NEGATIVE = Rule(float, "0 or more", lambda value: _is_number(value) and value >= 0, "float>=0")
+SHARE = Rule(float, "at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1, "0<=float<1")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,10 @@ class TuningSettings:
     batch_size: int = field(
         default=32,
         metadata=described(
-            "Rows per batch and prompt.", POSITIVE_INTEGER, group=TRAINING, flags=("--batch-size", "-b")
+            "Rows per batch, for each prompt that is tuned.",
+            POSITIVE_INTEGER,
+            group=TRAINING,
+            flags=("--batch-size", "-b"),
         ),
     )
     gradient_accumulation_steps: int = field(
@@ -192,7 +195,7 @@ class TuningSettings:
     placement: str = field(
         default="before_bos",
         metadata=described(
-            "Place of the prompt. With after_bos, the prompt is saved with the vector of BOS as its first one.",
+            "Where the prompt is placed. With after_bos, the prompt is saved with the vector of BOS as its first one.",
             one_of("before_bos", "after_bos"),
             group=PROMPT,
         ),

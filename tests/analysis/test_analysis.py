@@ -30,7 +30,7 @@ from softprompt_fast.tasks.task import Task, classification_task, generation_tas
 TASKS = {
     "one-token": classification_task(reviews(), prompt="p"),
     "several-tokens": Task("classification", "{text}", "label", {"yes": " very fine", "no": " dull"}, prompt="p"),
-    "generation": generation_task(prompt_column="text", response_column="label", prompt="p"),
+    "generation": generation_task(input_column="text", output_column="label", prompt="p"),
 }
 
 
@@ -462,7 +462,7 @@ def test_analyze_command(files: dict[str, str], tmp_path: Path) -> None:
     assert found["classes"] == {"no": 8, "yes": 8} and found["zero_shot"]["rows"] == 8
     assert "Recipe" in shown and "too few rows" in shown and "softprompt-fast train --virtual-tokens 10" in shown
     assert "<svg" in figure.read_text()
-    run("analyze", *common, "--task", "generation", "--prompt-column", "text", "--response-column", "label")
+    run("analyze", *common, "--task", "generation", "--input-column", "text", "--output-column", "label")
 
 
 def test_interpret_command(files: dict[str, str], tmp_path: Path) -> None:
