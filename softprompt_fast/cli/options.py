@@ -101,7 +101,7 @@ def options_of(
             rich_help_panel=about.group,
         )
         kind = about.rule.kind if field.default is not None else about.rule.kind | None
-        annotation = Annotated[kind, option]
+        annotation = Annotated[kind, option]  # type: ignore[valid-type]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
         )

@@ -20,7 +20,7 @@ from support.tiny_models import build
 from support.tiny_reviews import BAD, GOOD, reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
-from softprompt_fast.cli import app as cli
+from softprompt_fast.cli.app import app, console, main
 from softprompt_fast.evaluation.predictions import evaluate, predict
 from softprompt_fast.evaluation.scoring import RowScores
 from softprompt_fast.evaluation.statistics import mcnemar_of_counts
@@ -506,7 +506,7 @@ def test_an_interrupted_command_can_be_resumed(
 
     monkeypatch.setattr(search_module, "tune_tasks", interrupted)
     arguments = [*command, "--lengths", "1,2,4"]
-    result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 130 and "--resume" in result.output
     run(*arguments, "--resume")
     report = json.loads((tmp_path / "out" / "search.json").read_text())
@@ -530,8 +530,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["softprompt-fast", *command, *options])
     shown: list[str] = []
-    monkeypatch.setattr(cli.console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
+    monkeypatch.setattr(console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main()
     assert stop.value.code == 1
     assert re.search(message, "\n".join(shown)), shown

@@ -20,7 +20,7 @@ from support.tiny_models import build
 from support.tiny_reviews import reviews, run, tiny_tokenizer
 
 import softprompt_fast as spf
-from softprompt_fast.cli import app as cli
+from softprompt_fast.cli.app import console, main
 from softprompt_fast.evaluation.intervals import wilson_interval
 from softprompt_fast.evaluation.predictions import evaluate, predict
 from softprompt_fast.hf.loading import load_base_model
@@ -241,7 +241,7 @@ def test_features_mark_only_the_answer_and_long_texts_keep_their_end() -> None:
         ({"--label-word": "yes"}, "must be LABEL=WORD, got 'yes'"),
         ({"--held-out": "64"}, "`held_out` must leave rows on both sides of 64"),
         ({"--init": "nonsense"}, "`init` must be"),
-        ({"--init": "text"}, "`init_text` must hold text"),
+        ({"--init": "text"}, "--init-text must hold text"),
         ({"--dtype": "int8"}, "`dtype` must be"),
         ({"--resume": ""}, "nothing to resume"),
     ],
@@ -259,9 +259,9 @@ def test_mistakes_are_one_line(
         command += [name, value] if value else [name]
     monkeypatch.setattr(sys, "argv", ["softprompt-fast", *command])
     shown: list[str] = []
-    monkeypatch.setattr(cli.console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
+    monkeypatch.setattr(console, "print", lambda *text, **_: shown.append(" ".join(map(str, text))))
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main()
     assert stop.value.code == 1
     assert re.search(message, "\n".join(shown)), shown
 
