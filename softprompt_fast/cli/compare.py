@@ -20,94 +20,107 @@ if TYPE_CHECKING:
 NEED_PEFT = {"peft-prompt", "lora"}
 """Methods that run in PEFT."""
 
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for the results. Run the same command again to continue.")
+]
+Methods = Annotated[str | None, typer.Option(help="Methods to compare, separated by commas. By default all.")]
+ValidationRows = Annotated[
+    str | None,
+    typer.Option(help="Rows that choose checkpoints. By default a part of --data.", rich_help_panel=DATA),
+]
+TestRows = Annotated[
+    str | None,
+    typer.Option(help="Rows that are scored once, at the end. By default a part of --data.", rich_help_panel=DATA),
+]
+ValidationShare = Annotated[
+    float,
+    typer.Option(help="Share (below 1) or number of rows of --data for validation.", rich_help_panel=DATA),
+]
+TestShare = Annotated[
+    float, typer.Option(help="Share (below 1) or number of rows of --data for the test.", rich_help_panel=DATA)
+]
+CommonSplitSeed = Annotated[
+    int,
+    typer.Option(help="Seed that splits the data, the same for all methods and --seeds.", rich_help_panel=DATA),
+]
+MaxTrain = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of training rows, drawn at random.", rich_help_panel=DATA)
+]
+MaxValidation = Annotated[
+    int | None,
+    typer.Option(min=1, help="Largest number of validation rows, drawn at random.", rich_help_panel=DATA),
+]
+MaxTest = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of test rows, drawn at random.", rich_help_panel=DATA)
+]
+VirtualTokens = Annotated[
+    int, typer.Option("--virtual-tokens", "-P", min=1, help="Length of the prompts.", rich_help_panel=PROMPT)
+]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Text before each row, for instruction and few-shot; \n is a line break.", rich_help_panel=PROMPT
+    ),
+]
+Seeds = Annotated[
+    str,
+    typer.Option(help="Seeds, separated by commas. Each trained method runs once per seed.", rich_help_panel=TRAINING),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained method.", rich_help_panel=TRAINING)]
+RowsPerBatch = Annotated[
+    int, typer.Option("--batch-size", "-b", min=1, help="Rows per batch.", rich_help_panel=TRAINING)
+]
+MethodSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Option of one method as METHOD.OPTION=VALUE, such as lora.learning_rate=1e-4. Repeat it for others.",
+        rich_help_panel=TRAINING,
+    ),
+]
+DataName = Annotated[
+    str | None,
+    typer.Option(help="Name of the data in the tables. By default the file's.", rich_help_panel=OUTPUT),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Number of jobs in parallel. Timings are less reliable with more than one.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads per job.", rich_help_panel=MACHINE)]
+Timeout = Annotated[float | None, typer.Option(min=1.0, help="Minutes that one job may take.", rich_help_panel=MACHINE)]
+
 
 @with_options("task_options", TaskOptions)
 def compare(
     model: Model,
     data: Data,
     task_options: Callable[..., TaskOptions],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the results. Run the same command again to continue.")
-    ] = Path("compare"),
-    methods: Annotated[
-        str | None, typer.Option(help="Methods to compare, separated by commas. By default all.")
-    ] = None,
-    validation: Annotated[
-        str | None,
-        typer.Option(help="Rows that choose checkpoints. By default a part of --data.", rich_help_panel=DATA),
-    ] = None,
-    test: Annotated[
-        str | None,
-        typer.Option(help="Rows that are scored once, at the end. By default a part of --data.", rich_help_panel=DATA),
-    ] = None,
-    validation_share: Annotated[
-        float,
-        typer.Option(help="Share (below 1) or number of rows of --data for validation.", rich_help_panel=DATA),
-    ] = 0.1,
-    test_share: Annotated[
-        float, typer.Option(help="Share (below 1) or number of rows of --data for the test.", rich_help_panel=DATA)
-    ] = 0.2,
-    split_seed: Annotated[
-        int,
-        typer.Option(help="Seed that splits the data, the same for all methods and --seeds.", rich_help_panel=DATA),
-    ] = 0,
+    output: Output = Path("compare"),
+    methods: Methods = None,
+    validation: ValidationRows = None,
+    test: TestRows = None,
+    validation_share: ValidationShare = 0.1,
+    test_share: TestShare = 0.2,
+    split_seed: CommonSplitSeed = 0,
     split: Split = "train",
-    max_train: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of training rows, drawn at random.", rich_help_panel=DATA)
-    ] = None,
-    max_validation: Annotated[
-        int | None,
-        typer.Option(min=1, help="Largest number of validation rows, drawn at random.", rich_help_panel=DATA),
-    ] = None,
-    max_test: Annotated[
-        int | None, typer.Option(min=1, help="Largest number of test rows, drawn at random.", rich_help_panel=DATA)
-    ] = None,
-    virtual_tokens: Annotated[
-        int, typer.Option("--virtual-tokens", "-P", min=1, help="Length of the prompts.", rich_help_panel=PROMPT)
-    ] = 20,
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            help=r"Text before each row, for instruction and few-shot; \n is a line break.", rich_help_panel=PROMPT
-        ),
-    ] = None,
-    seeds: Annotated[
-        str,
-        typer.Option(
-            help="Seeds, separated by commas. Each trained method runs once per seed.", rich_help_panel=TRAINING
-        ),
-    ] = "0",
-    steps: Annotated[
-        int, typer.Option(min=1, help="Optimiser steps of every trained method.", rich_help_panel=TRAINING)
-    ] = 120,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", min=1, help="Rows per batch.", rich_help_panel=TRAINING)
-    ] = 32,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Option of one method as METHOD.OPTION=VALUE, such as lora.learning_rate=1e-4. Repeat it for others.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
+    max_train: MaxTrain = None,
+    max_validation: MaxValidation = None,
+    max_test: MaxTest = None,
+    virtual_tokens: VirtualTokens = 20,
+    instruction: Instruction = None,
+    seeds: Seeds = "0",
+    steps: Steps = 120,
+    batch_size: RowsPerBatch = 32,
+    settings: MethodSettings = None,
     figure: Figure = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of the data in the tables. By default the file's.", rich_help_panel=OUTPUT),
-    ] = None,
-    jobs: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Number of jobs in parallel. Timings are less reliable with more than one.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per job.", rich_help_panel=MACHINE)] = None,
-    timeout: Annotated[
-        float | None, typer.Option(min=1.0, help="Minutes that one job may take.", rich_help_panel=MACHINE)
-    ] = None,
+    name: DataName = None,
+    jobs: Jobs = 1,
+    threads: Threads = None,
+    timeout: Timeout = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -120,21 +133,17 @@ def compare(
     from ..comparison.run import compare as run
     from ..comparison.settings import METHODS, parse_options
     from ..comparison.tables import print_comparison
-    from ..tasks.examples import split_rows
 
     options = task_options()
     rows = read_rows(data, split)
-    train = rows
-    if test is not None:
-        test_rows = read_rows(test, split)
-    else:
-        train, test_rows = split_rows(train, test_share, split_seed)
-    if validation is not None:
-        validation_rows = read_rows(validation, split)
-    else:
-        # A share of all rows, whether or not test rows were taken from them.
-        count = round(len(rows) * validation_share) if validation_share < 1 else int(validation_share)
-        train, validation_rows = split_rows(train, max(1, count), split_seed + 1)
+    train, validation_rows, test_rows = _splits(
+        rows,
+        None if validation is None else read_rows(validation, split),
+        None if test is None else read_rows(test, split),
+        validation_share,
+        test_share,
+        split_seed,
+    )
     task = options.task(rows, model=model)
     if instruction is not None:
         instruction = instruction.replace("\\n", "\n")
@@ -172,6 +181,27 @@ def compare(
     draw_figure(lambda: overview_figure(comparison), figure)
     if all(summary.score is None for summary in comparison.summaries):
         raise typer.Exit(1)
+
+
+def _splits(
+    rows: Examples,
+    validation_rows: Examples | None,
+    test_rows: Examples | None,
+    validation_share: float,
+    test_share: float,
+    seed: int,
+) -> tuple[Examples, Examples, Examples]:
+    """Training, validation and test rows; the last two are given or taken from the rows."""
+    from ..tasks.examples import split_rows
+
+    train = rows
+    if test_rows is None:
+        train, test_rows = split_rows(train, test_share, seed)
+    if validation_rows is None:
+        # A share of all rows, whether or not test rows were taken from them.
+        count = round(len(rows) * validation_share) if validation_share < 1 else int(validation_share)
+        train, validation_rows = split_rows(train, max(1, count), seed + 1)
+    return train, validation_rows, test_rows
 
 
 def _seeds(text: str) -> list[int]:

@@ -48,7 +48,7 @@ class TaskOptions:
     label_word: list[str] | None = field(
         default=None,
         metadata=described(
-            "Word that stands for a label, as LABEL=WORD. Repeat it for each label. By default the label itself.",
+            "Word of a label, as LABEL=WORD. Repeat it for each label. By default the label itself.",
             TEXTS,
             group=DATA,
         ),

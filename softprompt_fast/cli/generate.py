@@ -22,42 +22,49 @@ from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, Prompt
 
 GENERATION = "Generation"
 
+TextColumn = Annotated[
+    str,
+    typer.Option(help="Column of the text, for rows whose prompt has no task that names it.", rich_help_panel=DATA),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=GENERATION)]
+DoSample = Annotated[
+    bool, typer.Option(help="Draw tokens instead of taking the most probable ones.", rich_help_panel=GENERATION)
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Divides the logits before tokens are drawn.", rich_help_panel=GENERATION),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Draw from the most probable tokens that together have this probability.",
+        rich_help_panel=GENERATION,
+    ),
+]
+NumBeams = Annotated[int, typer.Option(min=1, help="Beams of beam search.", rich_help_panel=GENERATION)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="Text that ends an answer. Repeat it for several texts.", rich_help_panel=GENERATION),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the drawn tokens.", rich_help_panel=GENERATION)]
+
 
 def generate(
     prompt: PromptFolders,
     data: Data,
     model: OptionalModel = None,
     prompt_name_column: PromptNameColumn = None,
-    text_column: Annotated[
-        str,
-        typer.Option(help="Column of the text, for rows whose prompt has no task that names it.", rich_help_panel=DATA),
-    ] = "text",
+    text_column: TextColumn = "text",
     split: Split = "train",
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer in tokens.", rich_help_panel=GENERATION)
-    ] = 64,
-    do_sample: Annotated[
-        bool, typer.Option(help="Draw tokens instead of taking the most probable ones.", rich_help_panel=GENERATION)
-    ] = False,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Divides the logits before tokens are drawn.", rich_help_panel=GENERATION),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Draw from the most probable tokens that together have this probability.",
-            rich_help_panel=GENERATION,
-        ),
-    ] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search.", rich_help_panel=GENERATION)] = 1,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="Text that ends an answer. Repeat it for several texts.", rich_help_panel=GENERATION),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the drawn tokens.", rich_help_panel=GENERATION)] = 0,
+    max_new_tokens: MaxNewTokens = 64,
+    do_sample: DoSample = False,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    num_beams: NumBeams = 1,
+    stop: Stop = None,
+    seed: Seed = 0,
     output: AnswersFile = None,
     resume: Resume = False,
     batch_size: BatchSize = 32,

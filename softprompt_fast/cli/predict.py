@@ -24,6 +24,33 @@ from .prompts import base_model_name, ensemble_members, folders_by_name
 
 ENGINES = ("local", "ray")
 
+Ensemble = Annotated[
+    bool, typer.Option(help="Let all prompts of the folder decide together on each row.", rich_help_panel=PROMPT)
+]
+Combine = Annotated[
+    str | None,
+    typer.Option(
+        help="How an ensemble decides: mean_probability, mean_logit or majority. By default as its ensemble.json says.",
+        rich_help_panel=PROMPT,
+    ),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, help="Longest answer in tokens, for tasks that generate text.", rich_help_panel=PROMPT)
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local answers in this process; ray spreads the rows over workers.",
+        metavar="|".join(ENGINES),
+        autocompletion=completion(ENGINES),
+        rich_help_panel=MACHINE,
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, help="Workers of --engine ray. Each has its own copy of the model.", rich_help_panel=MACHINE),
+]
+
 
 def predict(
     prompt: PromptFolders,
@@ -31,39 +58,15 @@ def predict(
     model: OptionalModel = None,
     prompt_name_column: PromptNameColumn = None,
     split: Split = "train",
-    ensemble: Annotated[
-        bool, typer.Option(help="Let all prompts of the folder decide together on each row.", rich_help_panel=PROMPT)
-    ] = False,
-    combine: Annotated[
-        str | None,
-        typer.Option(
-            help="How an ensemble decides: mean_probability, mean_logit or majority. "
-            "By default as its ensemble.json says.",
-            rich_help_panel=PROMPT,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer in tokens, for tasks that generate text.", rich_help_panel=PROMPT)
-    ] = 64,
+    ensemble: Ensemble = False,
+    combine: Combine = None,
+    max_new_tokens: MaxNewTokens = 64,
     output: AnswersFile = None,
     resume: Resume = False,
     batch_size: BatchSize = 32,
     batch_tokens: BatchTokens = 4096,
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="local answers in this process; ray spreads the rows over workers.",
-            metavar="|".join(ENGINES),
-            autocompletion=completion(ENGINES),
-            rich_help_panel=MACHINE,
-        ),
-    ] = "local",
-    workers: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Workers of --engine ray. Each has its own copy of the model.", rich_help_panel=MACHINE
-        ),
-    ] = 2,
+    engine: Engine = "local",
+    workers: Workers = 2,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:

@@ -25,35 +25,39 @@ from .options import (
 from .output import console, draw_figure
 from .prompts import load_plain_prompts
 
+Data = Annotated[str, typer.Option("--data", "-d", help="Labelled rows that decide which vectors are removed.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the shorter prompt.")]
+OtherRows = Annotated[
+    str | None,
+    typer.Option(help="Other rows, scored before and after. By default half of the data.", rich_help_panel=DATA),
+]
+MinTokens = Annotated[int, typer.Option(min=1, help="Smallest number of vectors to keep.", rich_help_panel=PROMPT)]
+Tolerance = Annotated[
+    float,
+    typer.Option(min=0.0, help="Accepted loss above the lowest one that was seen.", rich_help_panel=PROMPT),
+]
+Rescore = Annotated[
+    bool,
+    typer.Option(help="Score all remaining vectors again after each removal. Slower.", rich_help_panel=PROMPT),
+]
+Pieces = Annotated[
+    int,
+    typer.Option(min=0, help="Pieces of each vector that may be set to zero as well; 0: none.", rich_help_panel=PROMPT),
+]
+
 
 def prune(
     prompt: PromptFolder,
-    data: Annotated[str, typer.Option("--data", "-d", help="Labelled rows that decide which vectors are removed.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the shorter prompt.")],
+    data: Data,
+    output: Output,
     model: OptionalModel = None,
-    validation: Annotated[
-        str | None,
-        typer.Option(help="Other rows, scored before and after. By default half of the data.", rich_help_panel=DATA),
-    ] = None,
+    validation: OtherRows = None,
     split: Split = "train",
     seed: SplitSeed = 0,
-    min_tokens: Annotated[
-        int, typer.Option(min=1, help="Smallest number of vectors to keep.", rich_help_panel=PROMPT)
-    ] = 1,
-    tolerance: Annotated[
-        float,
-        typer.Option(min=0.0, help="Accepted loss above the lowest one that was seen.", rich_help_panel=PROMPT),
-    ] = 0.0,
-    rescore: Annotated[
-        bool,
-        typer.Option(help="Score all remaining vectors again after each removal. Slower.", rich_help_panel=PROMPT),
-    ] = False,
-    pieces: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Pieces of each vector that may be set to zero as well; 0: none.", rich_help_panel=PROMPT
-        ),
-    ] = 0,
+    min_tokens: MinTokens = 1,
+    tolerance: Tolerance = 0.0,
+    rescore: Rescore = False,
+    pieces: Pieces = 0,
     figure: Figure = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",

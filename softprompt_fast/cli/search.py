@@ -41,6 +41,24 @@ NOT_SEARCHED = (
 )
 """Settings that a search decides itself, or has no use for."""
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the search and its prompt.")]
+Resume = Annotated[bool, typer.Option(help="Continue the search in --output.")]
+Lengths = Annotated[str, typer.Option(help="Prompt lengths to try, separated by commas.", rich_help_panel=SEARCH)]
+LearningRates = Annotated[
+    str | None,
+    typer.Option(
+        help="Learning rates to try with every length: 1e-3,1e-2, or LOW:HIGH or LOW:HIGH:DRAWS to draw from a "
+        "range. By default --learning-rate.",
+        rich_help_panel=SEARCH,
+    ),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps of one full run.", rich_help_panel=SEARCH)]
+Budget = Annotated[float, typer.Option(help="Cost of the whole search, in full runs.", rich_help_panel=SEARCH)]
+TestRows = Annotated[
+    str | None,
+    typer.Option(help="Rows that are scored at the end and choose nothing.", rich_help_panel=DATA),
+]
+
 
 @with_options("task_options", TaskOptions)
 @with_options("settings_of", TuningSettings, without=NOT_SEARCHED)
@@ -49,31 +67,15 @@ def search(
     data: Data,
     task_options: Callable[..., TaskOptions],
     settings_of: Callable[..., TuningSettings],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the search and its prompt.")] = Path(
-        "search"
-    ),
-    resume: Annotated[bool, typer.Option(help="Continue the search in --output.")] = False,
-    lengths: Annotated[
-        str, typer.Option(help="Prompt lengths to try, separated by commas.", rich_help_panel=SEARCH)
-    ] = "1,2,5,10,20,50,100",
-    learning_rates: Annotated[
-        str | None,
-        typer.Option(
-            help="Learning rates to try with every length: 1e-3,1e-2, or LOW:HIGH or LOW:HIGH:DRAWS to draw from a "
-            "range. By default --learning-rate.",
-            rich_help_panel=SEARCH,
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of one full run.", rich_help_panel=SEARCH)] = 120,
-    budget: Annotated[
-        float, typer.Option(help="Cost of the whole search, in full runs.", rich_help_panel=SEARCH)
-    ] = 2.0,
+    output: Output = Path("search"),
+    resume: Resume = False,
+    lengths: Lengths = "1,2,5,10,20,50,100",
+    learning_rates: LearningRates = None,
+    steps: Steps = 120,
+    budget: Budget = 2.0,
     validation: Validation = None,
     held_out: HeldOut = 0.1,
-    test: Annotated[
-        str | None,
-        typer.Option(help="Rows that are scored at the end and choose nothing.", rich_help_panel=DATA),
-    ] = None,
+    test: TestRows = None,
     split: Split = "train",
     name: PromptName = "prompt",
     deep: Deep = False,

@@ -31,6 +31,27 @@ from .output import console
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
 
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the prompt and its scores.")]
+Resume = Annotated[bool, typer.Option(help="Continue from the last checkpoint in --output.")]
+TaskColumn = Annotated[
+    str | None,
+    typer.Option(help="Column that names each row's task. Each task gets its own prompt.", rich_help_panel=DATA),
+]
+SharedTokens = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Vectors that the prompts of all tasks have in common (--task-column).", rich_help_panel=PROMPT
+    ),
+]
+Members = Annotated[int, typer.Option(min=1, help="Prompts of an ensemble, tuned in one run.", rich_help_panel=PROMPT)]
+MemberInit = Annotated[
+    list[str] | None,
+    typer.Option(help="Initial values of a member of an ensemble. Repeat it for each member.", rich_help_panel=PROMPT),
+]
+TensorBoard = Annotated[
+    bool, typer.Option(help="Write TensorBoard logs to --output/checkpoints/runs.", rich_help_panel=OUTPUT)
+]
+
 
 @with_options("task_options", TaskOptions)
 @with_options("settings_of", TuningSettings)
@@ -39,37 +60,18 @@ def train(
     data: Data,
     task_options: Callable[..., TaskOptions],
     settings_of: Callable[..., TuningSettings],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the prompt and its scores.")] = Path(
-        "prompts"
-    ),
-    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint in --output.")] = False,
+    output: Output = Path("prompts"),
+    resume: Resume = False,
     validation: Validation = None,
     held_out: HeldOut = 0.1,
     split: Split = "train",
-    task_column: Annotated[
-        str | None,
-        typer.Option(help="Column that names each row's task. Each task gets its own prompt.", rich_help_panel=DATA),
-    ] = None,
-    shared_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Vectors that the prompts of all tasks have in common (--task-column).", rich_help_panel=PROMPT
-        ),
-    ] = 0,
-    members: Annotated[
-        int, typer.Option(min=1, help="Prompts of an ensemble, tuned in one run.", rich_help_panel=PROMPT)
-    ] = 1,
-    member_init: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Initial values of a member of an ensemble. Repeat it for each member.", rich_help_panel=PROMPT
-        ),
-    ] = None,
+    task_column: TaskColumn = None,
+    shared_tokens: SharedTokens = 0,
+    members: Members = 1,
+    member_init: MemberInit = None,
     name: PromptName = "prompt",
     deep: Deep = False,
-    tensorboard: Annotated[
-        bool, typer.Option(help="Write TensorBoard logs to --output/checkpoints/runs.", rich_help_panel=OUTPUT)
-    ] = False,
+    tensorboard: TensorBoard = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
