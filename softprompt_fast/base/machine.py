@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,27 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "peft", "scikit-learn", "scipy", "numpy")
 
 
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed version of each package, or "not installed"."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
 def environment(device: Any, backend: str) -> dict[str, Any]:
-    """Versions and hardware."""
+    """Versions and hardware that a measurement depends on."""
     import torch
 
     from .version import __version__
 
     versions = {"softprompt_fast": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
-        "versions": versions,
-        "device": name,
+        "versions": versions | package_versions(PACKAGES),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "backend": backend,
@@ -34,7 +40,7 @@ def environment(device: Any, backend: str) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -42,3 +48,9 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

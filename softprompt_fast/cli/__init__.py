@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line. Every command is a thin layer over the library."""
 
 from .app import app, main
 

@@ -1,107 +1,161 @@
-"""The command line's part that compares ways to use a model for a task: ``compare``."""
+"""``compare``: compares ways to use a model for a task."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from .analysis import (
-    Kind,
-    LabelColumn,
-    LabelWords,
-    MaxLength,
-    Picture,
-    PromptColumn,
-    ResponseColumn,
-    Template,
-    TextColumn,
-    _draw,
-    task_of_options,
-)
-from .app import BatchSize, Data, Device, Dtype, Model, TaskKind, app, console
+from ..base.extras import require
+from .data import TaskOptions, read_rows
+from .options import DATA, MACHINE, OUTPUT, PROMPT, TRAINING, Data, Device, Dtype, Figure, Model, Split, with_options
+from .output import console, draw_figure
+
+if TYPE_CHECKING:
+    from ..tasks.examples import Examples
+
+NEED_PEFT = {"peft-prompt", "lora"}
+"""Methods that run in PEFT."""
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder for the results. Run the same command again to continue.")
+]
+Methods = Annotated[str | None, typer.Option(help="Methods to compare, separated by commas. By default all.")]
+ValidationRows = Annotated[
+    str | None,
+    typer.Option(help="Rows that choose checkpoints. By default a part of --data.", rich_help_panel=DATA),
+]
+TestRows = Annotated[
+    str | None,
+    typer.Option(help="Rows that are scored once, at the end. By default a part of --data.", rich_help_panel=DATA),
+]
+ValidationShare = Annotated[
+    float,
+    typer.Option(help="Share (below 1) or number of rows of --data for validation.", rich_help_panel=DATA),
+]
+TestShare = Annotated[
+    float, typer.Option(help="Share (below 1) or number of rows of --data for the test.", rich_help_panel=DATA)
+]
+CommonSplitSeed = Annotated[
+    int,
+    typer.Option(help="Seed that splits the data, the same for all methods and --seeds.", rich_help_panel=DATA),
+]
+MaxTrain = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of training rows, drawn at random.", rich_help_panel=DATA)
+]
+MaxValidation = Annotated[
+    int | None,
+    typer.Option(min=1, help="Largest number of validation rows, drawn at random.", rich_help_panel=DATA),
+]
+MaxTest = Annotated[
+    int | None, typer.Option(min=1, help="Largest number of test rows, drawn at random.", rich_help_panel=DATA)
+]
+VirtualTokens = Annotated[
+    int, typer.Option("--virtual-tokens", "-P", min=1, help="Length of the prompts.", rich_help_panel=PROMPT)
+]
+Instruction = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Text before each row, for instruction and few-shot; \n is a line break.", rich_help_panel=PROMPT
+    ),
+]
+Seeds = Annotated[
+    str,
+    typer.Option(help="Seeds, separated by commas. Each trained method runs once per seed.", rich_help_panel=TRAINING),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained method.", rich_help_panel=TRAINING)]
+RowsPerBatch = Annotated[
+    int, typer.Option("--batch-size", "-b", min=1, help="Rows per batch.", rich_help_panel=TRAINING)
+]
+MethodSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Option of one method as METHOD.OPTION=VALUE, such as lora.learning_rate=1e-4. Repeat it for others.",
+        rich_help_panel=TRAINING,
+    ),
+]
+DataName = Annotated[
+    str | None,
+    typer.Option(help="Name of the data in the tables. By default the file's.", rich_help_panel=OUTPUT),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Number of jobs in parallel. Timings are less reliable with more than one.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads per job.", rich_help_panel=MACHINE)]
+Timeout = Annotated[float | None, typer.Option(min=1.0, help="Minutes that one job may take.", rich_help_panel=MACHINE)]
 
 
-@app.command()
+@with_options("task_options", TaskOptions)
 def compare(
     model: Model,
     data: Data,
-    validation: Annotated[
-        str | None, typer.Option(help="Rows that choose checkpoints; default: a part of the data.")
-    ] = None,
-    test: Annotated[str | None, typer.Option(help="Rows scored once, at the end; default: a part of the data.")] = None,
-    validation_share: Annotated[float, typer.Option(help="Share (below 1) or number of rows.")] = 0.1,
-    test_share: Annotated[float, typer.Option(help="Share (below 1) or number of rows.")] = 0.2,
-    split_seed: Annotated[int, typer.Option(help="Of the split; the same for all methods and seeds.")] = 0,
-    methods: Annotated[str | None, typer.Option(help="Comma-separated; default: all.")] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated; each trained method runs once per seed.")] = "0",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of every trained method.")] = 120,
-    batch_size: BatchSize = 32,
-    virtual_tokens: Annotated[int, typer.Option("--virtual-tokens", "-P", min=1)] = 20,
-    instruction: Annotated[
-        str | None, typer.Option(help=r"Text in front, for instruction and few-shot; \n is a line break.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="METHOD.OPTION=VALUE, such as lora.learning_rate=1e-4.")
-    ] = None,
-    task: Kind = TaskKind.classification,
-    text_column: TextColumn = "text",
-    label_column: LabelColumn = "label",
-    prompt_column: PromptColumn = "prompt",
-    response_column: ResponseColumn = "response",
-    template: Template = None,
-    label_word: LabelWords = None,
-    max_length: MaxLength = 512,
-    max_train: Annotated[int | None, typer.Option(min=1, help="Use so many training rows, drawn at random.")] = None,
-    max_validation: Annotated[int | None, typer.Option(min=1, help="The same for validation rows.")] = None,
-    max_test: Annotated[int | None, typer.Option(min=1, help="The same for test rows.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Results; run again to go on.")] = Path("compare"),
-    figure: Picture = None,
-    name: Annotated[str | None, typer.Option(help="What the data are called in the tables; default: the file.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes at once; more than one blur the times.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per process.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=1.0, help="Minutes that one job may take.")] = None,
-    split: str = "train",
+    task_options: Callable[..., TaskOptions],
+    output: Output = Path("compare"),
+    methods: Methods = None,
+    validation: ValidationRows = None,
+    test: TestRows = None,
+    validation_share: ValidationShare = 0.1,
+    test_share: TestShare = 0.2,
+    split_seed: CommonSplitSeed = 0,
+    split: Split = "train",
+    max_train: MaxTrain = None,
+    max_validation: MaxValidation = None,
+    max_test: MaxTest = None,
+    virtual_tokens: VirtualTokens = 20,
+    instruction: Instruction = None,
+    seeds: Seeds = "0",
+    steps: Steps = 120,
+    batch_size: RowsPerBatch = 32,
+    settings: MethodSettings = None,
+    figure: Figure = None,
+    name: DataName = None,
+    jobs: Jobs = 1,
+    threads: Threads = None,
+    timeout: Timeout = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Compares prompt tuning with zero-shot, instruction, few-shot, PEFT, LoRA, a linear probe and full fine-tuning."""
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    if names is None or NEED_PEFT & set(names):
+        require("compare", "peft", purpose="compare")
+    require("train", "accelerate", "datasets", "sklearn", "matplotlib", purpose="compare")
     from ..comparison.drawing import overview_figure
     from ..comparison.run import compare as run
     from ..comparison.settings import METHODS, parse_options
     from ..comparison.tables import print_comparison
-    from ..tasks.examples import split_rows
-    from ..tasks.tables import load_rows
 
-    rows = load_rows(data, split)
-    train = rows
-    if test is not None:
-        test_rows = load_rows(test, split)
-    else:
-        train, test_rows = split_rows(train, test_share, split_seed)
-    if validation is not None:
-        validation_rows = load_rows(validation, split)
-    else:
-        # Of all rows, whether or not test rows were taken from them.
-        count = round(len(rows) * validation_share) if validation_share < 1 else int(validation_share)
-        train, validation_rows = split_rows(train, max(1, count), split_seed + 1)
-    chosen = task_of_options(
-        rows, task, text_column, label_column, prompt_column, response_column, template, label_word
+    options = task_options()
+    rows = read_rows(data, split)
+    train, validation_rows, test_rows = _splits(
+        rows,
+        None if validation is None else read_rows(validation, split),
+        None if test is None else read_rows(test, split),
+        validation_share,
+        test_share,
+        split_seed,
     )
-    chosen.max_length, chosen.model = max_length, model
+    task = options.task(rows, model=model)
     if instruction is not None:
         instruction = instruction.replace("\\n", "\n")
     try:
-        found = run(
+        comparison = run(
             model,
-            chosen,
+            task,
             _at_most(train, max_train, split_seed),
             _at_most(validation_rows, max_validation, split_seed),
             _at_most(test_rows, max_test, split_seed),
             output,
-            methods=METHODS if methods is None else [m.strip() for m in methods.split(",") if m.strip()],
+            methods=METHODS if names is None else names,
             seeds=_seeds(seeds),
             steps=steps,
             batch_size=batch_size,
@@ -119,13 +173,36 @@ def compare(
             console=console,
         )
     except KeyboardInterrupt:
-        console.print(f"interrupted; what is done is kept in {output}: the same command goes on", highlight=False)
+        console.print(
+            f"interrupted; run the same command to continue from what is finished in {output}", highlight=False
+        )
         raise typer.Exit(130) from None
-    print_comparison(found, Console())
+    print_comparison(comparison, Console())
     console.print(f"wrote {output / 'report.html'}, results.json, results.csv", highlight=False)
-    _draw(lambda: overview_figure(found), figure)
-    if all(summary.score is None for summary in found.summaries):
+    draw_figure(lambda: overview_figure(comparison), figure)
+    if all(summary.score is None for summary in comparison.summaries):
         raise typer.Exit(1)
+
+
+def _splits(
+    rows: Examples,
+    validation_rows: Examples | None,
+    test_rows: Examples | None,
+    validation_share: float,
+    test_share: float,
+    seed: int,
+) -> tuple[Examples, Examples, Examples]:
+    """Training, validation and test rows; the last two are given or taken from the rows."""
+    from ..tasks.examples import split_rows
+
+    train = rows
+    if test_rows is None:
+        train, test_rows = split_rows(train, test_share, seed)
+    if validation_rows is None:
+        # A share of all rows, whether or not test rows were taken from them.
+        count = round(len(rows) * validation_share) if validation_share < 1 else int(validation_share)
+        train, validation_rows = split_rows(train, max(1, count), seed + 1)
+    return train, validation_rows, test_rows
 
 
 def _seeds(text: str) -> list[int]:
@@ -135,7 +212,8 @@ def _seeds(text: str) -> list[int]:
         raise ValueError(f"--seeds must be whole numbers with commas between them, got {text!r}") from error
 
 
-def _at_most(rows: list[dict[str, Any]], most: int | None, seed: int) -> list[dict[str, Any]]:
+def _at_most(rows: Examples, most: int | None, seed: int) -> Examples:
+    """All rows, or a part of them drawn at random."""
     from ..tasks.examples import split_rows
 
     if most is None or len(rows) <= most:

@@ -1,38 +1,37 @@
-"""What this installation is made of; printed by ``softprompt-fast info`` and asked for in bug reports."""
+"""``info``: the versions, the hardware and the backend of this installation, as bug reports need them."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-from importlib import metadata
 
-from ..ops.extension import backend as _library
-from ..ops.extension import build as _build
+from ..base.machine import gpu_names, package_versions
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "ninja", "pybind11", "safetensors")
 
 
+def info() -> None:
+    """Shows versions, compiler, CUDA, cache, and which backend is active and why."""
+    for name, value in report().items():
+        print(f"{name:<18} {value}")
+
+
 def report() -> dict[str, str]:
-    """Names and values in the order in which they are printed. Settles the backend, so it may compile."""
+    """Names and values in the order in which they are printed. Chooses the backend, which may compile it."""
     import torch
 
     from ..base.version import __version__
+    from ..ops.extension import backend, build
 
     facts = {"softprompt_fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            facts[package] = "not installed"
-    facts["compiler"] = _first_line(_build.compiler(), "--version")
+    facts |= package_versions(PACKAGES)
+    facts["compiler"] = _first_line(build.compiler(), "--version")
     facts["torch CUDA"] = torch.version.cuda or "none (CPU build)"
-    toolkit = _build.cuda_toolkit()
-    facts["CUDA toolkit"] = toolkit or "none"
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts["GPUs"] = ", ".join(names) or "none"
-    facts["cache"] = str(_build.cache_directory())
+    facts["CUDA toolkit"] = build.cuda_toolkit() or "none"
+    facts["GPUs"] = ", ".join(gpu_names()) or "none"
+    facts["cache"] = str(build.cache_directory())
     facts["threads"] = str(torch.get_num_threads())
-    state = _library.state()
+    state = backend.state()
     facts["backend"] = state.name
     facts["reason"] = state.reason
     if state.info is not None and state.module is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.extras import require
 from ..base.files import size_of
 from ..evaluation.likelihood import Backend
 from ..hf.loading import cpu_has_bfloat16
@@ -92,10 +93,9 @@ def full(work: Work) -> Ready:
 
 
 def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ImportError("PEFT is not installed: pip install 'softprompt_fast[compare]'") from error
+    require("compare", "peft", purpose="this method")
+    import peft
+
     return peft
 
 

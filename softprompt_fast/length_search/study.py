@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.extras import require
+
 logger = logging.getLogger("softprompt_fast")
 
 JOURNAL = "study.jsonl"
@@ -144,8 +146,7 @@ class Memory:
 
 def import_optuna() -> Any:
     """Optuna, or an error that says what to install."""
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError('a search needs Optuna: pip install "softprompt_fast[search]"') from error
+    require("search", "optuna", purpose="a search")
+    import optuna
+
     return optuna

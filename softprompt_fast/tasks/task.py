@@ -120,7 +120,7 @@ def classification_task(
 
 
 def generation_task(
-    *, prompt_column: str = "prompt", response_column: str = "response", template: str | None = None, **fields: Any
+    *, input_column: str = "prompt", output_column: str = "response", template: str | None = None, **fields: Any
 ) -> Task:
-    """A task in which the model continues the prompt column's text with the response column's."""
-    return Task("generation", template or f"{{{prompt_column}}}", response_column, **fields)
+    """A task in which the model continues the input column's text with the output column's."""
+    return Task("generation", template or f"{{{input_column}}}", output_column, **fields)

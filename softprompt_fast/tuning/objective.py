@@ -17,8 +17,6 @@ from torch import Tensor
 from ..tasks.encoding import IGNORED, label_token_ids
 from ..tasks.task import Task
 
-OBJECTIVES = ("labels", "vocabulary")
-
 
 class AnswerLoss(ABC):
     """Mean loss over the targets; in float32."""

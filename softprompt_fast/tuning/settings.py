@@ -1,120 +1,225 @@
-"""How a prompt is tuned: one dataclass for Python, the command line and what is written beside a result."""
+"""Settings of tuning: one dataclass for Python, for the command line and for the file saved with a result."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from ..base.fields import (
+    INTEGER,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    SHARE,
+    check_fields,
+    described,
+    one_of,
+)
 
-from .objective import OBJECTIVES
+if TYPE_CHECKING:  # the command line reads the settings without waiting for torch
+    from torch import Tensor
 
-OPTIMIZERS = ("adamw", "adafactor")
-CRITERIA = ("loss", "accuracy")
-SCHEDULES = ("cosine", "linear", "constant")
-FORMS = ("none", "residual", "low-rank")
-PLACEMENTS = ("before_bos", "after_bos")
 DEFAULT_TOKENS = 20
 DEFAULT_STEPS = 120
+PROMPT, TRAINING, REGULARISATION = "Prompt", "Training", "Regularisation"
 
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """Settings of :func:`tune`. What the defaults rest on: ``docs/recipes.md``."""
+    """Settings of :func:`tune`; ``docs/recipes.md`` says where the defaults come from.
 
-    num_virtual_tokens: int | None = None
-    """P; None: 20, or as many as ``init`` brings."""
-    init: str | Tensor | PathLike[str] = "auto"
-    """"auto": for classification an instruction that names the labels, else "vocabulary"; or whatever
-    :meth:`FastSoftPrompt.add_prompt` takes, such as the folder of another task's prompt to start from."""
-    init_text: str | None = None
-    """The text of ``init="text"``."""
-    init_noise: float = 0.0
-    """Spread of noise added to the first values, in their own standard deviations."""
-    objective: str = "labels"
-    """"labels": cross entropy among the label words, where each is one token; "vocabulary": among all tokens."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over the other answers, 0 to 1."""
-    optimizer: str = "adamw"
-    """"adamw", or "adafactor" as in Lester et al. 2021 (with ``schedule="constant"``, ``learning_rate=0.3``)."""
-    learning_rate: float = 3e-2
-    schedule: str = "cosine"
-    """"cosine" or "linear", down to 0, or "constant"; all behind a warm-up over a twentieth of the steps."""
-    batch_size: int = 32
-    """Rows per step and prompt."""
-    gradient_accumulation_steps: int = 1
-    steps: int | None = None
-    """Optimiser steps; None: ``epochs`` passes over the rows, or 120."""
-    epochs: float | None = None
-    eval_every: int | None = None
-    """Steps between evaluations, which also decide what is best; None: five per run."""
-    best_by: str = "loss"
-    """What makes a state the best on the held-out rows: the lowest "loss" (among the labels, for a classification), or
-    the highest "accuracy", which is coarse: of 200 rows its standard error is 2 to 3 points."""
-    patience: int | None = None
-    """Early stopping: evaluations in a row without a better score before the run ends; None: never."""
-    max_grad_norm: float = 1.0
-    decay_to_initial: float = 0.0
-    """Weight decay of the distance from the initial prompt."""
-    prompt_dropout: float = 0.0
-    """Probability with which a number of the prompt is dropped in a training step."""
-    norm_bound: float | None = None
-    """Longest vector, in mean norms of the model's token embeddings; None: no bound."""
-    reparameterization: str = "none"
-    """"none", "residual" (an MLP beside the prompt) or "low-rank" (an update of ``rank``); folded when saved."""
-    rank: int = 8
-    """Of "low-rank"."""
-    bottleneck: int = 128
-    """Width inside "residual"."""
-    token_update_rank: int | None = None
-    """DePT: rank of a low-rank update of the text's token embeddings, by place, beside the prompt; None: none."""
-    token_update_learning_rate: float = 1e-3
-    placement: str = "before_bos"
-    """Of the prompt; "after_bos" saves BOS's vector as the prompt's first one."""
-    seed: int = 0
-    """Of the initialisation and the order of rows: the same seed gives the same prompt."""
+    ``init`` also takes what :meth:`FastSoftPrompt.add_prompt` takes, such as a tensor [P, D].
+    """
+
+    num_virtual_tokens: int | None = field(
+        default=None,
+        metadata=described(
+            "Length of the prompt in virtual tokens. By default 20, or the number of vectors that `init` has.",
+            POSITIVE_INTEGER,
+            group=PROMPT,
+            flags=("--virtual-tokens", "-P"),
+        ),
+    )
+    init: str | Tensor | PathLike[str] = field(
+        default="auto",
+        metadata=described(
+            "Initial values: auto, random, vocabulary, text, class_labels, or the folder of a saved prompt. For "
+            "classification, auto is an instruction that names the labels; for generation, it is vocabulary.",
+            group=PROMPT,
+        ),
+    )
+    init_text: str | None = field(
+        default=None,
+        metadata=described("Text whose token embeddings are the initial values, with `init` text.", group=PROMPT),
+    )
+    init_noise: float = field(
+        default=0.0,
+        metadata=described(
+            "Standard deviation of noise added to the initial values, relative to theirs.",
+            NOT_NEGATIVE,
+            group=PROMPT,
+        ),
+    )
+    objective: str = field(
+        default="labels",
+        metadata=described(
+            "Cross entropy among the label words, if each is one token (labels), or among all tokens (vocabulary).",
+            one_of("labels", "vocabulary"),
+            group=TRAINING,
+        ),
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata=described("Share of the target that is spread over the other answers.", SHARE, group=REGULARISATION),
+    )
+    optimizer: str = field(
+        default="adamw",
+        metadata=described(
+            "Optimiser. Lester et al. 2021 use adafactor with `schedule` constant and `learning_rate` 0.3.",
+            one_of("adamw", "adafactor"),
+            group=TRAINING,
+        ),
+    )
+    learning_rate: float = field(
+        default=3e-2,
+        metadata=described(
+            "Learning rate after the warm-up.", POSITIVE, group=TRAINING, flags=("--learning-rate", "--lr")
+        ),
+    )
+    schedule: str = field(
+        default="cosine",
+        metadata=described(
+            "Learning rate after a warm-up over a twentieth of the steps: cosine and linear fall to 0.",
+            one_of("cosine", "linear", "constant"),
+            group=TRAINING,
+        ),
+    )
+    batch_size: int = field(
+        default=32,
+        metadata=described(
+            "Rows per batch, for each prompt that is tuned.",
+            POSITIVE_INTEGER,
+            group=TRAINING,
+            flags=("--batch-size", "-b"),
+        ),
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata=described("Batches per optimiser step.", POSITIVE_INTEGER, group=TRAINING, flags=("--accumulate",)),
+    )
+    steps: int | None = field(
+        default=None,
+        metadata=described(
+            "Optimiser steps. By default 120, unless `epochs` is given.", POSITIVE_INTEGER, group=TRAINING
+        ),
+    )
+    epochs: float | None = field(
+        default=None, metadata=described("Passes over the training rows, instead of `steps`.", POSITIVE, group=TRAINING)
+    )
+    eval_every: int | None = field(
+        default=None,
+        metadata=described(
+            "Steps between evaluations on the held-out rows. By default there are five evaluations.",
+            POSITIVE_INTEGER,
+            group=TRAINING,
+        ),
+    )
+    best_by: str = field(
+        default="loss",
+        metadata=described(
+            "Keep the checkpoint with the lowest loss or the highest accuracy on the held-out rows. For "
+            "classification, the loss is that among the labels. Accuracy is coarse: its standard error on 200 rows is "
+            "2 to 3 points.",
+            one_of("loss", "accuracy"),
+            group=TRAINING,
+        ),
+    )
+    patience: int | None = field(
+        default=None,
+        metadata=described(
+            "Stop early after this number of evaluations in a row without a better score. By default never.",
+            POSITIVE_INTEGER,
+            group=TRAINING,
+        ),
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata=described("Gradients with a larger norm are scaled down to this norm.", POSITIVE, group=TRAINING),
+    )
+    decay_to_initial: float = field(
+        default=0.0,
+        metadata=described("Weight decay of the distance from the initial prompt.", NOT_NEGATIVE, group=REGULARISATION),
+    )
+    prompt_dropout: float = field(
+        default=0.0,
+        metadata=described(
+            "Probability that a number of the prompt is dropped in a training step.",
+            SHARE,
+            group=REGULARISATION,
+        ),
+    )
+    norm_bound: float | None = field(
+        default=None,
+        metadata=described(
+            "Longest vector, in mean norms of the model's token embeddings. By default there is no bound.",
+            POSITIVE,
+            group=REGULARISATION,
+        ),
+    )
+    reparameterization: str = field(
+        default="none",
+        metadata=described(
+            "Form in which the prompt is trained: residual passes it through an MLP with a skip connection, low-rank "
+            "trains an update of rank `rank`. The saved prompt has plain vectors.",
+            one_of("none", "residual", "low-rank"),
+            group=PROMPT,
+        ),
+    )
+    rank: int = field(default=8, metadata=described("Rank of the low-rank form.", POSITIVE_INTEGER, group=PROMPT))
+    bottleneck: int = field(
+        default=128, metadata=described("Width of the residual form's MLP.", POSITIVE_INTEGER, group=PROMPT)
+    )
+    token_update_rank: int | None = field(
+        default=None,
+        metadata=described(
+            "Rank of a low-rank update of the text's token embeddings, by position (DePT). By default there is none.",
+            POSITIVE_INTEGER,
+            group=PROMPT,
+        ),
+    )
+    token_update_learning_rate: float = field(
+        default=1e-3, metadata=described("Learning rate of the token update.", POSITIVE, group=PROMPT)
+    )
+    placement: str = field(
+        default="before_bos",
+        metadata=described(
+            "Where the prompt is placed. With after_bos, the prompt is saved with the vector of BOS as its first one.",
+            one_of("before_bos", "after_bos"),
+            group=PROMPT,
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=described(
+            "Seed of the initial values and of the order of rows. The same seed gives the same prompt.",
+            INTEGER,
+            group=TRAINING,
+        ),
+    )
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("objective", OBJECTIVES),
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("best_by", CRITERIA),
-            ("reparameterization", FORMS),
-            ("placement", PLACEMENTS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("batch_size", "gradient_accumulation_steps", "rank", "bottleneck"):
-            _check(isinstance(getattr(self, name), int) and getattr(self, name) >= 1, self, name, "a positive integer")
-        for name in ("num_virtual_tokens", "steps", "eval_every", "patience", "token_update_rank"):
-            value = getattr(self, name)
-            _check(value is None or (isinstance(value, int) and value >= 1), self, name, "a positive integer or None")
-        for name in ("learning_rate", "token_update_learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            _check(_is_number(value) and value > 0, self, name, "positive")
-        for name in ("epochs", "norm_bound"):
-            value = getattr(self, name)
-            _check(value is None or (_is_number(value) and value > 0), self, name, "positive or None")
+        check_fields(self)
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"`epochs` must be None where `steps` is given, got {self.epochs}")
-        for name in ("label_smoothing", "prompt_dropout"):
-            value = getattr(self, name)
-            _check(_is_number(value) and 0 <= value < 1, self, name, "at least 0 and below 1")
-        for name in ("decay_to_initial", "init_noise"):
-            value = getattr(self, name)
-            _check(_is_number(value) and value >= 0, self, name, "0 or more")
+            raise ValueError("`steps` cannot be combined with `epochs`; give one of them")
         if self.reparameterization == "low-rank" and self.decay_to_initial:
-            raise ValueError(
-                f"`decay_to_initial` must be 0 with reparameterization='low-rank', got {self.decay_to_initial}"
-            )
+            raise ValueError("`decay_to_initial` cannot be combined with `reparameterization` low-rank")
         text = isinstance(self.init, str) and self.init == "text"
         if self.init_text is not None and not text:
-            raise ValueError(f"`init_text` must be None unless init='text', got {self.init_text!r}")
+            raise ValueError("`init_text` cannot be combined with an `init` other than text")
         if text and not self.init_text:
-            raise ValueError(f"`init_text` must hold text for init='text', got {self.init_text!r}")
+            raise ValueError(f"`init_text` must hold text with `init` text, got {self.init_text!r}")
 
     def with_changes(self, changes: Mapping[str, Any]) -> TuningSettings:
         """The same with some fields replaced.
@@ -122,25 +227,17 @@ class TuningSettings:
         Raises:
             TypeError: not a setting.
         """
-        known = [field.name for field in fields(self)]
+        known = [one.name for one in fields(self)]
         for name in changes:
             if name not in known:
                 raise TypeError(f"`{name}` is not a setting of tuning, which has {', '.join(known)}")
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The settings by name; a tensor is described by its shape."""
         init = self.init
-        return found | {"init": f"tensor {list(init.shape)}" if isinstance(init, Tensor) else fspath(init)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check(holds: bool, settings: TuningSettings, name: str, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"`{name}` must be {rule}, got {getattr(settings, name)!r}")
+        shown = fspath(init) if isinstance(init, (str, PathLike)) else f"tensor {list(init.shape)}"
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"init": shown}
 
 
 def instruction(label_words: Mapping[str, str]) -> str:

@@ -35,7 +35,7 @@ def test_analyze_command(files: dict[str, str], tmp_path: Path) -> None:
     assert found["classes"] == {"no": 8, "yes": 8} and found["zero_shot"]["rows"] == 8
     assert "Recipe" in shown and "too few rows" in shown and "softprompt-fast train --virtual-tokens 10" in shown
     assert "<svg" in figure.read_text()
-    run("analyze", *common, "--task", "generation", "--prompt-column", "text", "--response-column", "label")
+    run("analyze", *common, "--task", "generation", "--input-column", "text", "--output-column", "label")
 
 
 def test_interpret_command(files: dict[str, str], tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def run(*arguments: str | Path) -> str:
 def test_predict_with_a_prompt_for_each_row(folders: dict[str, Path], tmp_path: Path, suffix: str) -> None:
     rows = [row for row in ROWS if row["task"]]
     data, output = write(tmp_path / f"data{suffix}", rows), tmp_path / f"answers{suffix}"
-    common = ("predict", "-p", folders["prompts"], "-d", data, "--prompt-column", "task", "--dtype", "float32")
+    common = ("predict", "-p", folders["prompts"], "-d", data, "--prompt-name-column", "task", "--dtype", "float32")
     run(*common, "-o", output, "--max-new-tokens", "4")
     found = read(output)
     assert [row["id"] for row in found] == [row["id"] for row in rows]
@@ -86,7 +86,7 @@ def test_generate_marks_rows_it_cannot_answer(folders: dict[str, Path], tmp_path
     rows = [dict(row) for row in ROWS]
     rows[2]["task"], rows[5]["text"] = "unknown", ""
     data, output = write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
-    common = ("-p", folders["prompts"], "-d", data, "--prompt-column", "task", "--dtype", "float32")
+    common = ("-p", folders["prompts"], "-d", data, "--prompt-name-column", "task", "--dtype", "float32")
     run("generate", *common, "-o", output, "--max-new-tokens", "3")
     found = read(output)
     errors = {i for i, row in enumerate(found) if "error" in row}
@@ -129,11 +129,11 @@ def test_bad_calls_of_the_command_line(folders: dict[str, Path], tmp_path: Path)
     data = write(tmp_path / "data.jsonl", ROWS)
     common = ["-p", str(folders["prompts"]), "-d", str(data), "--dtype", "float32"]
     for arguments, message in (
-        (["predict", *common], "--prompt-column must be given, for there are 2 prompts"),
-        (["predict", *common, "--prompt-column", "nothing"], "no column 'nothing' in the data"),
-        (["predict", *common, "--prompt-column", "task", "-o", "answers.txt"], "`output` must end in .jsonl"),
+        (["predict", *common], "--prompt-name-column must be given, because there are 2 prompts"),
+        (["predict", *common, "--prompt-name-column", "nothing"], "no column 'nothing' in the data"),
+        (["predict", *common, "--prompt-name-column", "task", "-o", "answers.txt"], "`output` must end in .jsonl"),
         (["predict", "-p", str(tmp_path), "-d", str(data)], "must be a PEFT adapter folder or hold some"),
-        (["predict", *common, "--prompt-column", "task", "--engine", "ray"], "--output must be given"),
+        (["predict", *common, "--prompt-name-column", "task", "--engine", "ray"], "--output must be given"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code != 0 and message in str(result.exception), (result.exception, message)
@@ -185,6 +185,6 @@ def test_ray_loses_no_row_when_a_worker_dies(folders: dict[str, Path], tmp_path:
     assert [row["id"] for row in found] == list(range(300)) and not any("error" in row for row in found)
     local = tmp_path / "local.jsonl"
     data = write(tmp_path / "data.jsonl", rows)
-    common = ("-p", folders["prompts"], "-d", data, "--prompt-column", "task", "--dtype", "float32")
+    common = ("-p", folders["prompts"], "-d", data, "--prompt-name-column", "task", "--dtype", "float32")
     run("predict", *common, "-o", local, "--max-new-tokens", "3")
     assert [row["prediction"] for row in read(local)] == [row["prediction"] for row in found]

@@ -234,7 +234,7 @@ def test_every_kind_of_prompt_and_task_can_be_searched(tmp_path: Path, kind: str
     options: dict[str, Any] = {"lengths": [1, 2, 4], "steps": 30}
     task, model = TASK, spf.SoftPromptModel(build("t5" if kind == "t5" else "llama"))
     if kind == "generation":
-        task = generation_task(prompt_column="text", response_column="label", prompt="p")
+        task = generation_task(input_column="text", output_column="label", prompt="p")
     elif kind == "deep":
         model = spf.DeepPromptModel(build("llama"))
     elif kind == "after_bos":

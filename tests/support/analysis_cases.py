@@ -17,7 +17,7 @@ from support.tiny_reviews import reviews, tiny_tokenizer
 TASKS = {
     "one-token": classification_task(reviews(), prompt="p"),
     "several-tokens": Task("classification", "{text}", "label", {"yes": " very fine", "no": " dull"}, prompt="p"),
-    "generation": generation_task(prompt_column="text", response_column="label", prompt="p"),
+    "generation": generation_task(input_column="text", output_column="label", prompt="p"),
 }
 
 

@@ -16,7 +16,7 @@ from support.tiny_models import build
 from support.tiny_reviews import BAD, GOOD, reviews, tiny_tokenizer
 
 TASK = classification_task(reviews())
-ANSWERS = generation_task(prompt_column="text", response_column="label")
+ANSWERS = generation_task(input_column="text", output_column="label")
 LONG_WORDS = Task("classification", "{text}", "label", {"yes": " very fine", "no": " dull"})
 
 

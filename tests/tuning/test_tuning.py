@@ -241,7 +241,7 @@ def test_features_mark_only_the_answer_and_long_texts_keep_their_end() -> None:
         ({"--label-word": "yes"}, "must be LABEL=WORD, got 'yes'"),
         ({"--held-out": "64"}, "`held_out` must leave rows on both sides of 64"),
         ({"--init": "nonsense"}, "`init` must be"),
-        ({"--init": "text"}, "`init_text` must hold text"),
+        ({"--init": "text"}, "--init-text must hold text"),
         ({"--dtype": "int8"}, "`dtype` must be"),
         ({"--resume": ""}, "nothing to resume"),
     ],

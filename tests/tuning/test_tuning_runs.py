@@ -246,8 +246,8 @@ def test_only_distances_from_the_start_decay(tmp_path: Path) -> None:
         ({"rows": []}, "`train_rows` must hold at least one row, got none for 'p'"),
         ({"apart": []}, "`held_out_rows` must hold at least one row"),
         ({"rows": [{"text": "very " * 130, "label": "yes"}]}, "`max_length` must leave room for 4 virtual tokens"),
-        ({"init_text": "fine"}, "`init_text` must be None unless init='text'"),
-        ({"reparameterization": "low-rank", "decay_to_initial": 0.1}, "`decay_to_initial` must be 0 with"),
+        ({"init_text": "fine"}, "`init_text` cannot be combined with an `init` other than text"),
+        ({"reparameterization": "low-rank", "decay_to_initial": 0.1}, "`decay_to_initial` cannot be combined with"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -304,7 +304,7 @@ def test_trained_numbers_are_counted_in_the_form_they_had(
         ({"placement": "middle"}, "`placement` must be one of"),
         ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
         ({"steps": 0}, "`steps` must be a positive integer or None"),
-        ({"steps": 3, "epochs": 1}, "`epochs` must be None where `steps` is given"),
+        ({"steps": 3, "epochs": 1}, "`steps` cannot be combined with `epochs`"),
         ({"epochs": -1}, "`epochs` must be positive or None"),
         ({"learning_rate": 0}, "`learning_rate` must be positive"),
         ({"learning_rate": "high"}, "`learning_rate` must be positive, got 'high'"),

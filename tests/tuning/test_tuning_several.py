@@ -209,8 +209,8 @@ def test_several_tasks_from_the_command_line(model_folder: Path, tmp_path: Path)
     common = ("-m", str(model_folder), "-d", str(data), "-o", str(output), "--steps", "60", *TRAIN)
     run("train", *common, "--task-column", "kind", "--shared-tokens", "2", "--held-out", "16")
     found = tmp_path / "found.jsonl"
-    command = ("-p", str(output), "-d", str(data), "--prompt-column", "kind", "-o", str(found), "--dtype", "float32")
-    run("predict", *command)
+    command = ("-p", str(output), "-d", str(data), "--prompt-name-column", "kind", "-o", str(found))
+    run("predict", *command, "--dtype", "float32")
     answers = [json.loads(line) for line in found.read_text().splitlines()]
     assert sum(a["prediction"] == a["label"] for a in answers) / len(answers) >= 0.9
 
@@ -241,8 +241,8 @@ def test_deep_prompts_from_the_command_line(model_folder: Path, tmp_path: Path) 
     ("options", "message"),
     [
         (("--task-column", "kind"), "no column 'kind' in the data"),
-        (("--shared-tokens", "3"), "--shared-tokens must be 0 without --task-column"),
-        (("--task-column", "label", "--members", "2"), "--members must be 1 with --task-column"),
+        (("--shared-tokens", "3"), "--shared-tokens cannot be used without --task-column"),
+        (("--task-column", "label", "--members", "2"), "--members cannot be combined with --task-column"),
     ],
 )
 def test_mistakes_name_the_option(

@@ -1,0 +1,44 @@
+"""``evaluate``: scores a prompt."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ..base.extras import require
+from ..base.progress import progress_bar
+from .data import read_rows
+from .options import BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, Split
+from .output import console
+from .prompts import ensemble_members, folders_by_name, load_tuned
+
+
+def evaluate(
+    prompt: PromptFolder,
+    data: Data,
+    model: OptionalModel = None,
+    ensemble: Annotated[bool, typer.Option(help="Score the common decision of the folder's prompts.")] = False,
+    split: Split = "train",
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Scores a tuned prompt, or an ensemble, on labelled rows; prints JSON."""
+    require("train", "datasets", "sklearn", purpose="evaluate")
+    from ..evaluation.ensembles import evaluate_ensemble
+    from ..evaluation.predictions import evaluate as score_prompt
+
+    rows = read_rows(data, split)
+    if ensemble:
+        members, combine = ensemble_members(prompt, list(folders_by_name(prompt)))
+        tuned, tokenizer, task = load_tuned(prompt / members[0], model, dtype, device)
+        for name in members[1:]:
+            tuned.load_prompt(prompt / name, name)
+        scores = evaluate_ensemble(tuned, tokenizer, task, rows, members, combine=combine, batch_size=batch_size)
+    else:
+        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device)
+        with progress_bar(len(rows), console) as advance:
+            scores = score_prompt(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance)
+    print(json.dumps(scores, indent=2))

@@ -1,0 +1,115 @@
+"""``predict``: answers rows as their prompts' tasks ask."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..base.extras import require
+from .answers import (
+    AnswersFile,
+    BatchTokens,
+    PromptNameColumn,
+    Resume,
+    answer_all,
+    load_pipeline,
+    names_of_rows,
+    require_for_output,
+    write_file,
+)
+from .data import read_rows
+from .options import MACHINE, PROMPT, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, Split, completion
+from .prompts import base_model_name, ensemble_members, folders_by_name
+
+ENGINES = ("local", "ray")
+
+Ensemble = Annotated[
+    bool, typer.Option(help="Let all prompts of the folder decide together on each row.", rich_help_panel=PROMPT)
+]
+Combine = Annotated[
+    str | None,
+    typer.Option(
+        help="How an ensemble decides: mean_probability, mean_logit or majority. By default as its ensemble.json says.",
+        rich_help_panel=PROMPT,
+    ),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, help="Longest answer in tokens, for tasks that generate text.", rich_help_panel=PROMPT)
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local answers in this process; ray spreads the rows over workers.",
+        metavar="|".join(ENGINES),
+        autocompletion=completion(ENGINES),
+        rich_help_panel=MACHINE,
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, help="Workers of --engine ray. Each has its own copy of the model.", rich_help_panel=MACHINE),
+]
+
+
+def predict(
+    prompt: PromptFolders,
+    data: Data,
+    model: OptionalModel = None,
+    prompt_name_column: PromptNameColumn = None,
+    split: Split = "train",
+    ensemble: Ensemble = False,
+    combine: Combine = None,
+    max_new_tokens: MaxNewTokens = 64,
+    output: AnswersFile = None,
+    resume: Resume = False,
+    batch_size: BatchSize = 32,
+    batch_tokens: BatchTokens = 4096,
+    engine: Engine = "local",
+    workers: Workers = 2,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Adds a prediction to each row, as its prompt's task asks, in the order of the rows."""
+    if engine not in ENGINES:
+        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if ensemble and prompt_name_column is not None:
+        raise ValueError("--ensemble cannot be combined with --prompt-name-column")
+    if ensemble and engine == "ray":
+        raise ValueError("--ensemble cannot be combined with --engine ray")
+    if engine == "ray" and output is None:
+        raise ValueError("--output must be given with --engine ray")
+    if engine == "ray":
+        require("ray", "ray", purpose="--engine ray")
+    require_for_output(output)
+    from ..inference.files import answer_rows
+
+    rows = read_rows(data, split)
+    options = {"max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "batch_tokens": batch_tokens,
+        "dtype": dtype,
+        "device": device,
+    }
+    if engine == "ray":
+        from ..inference.ray_engine import RayAnswers
+
+        assert output is not None
+        names = names_of_rows(rows, prompt_name_column, list(folders_by_name(prompt)))
+        base = base_model_name(prompt, model)
+        write_file(rows, RayAnswers(rows, names, prompt, base, workers, options, settings), output, resume)
+        return
+    pipe = load_pipeline(prompt, model, **settings)
+    if ensemble:
+        members, how = ensemble_members(prompt, pipe.bank.names)
+        answer_all(
+            rows,
+            [None] * len(rows),
+            lambda part, _: pipe.classify(part, ensemble=members, combine=combine or how),
+            output,
+            resume,
+        )
+        return
+    names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
+    answer_all(rows, names, lambda part, used: answer_rows(pipe, part, used, options), output, resume)
