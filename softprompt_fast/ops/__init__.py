@@ -1,5 +1,4 @@
 """The native ops, each with its reference in plain PyTorch, and the extension that contains them."""
 
-from . import assemble, extension, packing, segment_attention
-
+# Packages, imported on demand: `extension.build` must not load the others, which import torch.
 __all__ = ["assemble", "extension", "packing", "segment_attention"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ class PackedRows:
     plan: Tensor = field(repr=False)
     """[G + B + 1, 4] int64: a line for each segment with the columns of ``PlanColumn``; the last one starts at K."""
 
-    @cached_property
+    @property
     def cu_seqlens(self) -> Tensor:
         """[G + B + 1] int32: the first slot of each segment, then K."""
         return self.plan[:, PlanColumn.SLOT].to(torch.int32)

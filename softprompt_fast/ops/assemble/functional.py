@@ -136,7 +136,7 @@ def assemble(
     )
     outputs = run(call, -1 if padding_idx is None else padding_idx)
 
-    # 4. Check what only the op has read.
+    # 4. Check the values that only the op has read.
     status = outputs[-1]
     if check or (check is None and _checks_by_default(status, device, waits)):
         text_lengths = None if segments is None else segments.text_lengths

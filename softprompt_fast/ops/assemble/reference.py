@@ -138,7 +138,7 @@ def _segments(call: AssembleCall, real_tokens: Tensor) -> _Segments:
 
 
 def _slots(call: AssembleCall, segments: _Segments, real: Tensor, ranks: Tensor) -> _Slots:
-    """What each slot of the output holds."""
+    """The contents of each output slot."""
     rows, tokens = call.input_ids.shape
     device = call.input_ids.device
     slot = torch.arange(call.slots, device=device)

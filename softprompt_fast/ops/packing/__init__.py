@@ -1,4 +1,4 @@
-"""From the packed layout to rows and back: what attention needs of it."""
+"""From the packed layout to rows and back, for attention."""
 
 from .functional import pack, unpack
 
