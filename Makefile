@@ -26,7 +26,7 @@ help:
 	@echo "make bench             measure the op into benchmarks/results/op_cpu.csv"
 	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmark"
 	@echo "make clean             remove build files and caches"
-	@echo "Each target except gpu makes .venv when it is missing. PYTHON=$(PYTHON) is used for that."
+	@echo "demo, test, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
 demo: $(DEMO)
 	$(BIN)/softprompt-fast demo
