@@ -125,10 +125,7 @@ def compare(
     device: Device = None,
 ) -> None:
     """Compares prompt tuning with zero-shot, instruction, few-shot, PEFT, LoRA, a linear probe and full fine-tuning."""
-    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-    if names is None or NEED_PEFT & set(names):
-        require("compare", "peft", purpose="compare")
-    require("train", "accelerate", "datasets", "sklearn", "matplotlib", purpose="compare")
+    names = _methods(methods)
     from ..comparison.drawing import overview_figure
     from ..comparison.run import compare as run
     from ..comparison.settings import METHODS, parse_options
@@ -145,8 +142,6 @@ def compare(
         split_seed,
     )
     task = options.task(rows, model=model)
-    if instruction is not None:
-        instruction = instruction.replace("\\n", "\n")
     try:
         comparison = run(
             model,
@@ -160,7 +155,7 @@ def compare(
             steps=steps,
             batch_size=batch_size,
             num_virtual_tokens=virtual_tokens,
-            instruction=instruction,
+            instruction=None if instruction is None else instruction.replace("\\n", "\n"),
             options=parse_options(settings or []),
             dtype=dtype,
             device=device,
@@ -203,6 +198,15 @@ def _splits(
         count = round(len(rows) * validation_share) if validation_share < 1 else int(validation_share)
         train, validation_rows = split_rows(train, max(1, count), seed + 1)
     return train, validation_rows, test_rows
+
+
+def _methods(methods: str | None) -> list[str] | None:
+    """The methods by name, None: all. Packages that they need must be installed."""
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    if names is None or NEED_PEFT & set(names):
+        require("compare", "peft", purpose="compare")
+    require("train", "accelerate", "datasets", "sklearn", "matplotlib", purpose="compare")
+    return names
 
 
 def _seeds(text: str) -> list[int]:

@@ -119,7 +119,7 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
     architectures: list[str] = []
     if cuda and torch.version.cuda and cuda_toolkit():
         architectures = _architectures()
-    sources = [root / "ops.cpp", root / "module.cpp"]
+    sources = [root / "ops.cpp", root / "schemas.cpp", root / "module.cpp"]
     sources += list(extra_sources) or sorted((root / "cpu").glob("*.cpp"))
     cflags = ["-O3", f"-DSOFTPROMPT_FAST_NAMESPACE={namespace}", f"-I{root}"]
     ldflags = []
