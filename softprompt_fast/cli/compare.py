@@ -132,9 +132,8 @@ def compare(
     from ..comparison.tables import print_comparison
 
     options = task_options()
-    rows = read_rows(data, split)
     train, validation_rows, test_rows = _splits(
-        rows,
+        rows := read_rows(data, split),
         None if validation is None else read_rows(validation, split),
         None if test is None else read_rows(test, split),
         validation_share,
