@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -131,20 +131,34 @@ for _heading, _commands in GROUPS.items():
 def main() -> None:
     """Entry point of ``softprompt-fast``."""
     try:
-        app()
-    except KeyboardInterrupt:
+        status = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         console.print("interrupted")
         sys.exit(130)
     except Exception as error:
+        if hasattr(error, "format_message"):  # Typer's errors of usage: an unknown option, a missing value
+            _stop_usage(error)
         if os.environ.get("SOFTPROMPT_FAST_TRACEBACK"):
             raise
-        console.print(f"[bold red]error:[/bold red] {escape(_one_line(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _stop(_one_line(error), 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _stop_usage(error: Any) -> NoReturn:
+    message = error.format_message().rstrip(".")
+    if not message:  # no arguments: the help was shown
+        sys.exit(2)
+    _stop(f"{message}. See {error.ctx.command_path if error.ctx else 'softprompt-fast'} --help.", 2)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    """Ends the process with one line."""
+    console.print(f"[bold red]error:[/bold red] {escape(' '.join(message.split()))}", highlight=False, soft_wrap=True)
+    sys.exit(status)
 
 
 def _one_line(error: Exception) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    text = " ".join(text.split())
     if _out_of_memory(error):
         return f"out of memory; use a smaller --batch-size or --max-length ({text or type(error).__name__})"
     from ..ops.extension.build import BuildUnavailable

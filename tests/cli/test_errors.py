@@ -81,3 +81,22 @@ def test_the_traceback_is_there_for_whoever_asks(fails: Fails, monkeypatch: pyte
 
 def test_the_package_exports_the_app() -> None:
     assert cli.app is app and cli.main is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "error: Missing option '--model' / '-m'. See softprompt-fast train --help."),
+        (["info", "--nonsense"], "error: No such option: --nonsense"),
+        (["prune", "-p", "a", "-d", "b", "-o", "c", "--min-tokens", "0"], "error: Invalid value for '--min-tokens'"),
+        (["nothing"], "error: No such command 'nothing'. See softprompt-fast --help."),
+    ],
+)
+def test_an_error_of_usage_is_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["softprompt-fast", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2 and shown.startswith(message) and shown.count("\n") == 1
