@@ -131,7 +131,7 @@ for _heading, _commands in GROUPS.items():
 def main() -> None:
     """Entry point of ``softprompt-fast``."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="softprompt-fast", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         console.print("interrupted")
         sys.exit(130)
