@@ -34,10 +34,7 @@ class ModelInterface(nn.Module):
         return self.base_model
 
     def unload(self) -> Any:
-        """Returns the base model as it was: its attention and its trainable parameters, unless others still use it.
-
-        Afterwards this object only keeps its prompts; running it raises RuntimeError.
-        """
+        """Releases the parameters and returns the base model."""
         self._frozen = None
         return self.base_model
 
@@ -121,7 +118,7 @@ class ModelInterface(nn.Module):
         names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         own = [owner.__name__ for owner in type(architecture.without_adapters(self.base_model)).__mro__]
         if architecture.is_causal(self.base_model) and not architecture.pools_last_token(self.base_model):
-            return next((name for name in own if name in names), type(self).__name__)
+            return next((name for name in own if name in names), "LlamaForCausalLM")
         return type(self).__name__
 
     # --- training helpers that Trainer looks for ---

@@ -212,10 +212,14 @@ class PackedRunner:
             raise Unsupported(f"{reason}, more than the tolerance {allowed:.0e}")
         self.checked[kind] = difference
 
-    def give_up(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """Stops using the packed layout. The model keeps the installed attention while others use it."""
         self.unsupported = reason
         self._attention = None
+
+    def give_up(self, reason: str) -> None:
+        """Stops using the packed layout, and logs why."""
+        self.stop(reason)
         logger.warning("%s runs in the padded layout: %s", type(self.model).__name__, reason)
 
     def pack(
