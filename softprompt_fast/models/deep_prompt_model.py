@@ -80,7 +80,8 @@ class DeepPromptModel(SoftPromptModel):
         try:
             self.runner.logits_after(FastSoftPrompt(self.prompts.embedding_dim), ids, None, None)
         except Exception as failure:
-            self._fallback(f"the packed layout failed: {type(failure).__name__}: {failure}")
+            cause = failure.__cause__ or failure
+            self._fallback(f"the packed layout failed: {type(cause).__name__}: {cause}")
         raise error
 
     def _run_padded_for(self, option: str, padded: Callable[[], Any]) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import Unsupported
+from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
+from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
 from .call import Texts, check_labels, kept_columns, known_options, texts_of
@@ -210,6 +212,9 @@ class SoftPromptModel(ModelInterface):
         output = self._run_padded_for(unpacked[0], padded) if unpacked else self._run(packed, padded)
         if output.get("logits") is not None and self._traits.labels_per_token:
             output["logits"] = output["logits"][:, columns]
+        # Without fields that are None and in the order of its class: `output[0]` is the loss if there is one.
+        filled = {f.name: output[f.name] for f in fields(output) if output.get(f.name) is not None}
+        output = type(output)(**filled)
         as_mapping = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_mapping else output.to_tuple()
 
@@ -232,9 +237,10 @@ class SoftPromptModel(ModelInterface):
                 result = packed(self.runner)
             except Unsupported as error:
                 reason = str(error)
-            except Exception as error:
-                if self._packed_worked:
-                    raise
+            except PackedFailure as failure:
+                error = failure.__cause__
+                if self._packed_worked or not isinstance(error, Exception):
+                    raise (error or failure) from None
                 return self._after_error(error, padded)
             else:
                 self._packed_worked = True
@@ -395,7 +401,7 @@ class SoftPromptModel(ModelInterface):
     def from_pretrained(
         cls, model: Any, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
     ) -> SoftPromptModel:
-        """A model with the prompts of a directory: one adapter folder, or a folder of them.
+        """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
 
         Args:
             names: load only these.
@@ -404,13 +410,18 @@ class SoftPromptModel(ModelInterface):
         Raises:
             FileNotFoundError: there is no such prompt.
         """
-        folders = prompt_folders(directory)
-        if names is not None:
-            missing = set(names) - {folder.name for folder in folders}
-            if missing:
-                raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
-            folders = [folder for folder in folders if folder.name in names]
+        state = read_checkpoint(directory)
+        folders = {folder.name: folder for folder in prompt_folders(directory)} if state is None else {}
+        found = list(folders) if state is None else prompt_names(state)
+        missing = set(names or ()) - set(found)
+        if missing:
+            raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
         tuned = cls(model, **options)
-        for folder in folders:
-            tuned.load_prompt(folder)
+        if state is not None:
+            tuned.prompts.load_state_dict(state)
+            for name in set(found) - set(found if names is None else names):
+                tuned.remove_prompt(name)
+        for name, folder in folders.items():
+            if names is None or name in names:
+                tuned.load_prompt(folder)
         return tuned

@@ -8,7 +8,8 @@ sequence of useful tokens; only attention knows the layout (``packed/attention.p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..base.errors import Unsupported
+from ..base.errors import PackedFailure, Unsupported
 from ..base.modules import evaluating
 from ..hf import architecture
 from ..hf.architecture import check_architecture, check_room, returning_mappings
@@ -112,6 +113,7 @@ class PackedRunner:
 
         Raises:
             Unsupported: the model cannot run this batch exactly in the packed layout.
+            PackedFailure: the model raised another error.
         """
         options = dict(options)
         types = options.pop("token_type_ids", None)
@@ -120,7 +122,8 @@ class PackedRunner:
         batch = self.pack(selection, input_ids, attention_mask, lengths, embedding=embedding, fold=fold)
         if types is not None:
             options["token_type_ids"] = _packed_types(types, batch)
-        self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
+        with _failures_of_the_model():
+            self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
         token_slots, previous = batch.token_slots.flatten(), batch.previous_slots.flatten()
         tokens = targets = token_slots[:0]  # places in the flattened input
         if return_logits:
@@ -131,7 +134,8 @@ class PackedRunner:
         read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
-        output, logits = self.run(batch, read, passed)
+        with _failures_of_the_model():
+            output, logits = self.run(batch, read, passed)
         if labels is not None:
             expected = torch.where(targets >= 0, target[targets], IGNORED)
             answers = logits[len(tokens) :]
@@ -161,12 +165,14 @@ class PackedRunner:
 
         Raises:
             Unsupported: the model cannot run this batch exactly in the packed layout.
+            PackedFailure: the model raised another error.
         """
         selection = bank.select(prompt_ids, len(input_ids))
         batch = self.pack(selection, input_ids, attention_mask, None, embedding=embedding)
-        self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
         slots = batch.last_slots if places is None else batch.token_slots[places[:, 0], places[:, 1]]
-        return self.run(batch, slots.clamp(min=0), {})[1]
+        with _failures_of_the_model():
+            self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
+            return self.run(batch, slots.clamp(min=0), {})[1]
 
     def _loss(self, logits: Tensor, targets: Tensor, items: dict[str, Any]) -> Tensor:
         """The model's own loss; targets are shifted already."""
@@ -323,6 +329,16 @@ class PackedRunner:
         windowed = "sliding_attention" in types if types else bool(getattr(config, "sliding_window", None))
         if windowed and not layout.windows:
             raise Unsupported("its sliding window does not reach the attention function")
+
+
+@contextmanager
+def _failures_of_the_model() -> Iterator[None]:
+    try:
+        yield
+    except (Unsupported, PackedFailure):
+        raise
+    except Exception as error:
+        raise PackedFailure(str(error)) from error
 
 
 def _places(wanted: Tensor, count: int | None) -> Tensor:
