@@ -66,6 +66,11 @@ class DeepPromptModel(SoftPromptModel):
             self._fallback(self.runner.unsupported)
         self._continuation = Continuation(self.runner)
 
+    @property
+    def loss_type(self) -> str | None:
+        """Trainer counts the targets of a "ForCausalLM" loss without each row's first token, as this loss does."""
+        return getattr(self.base_model, "loss_type", None)
+
     @staticmethod
     def _prompt_width(model: Any) -> int:
         return torch.Size(slot_shape(model)).numel()

@@ -121,6 +121,9 @@ class ModelInterface(nn.Module):
             return next((name for name in own if name in names), "LlamaForCausalLM")
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
     # --- training helpers that Trainer looks for ---
 
     @property

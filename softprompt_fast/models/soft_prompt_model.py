@@ -199,16 +199,16 @@ class SoftPromptModel(ModelInterface):
                 *arguments,
                 lengths=lengths.tolist() if isinstance(lengths, Tensor) else lengths,
                 num_targets=num_targets,
-                options={k: v for k, v in options.items() if k in PACKED_OPTIONS},
+                options={k: v for k, v in options.items() if k in PACKED_OPTIONS or k == "output_attentions"},
                 **settings,
             )
 
         def padded() -> Any:
             return self._padded.forward(*arguments, options=options, **settings)
 
+        if getattr(self.config, "output_attentions", False):
+            options.setdefault("output_attentions", True)
         unpacked = [k for k, v in options.items() if k not in PACKED_OPTIONS and v is not False]
-        if getattr(self.config, "output_attentions", False) and options.get("output_attentions") is not False:
-            unpacked.append("output_attentions")
         output = self._run_padded_for(unpacked[0], padded) if unpacked else self._run(packed, padded)
         if output.get("logits") is not None and self._traits.labels_per_token:
             output["logits"] = output["logits"][:, columns]
