@@ -156,8 +156,7 @@ def _register(before: str) -> None:
 def _eager_attention(module: Any, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
     """The eager attention of the file that defines the model, or of the class that it is derived from."""
     for owner in type(module).__mro__:
-        defined_in = sys.modules.get(owner.__module__)
-        if hasattr(defined_in, "eager_attention_forward"):
-            result: tuple[Tensor, Tensor | None] = defined_in.eager_attention_forward(module, *args, **keywords)
-            return result
+        function: Attention | None = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function(module, *args, **keywords)
     raise Unsupported(f"its file {type(module).__module__} has no eager attention function")

@@ -238,10 +238,10 @@ class SoftPromptModel(ModelInterface):
             except Unsupported as error:
                 reason = str(error)
             except PackedFailure as failure:
-                error = failure.__cause__
-                if self._packed_worked or not isinstance(error, Exception):
-                    raise (error or failure) from None
-                return self._after_error(error, padded)
+                cause = failure.__cause__
+                if self._packed_worked or not isinstance(cause, Exception):
+                    raise (cause or failure) from None
+                return self._after_error(cause, padded)
             else:
                 self._packed_worked = True
                 return result
