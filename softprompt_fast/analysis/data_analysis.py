@@ -68,7 +68,7 @@ def analyze(
         text=Lengths.of(text),
         target=Lengths.of(target),
         max_length=task.max_length,
-        context=context_length(model.config),
+        context=context_length(model.base_model),
         cut_by_max_length=_share(n > task.max_length for n in text),
         over_context=0.0,
         classes=classes,

@@ -33,7 +33,7 @@ def instruction(work: Work) -> Ready:
 def few_shot(work: Work) -> Ready:
     plain = Encoder(work.task, work.tokenizer)
     rows = [row for split in work.splits.values() for row in split]
-    context = context_length(work.model.config)
+    context = context_length(work.model)
     room = None
     if context is not None:
         room = context - max(map(len, plain.texts(rows))) - max(map(len, plain.targets(rows)))

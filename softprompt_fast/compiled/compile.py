@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hf.architecture import check_room
 from ..packed.batch import PackedInputs
 from ..packed.layout import PackedLayout, RowGroup
 from ..packed.runner import PackedRunner
@@ -47,6 +48,7 @@ def compile_prompts(runner: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
     lengths = [len(prompt) for prompt in prompts]
     count, device = sum(lengths), weight.device
     layers, two, heads, size = slot_shape(model)
+    check_room(lengths, [0] * len(lengths), runner.context_length)
     capture = torch.empty(layers, two, count, heads, size, dtype=weight.dtype, device=device)
     layout = PackedLayout(
         prompts=RowGroup.of(0, lengths, [(0, 0)] * len(lengths), device),

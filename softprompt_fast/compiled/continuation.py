@@ -52,6 +52,7 @@ class Continuation:
         Raises:
             Unsupported: the model does something that the packed layout does not support.
         """
+        self.runner.make_ready()
         mask = (attention_mask != 0).long()
         order = mask.argsort(dim=1, stable=True)  # padding to the left
         ids, mask = input_ids.gather(1, order), mask.gather(1, order)

@@ -44,15 +44,22 @@ class PrefixRunner(PackedRunner):
         return layered(prompts.to(self.model.get_input_embeddings().weight), self.shape).contiguous()
 
     def pack(
-        self, selection: Selection, input_ids: Tensor, attention_mask: Tensor | None, lengths: Sequence[int] | None
+        self,
+        selection: Selection,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        lengths: Sequence[int] | None,
+        *,
+        embedding: Any = None,
+        fold: bool | None = None,
     ) -> SharedBatch:
         """The packed batch of the rows' texts [B, T]. Nothing predicts a row's first token."""
         rows, tokens = input_ids.shape
         compiled = self.compiled(selection)
         if lengths is None:
             lengths = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
-        embedding = self.model.get_input_embeddings()
-        no_prompts = Selection([], [-1] * rows, [], embedding.weight.shape[1])
+        embedding = self.model.get_input_embeddings() if embedding is None else embedding
+        no_prompts = Selection([], [-1] * rows, [], embedding_table(embedding).weight.shape[1])
         batch = pack_rows(no_prompts, embedding, input_ids, attention_mask, lengths, fold=False)
         prefixes = selection.prefixes
         virtual = torch.tensor([count for _, count in prefixes], dtype=torch.int64)
@@ -63,7 +70,9 @@ class PrefixRunner(PackedRunner):
             compiled=compiled,
         )
         positions = batch.position_ids + virtual.to(input_ids.device, non_blocking=True)
-        return replace(batch, position_ids=positions, layout=layout)
+        batch = replace(batch, position_ids=positions, layout=layout)
+        self._check_room(batch, selection)
+        return batch
 
     def logits_alone(
         self,
@@ -73,11 +82,12 @@ class PrefixRunner(PackedRunner):
         *,
         gradient: bool,
         update: tuple[Tensor, Tensor] | None = None,
+        embedding: Any = None,
     ) -> Tensor:
         """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself on a cache of its prompt."""
         from transformers import DynamicCache
 
-        vectors = embedding_table(self.model.get_input_embeddings())(input_ids)
+        vectors = embedding_table(self.model.get_input_embeddings() if embedding is None else embedding)(input_ids)
         cache: Any = DynamicCache()
         for layer, (key, value) in enumerate(() if prompt is None else self._states(prompt)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,17 @@ from ..base.errors import Unsupported
 DISPLACED_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
 # Configuration fields of models that embed each token again in every layer.
 PER_LAYER_EMBEDDINGS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
+CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+
+
+def without_adapters(model: Any) -> Any:
+    """The transformers model inside a PEFT model, whose adapters are part of its layers; any other model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def is_named(model: Any, endings: str | tuple[str, ...]) -> bool:
+    """Whether the name of a model's class, or of a class that it is derived from, has one of these endings."""
+    return any(owner.__name__.endswith(endings) for owner in type(without_adapters(model)).__mro__)
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -23,14 +36,14 @@ def is_causal(model: Any) -> bool:
     if is_encoder_decoder(model):
         return False
     can_generate = getattr(model, "can_generate", None)
-    if can_generate is not None and can_generate() and not type(model).__name__.endswith("ForMaskedLM"):
+    if can_generate is not None and can_generate() and not is_named(model, "ForMaskedLM"):
         return True
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def pools_last_token(model: Any) -> bool:
     """Sequence classification on a decoder: without input ids transformers reads the last position."""
-    return type(model).__name__.endswith("ForSequenceClassification")
+    return is_named(model, "ForSequenceClassification")
 
 
 def check_supported(model: Any) -> None:
@@ -50,7 +63,7 @@ def check_supported(model: Any) -> None:
         )
     if "inputs_embeds" not in forward_parameters(model):
         raise TypeError(f"{name}.forward takes no inputs_embeds, so it cannot use a prompt")
-    if name.endswith(DISPLACED_HEADS):
+    if is_named(model, DISPLACED_HEADS):
         raise TypeError(f"{name} returns or pools positions that a prompt would displace; this head is not supported")
     if pools_last_token(model) and not is_causal(model):
         raise TypeError(
@@ -60,11 +73,11 @@ def check_supported(model: Any) -> None:
 
 
 def forward_parameters(model: Any) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
+    return set(inspect.signature(without_adapters(model).forward).parameters)
 
 
 def accepts_any_keyword(model: Any) -> bool:
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(without_adapters(model).forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
@@ -77,6 +90,7 @@ class ForwardTraits:
     encoder_decoder: bool
     causal: bool
     pools_last_token: bool
+    context_length: int | None
 
     @classmethod
     def of(cls, model: Any) -> ForwardTraits:
@@ -86,6 +100,7 @@ class ForwardTraits:
             encoder_decoder=is_encoder_decoder(model),
             causal=is_causal(model),
             pools_last_token=pools_last_token(model),
+            context_length=context_length(model),
         )
 
     @property
@@ -101,12 +116,11 @@ class ForwardTraits:
 def peft_config(model: Any) -> dict[str, Any]:
     """The model's fields of PEFT's ``adapter_config.json``."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    name = type(model).__name__
     if is_encoder_decoder(model):
         task = "SEQ_2_SEQ_LM"
-    elif name.endswith("ForSequenceClassification"):
+    elif is_named(model, "ForSequenceClassification"):
         task = "SEQ_CLS"
-    elif name.endswith("ForTokenClassification"):
+    elif is_named(model, "ForTokenClassification"):
         task = "TOKEN_CLS"
     elif is_causal(model) and getattr(model, "can_generate", lambda: False)():
         task = "CAUSAL_LM"
@@ -120,14 +134,59 @@ def peft_config(model: Any) -> dict[str, Any]:
     }
 
 
-def context_length(config: Any) -> int | None:
-    """The largest number of positions of a model; None: positions are relative and the configuration sets no limit."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        if isinstance(getattr(config, name, None), int):
-            return int(getattr(config, name))
-    return None
+def context_length(model: Any) -> int | None:
+    """The largest number of tokens of a row of a model, its prompt included.
+
+    None: positions are relative and the configuration sets no limit. An encoder-decoder's limit is its encoder's.
+    """
+    model = without_adapters(model)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    if getattr(config, "position_biased_input", True) is False:  # DeBERTa without a table of positions
+        return None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None and not hasattr(config, "relative_attention_num_buckets"):  # old T5 files hold an n_positions
+        limit = getattr(config, "n_positions", None) or getattr(config, "max_seq_len", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    for name, module in model.named_modules():  # RoBERTa and others number positions after the padding's
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return min(limit, int(module.weight.shape[0]) - int(module.padding_idx) - 1)
+    return limit
+
+
+def check_room(virtual: Sequence[int], tokens: Sequence[int], limit: int | None) -> None:
+    """Checks that every row fits the model's positions.
+
+    Args:
+        virtual: [B], virtual tokens of each row's prompt.
+        tokens: [B], tokens of each row's text.
+        limit: as :func:`context_length` gives it.
+
+    Raises:
+        ValueError: with the numbers of the first row that is too long.
+    """
+    for row, (prompt, text) in enumerate(zip(virtual, tokens, strict=True)):
+        if limit is not None and prompt + text > limit:
+            raise ValueError(
+                f"`input_ids` must fit the model's {limit} positions together with the prompt: "
+                f"got {text} tokens after {prompt} virtual tokens in row {row}"
+            )
+
+
+@contextmanager
+def returning_mappings(config: Any) -> Iterator[None]:
+    """Lets a model return its output classes even if its configuration asks for tuples.
+
+    An argument cannot: transformers' decoders fail with ``config.return_dict = False`` whatever they are given.
+    """
+    if getattr(config, "return_dict", True):
+        yield
+        return
+    config.return_dict = True
+    try:
+        yield
+    finally:
+        config.return_dict = False
 
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -141,8 +200,11 @@ def check_architecture(model: Any) -> None:
     """
     if is_encoder_decoder(model) or not is_causal(model):
         raise Unsupported("only causal decoders can share a prompt's hidden states")
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise Unsupported("its head is not a language model's")
+    model = _unadapted(model)
+    if model.get_output_embeddings() is None:
+        raise Unsupported(f"{type(model).__name__} has no language-modelling head")
+    if not is_named(model, CAUSAL_HEADS):
+        raise Unsupported(f"{type(model).__name__} is not one of transformers' causal language models")
     if not model._can_set_attn_implementation():
         raise Unsupported("its class ignores transformers' attention interface")
     if "position_ids" not in forward_parameters(model):
@@ -157,3 +219,11 @@ def check_architecture(model: Any) -> None:
         raise Unsupported(f"it has layers of type {', '.join(sorted(other))}")
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
         raise Unsupported(f"its loss is {model.loss_type}")
+
+
+def _unadapted(model: Any) -> Any:
+    """The model to run packed batches with: adapters inside its layers (LoRA) run, prompts of PEFT would not."""
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise Unsupported(f"it has a prompt of PEFT, {name!r}, which the packed layout does not run")
+    return without_adapters(model)

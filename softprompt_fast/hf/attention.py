@@ -1,8 +1,14 @@
-"""Installs this library's attention in a transformers model. The model's own attention runs all other batches."""
+"""Installs this library's attention in a transformers model. The model's own attention runs all other batches.
+
+The installation belongs to the base model, not to one of its users. :func:`installed_attention` gives all of them the
+same object, and the model gets its own implementation back when the last reference to it is gone.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -33,19 +39,89 @@ def check_keywords(module: Any, is_causal: bool | None, keywords: dict[str, Any]
         raise Unsupported("its attention is not causal")
 
 
-def install(model: Any) -> None:
+class InstalledName(str):
+    """The name of an installed implementation. A copied, pickled or saved model names its own implementation again."""
+
+    __slots__ = ()
+
+    @property
+    def original(self) -> str:
+        return str(self.removeprefix(IMPLEMENTATION_PREFIX))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.original,)
+
+
+class InstalledAttention:
+    """Keeps this library's attention installed in a model for as long as a reference to this object lives.
+
+    Args:
+        config: the configuration that the model's attention layers read.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        _put_in_front(config)
+        weakref.finalize(self, _restore, config).atexit = False
+
+    def ensure(self) -> bool:
+        """Installs again if another implementation was set meanwhile; returns whether one was.
+
+        Raises:
+            Unsupported: the new implementation cannot be replaced.
+        """
+        if isinstance(self.config._attn_implementation, InstalledName):
+            return False
+        with _lock:
+            _put_in_front(self.config)
+        return True
+
+
+_lock = threading.RLock()
+_installed: weakref.WeakValueDictionary[int, InstalledAttention] = weakref.WeakValueDictionary()
+"""By the identity of the configuration, which the value keeps alive."""
+
+
+def installed_attention(model: Any) -> InstalledAttention:
     """Lets a model run packed batches; every other call uses the implementation that it has now.
 
     Raises:
         Unsupported: its attention cannot be replaced.
     """
+    config = model.config.get_text_config()
+    with _lock:
+        installed = _installed.get(id(config))
+        if installed is None:
+            installed = _installed[id(config)] = InstalledAttention(config)
+        installed.ensure()
+        return installed
+
+
+def _put_in_front(config: Any) -> None:
+    """Installs this library's attention in front of the implementation that a configuration names."""
+    before = config._attn_implementation
+    if isinstance(before, InstalledName):
+        return
+    if not isinstance(before, str):
+        raise Unsupported(f"its attention implementation {before!r} is not a function that can be wrapped")
+    before = before.removeprefix(IMPLEMENTATION_PREFIX)
+    _register(before)
+    config._attn_implementation = InstalledName(IMPLEMENTATION_PREFIX + before)
+
+
+def _restore(config: Any) -> None:
+    with _lock:
+        name = config._attn_implementation
+        if isinstance(name, InstalledName) and id(config) not in _installed:
+            config._attn_implementation = name.original
+
+
+def _register(before: str) -> None:
+    """Registers the implementation that runs packed batches itself and gives all others to the one named `before`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    before = model.config._attn_implementation
-    if before.startswith(IMPLEMENTATION_PREFIX):
-        return
     if before == "eager":
         original: Attention = _eager_attention
     elif before in ALL_ATTENTION_FUNCTIONS:
@@ -75,20 +151,12 @@ def install(model: Any) -> None:
         AttentionInterface.register(name, attention)
         if before in ALL_MASK_ATTENTION_FUNCTIONS:
             ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
-        raise Unsupported("its attention implementation cannot be set")
 
 
 def _eager_attention(module: Any, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
-    """The eager attention of the file that defines the model."""
-    defined_in = sys.modules[type(module).__module__]
-    result: tuple[Tensor, Tensor | None] = defined_in.eager_attention_forward(module, *args, **keywords)
-    return result
-
-
-def uninstall(model: Any) -> None:
-    """Gives a model back the attention implementation it had."""
-    name = model.config._attn_implementation
-    if name.startswith(IMPLEMENTATION_PREFIX):
-        model.set_attn_implementation(name.removeprefix(IMPLEMENTATION_PREFIX))
+    """The eager attention of the file that defines the model, or of the class that it is derived from."""
+    for owner in type(module).__mro__:
+        function: Attention | None = getattr(sys.modules.get(owner.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function(module, *args, **keywords)
+    raise Unsupported(f"its file {type(module).__module__} has no eager attention function")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +46,7 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
         raise TypeError("`embedding` cannot have max_norm, which the fused pass would not apply")
     if embedding.weight.device.type == "meta":
         raise TypeError("`embedding` must be on a real device, got a weight on 'meta' (is it offloaded?)")
-    hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
-    # transformers registers this one for gradient checkpointing. It is not needed: the prompt has a gradient itself.
-    hooks = [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
+    hooks = _hooks(embedding)
     if hooks:
         raise TypeError(f"`embedding` cannot have forward hooks, which the fused pass would not run, got {hooks[0]}")
     weight = embedding.weight
@@ -55,6 +54,17 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
         weight = weight.full_tensor()
     scale = 1.0 if type(embedding) is nn.Embedding else _scale_of(embedding)
     return EmbeddingTable(weight, scale, embedding.padding_idx)
+
+
+def has_foreign_hooks(embedding: nn.Module) -> bool:
+    """Whether something else changes the vectors that a module looks up, such as NEFTune's noise."""
+    return bool(_hooks(embedding))
+
+
+def _hooks(embedding: nn.Module) -> list[Any]:
+    hooks = [*embedding._forward_hooks.values(), *embedding._forward_pre_hooks.values()]
+    # transformers registers this one for gradient checkpointing. It is not needed: the prompt has a gradient itself.
+    return [hook for hook in hooks if getattr(hook, "__name__", "") != "make_inputs_require_grads"]
 
 
 @constant_when_compiled

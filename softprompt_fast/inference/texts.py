@@ -26,7 +26,7 @@ class TextEncoder:
     def __init__(self, bank: PromptBank, tokenizer: Any) -> None:
         base = bank.model.base_model
         self.bank, self.tokenizer = bank, tokenizer
-        self.context_length = context_length(base.config)
+        self.context_length = context_length(base)
         self._causal, self._encoder_decoder = is_causal(base), is_encoder_decoder(base)
 
     def ids(self, text: Text, name: str | None, encoded: Encoded | None = None) -> list[int]:

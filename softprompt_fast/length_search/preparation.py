@@ -172,7 +172,7 @@ def check_rows(task: Task, train_rows: Examples, held_out_rows: Examples, test_r
 
 def check_room(model: SoftPromptModel, longest_prompt: int, longest_row: int) -> None:
     """Checks that the longest prompt and the longest row of the sample fit the model's context."""
-    context = context_length(model.config)
+    context = context_length(model.base_model)
     if context is not None and longest_prompt + longest_row > context:
         raise ValueError(
             f"`lengths` must leave room for texts of {longest_row} tokens in the model's context of {context}: "

@@ -6,7 +6,7 @@ compiled plain prompt, so it does not run through the model: packed texts follow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.initialization import INITIALIZATIONS, initial_prompt
 from ..prompts.peft_files import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
-from .soft_prompt_model import PADDED_OPTIONS, SoftPromptModel
+from .soft_prompt_model import SoftPromptModel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,9 +54,6 @@ class DeepPromptModel(SoftPromptModel):
 
     runner: PrefixRunner
     prompts: FastSoftPrompt
-    refused_arguments = SoftPromptModel.refused_arguments | dict.fromkeys(
-        PADDED_OPTIONS, "deep prompts run in the packed layout, which does not support it"
-    )
 
     def __init__(self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True) -> None:
         architecture.check_supported(model)
@@ -69,6 +66,11 @@ class DeepPromptModel(SoftPromptModel):
             self._fallback(self.runner.unsupported)
         self._continuation = Continuation(self.runner)
 
+    @property
+    def loss_type(self) -> str | None:
+        """Trainer counts the targets of a "ForCausalLM" loss without each row's first token, as this loss does."""
+        return getattr(self.base_model, "loss_type", None)
+
     @staticmethod
     def _prompt_width(model: Any) -> int:
         return torch.Size(slot_shape(model)).numel()
@@ -77,9 +79,23 @@ class DeepPromptModel(SoftPromptModel):
     def _packed_runner(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
         return PrefixRunner(model, check=check)
 
+    def _after_error(self, error: Exception, padded: Callable[[], Any]) -> NoReturn:
+        """Tells a bad call from a model that cannot run packed texts, by a batch that is known to be good."""
+        ids = torch.ones(2, 2, dtype=torch.int64, device=self.device)
+        try:
+            self.runner.logits_after(FastSoftPrompt(self.prompts.embedding_dim), ids, None, None)
+        except Exception as failure:
+            cause = failure.__cause__ or failure
+            self._fallback(f"the packed layout failed: {type(cause).__name__}: {cause}")
+        raise error
+
+    def _run_padded_for(self, option: str, padded: Callable[[], Any]) -> NoReturn:
+        reason = "deep prompts run in the packed layout, which does not support it"
+        raise ValueError(f"`{option}` cannot be given: {reason}")
+
     def _fallback(self, reason: str) -> NoReturn:
         """Refuses the call: there is no other layout."""
-        self.runner.unsupported = reason
+        self.runner.stop(reason)
         raise _refusal(self.base_model, reason)
 
     def add_prompt(
@@ -152,6 +168,7 @@ class DeepPromptModel(SoftPromptModel):
         **options: Any,
     ) -> Any:
         """``model.generate`` after each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
+        self._check_loaded()
         bank = self.prompts if prompts is None else prompts
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         _check_no_empty_row(input_ids, mask)

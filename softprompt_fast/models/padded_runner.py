@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..hf.architecture import ForwardTraits
+from ..hf.architecture import ForwardTraits, check_room, returning_mappings
 from ..ops.assemble.batch import PromptedBatch
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
@@ -34,16 +34,27 @@ class PaddedRunner:
         prompt_ids: PromptIds,
         labels: Tensor | None,
         padding_side: str,
+        embedding: Any = None,
     ) -> PromptedBatch:
-        """The batch with each row's prompt in front of its tokens."""
+        """The batch with each row's prompt in front of its tokens.
+
+        Args:
+            embedding: the table [V, D] or module that gives the tokens' vectors; None: the model's.
+
+        Raises:
+            ValueError: a row and its prompt are longer than the model's positions.
+        """
         batch: PromptedBatch = bank(
             input_ids,
             attention_mask,
-            embedding=self.model.get_input_embeddings(),
+            embedding=self.model.get_input_embeddings() if embedding is None else embedding,
             prompt_ids=prompt_ids,
             labels=labels,
             padding_side=padding_side,
         )
+        limit, width = self.traits.context_length, batch.inputs_embeds.shape[1]
+        if limit is not None and width > limit:
+            _drop_columns(batch, limit)
         return batch
 
     def forward(
@@ -57,12 +68,17 @@ class PaddedRunner:
         return_logits: bool,
         loss_function: LossFunction | None,
         options: dict[str, Any],
+        embedding: Any = None,
     ) -> Any:
         """The model's output as :meth:`SoftPromptModel.forward` returns it."""
-        per_token = labels is not None and labels.shape == input_ids.shape and self.traits.labels_per_token
+        per_token = labels is not None and self.traits.labels_per_token
         side = "left" if self.traits.pools_last_token else "right"
-        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, labels if per_token else None, side)
+        moved = labels if per_token else None
+        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, moved, side, embedding)
         inputs = dict(batch)
+        types = options.get("token_type_ids")
+        if types is not None:
+            options = options | {"token_type_ids": _padded_types(types, batch)}
         if labels is not None and not per_token:
             inputs["labels"] = labels
         if "use_cache" in self.traits.parameters:
@@ -72,7 +88,7 @@ class PaddedRunner:
             output, loss = self._with_own_loss(inputs, per_token, loss_function, items, options)
             output["loss"] = loss
         else:
-            output = self.model(**inputs, **options)
+            output = self._run(inputs, options)
         if not return_logits and self.traits.predicts_next_token and getattr(output, "logits", None) is not None:
             output["logits"] = None
         return self._align(output, batch)
@@ -91,7 +107,7 @@ class PaddedRunner:
         labels = inputs["labels"]
         if per_token:  # an encoder-decoder needs its labels: they become the decoder's input
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
-        output = self.model(**inputs, **options)
+        output = self._run(inputs, options)
         logits = output.logits
         if per_token:
             logits, labels = logits[:, :-1], labels[:, 1:]
@@ -105,6 +121,7 @@ class PaddedRunner:
         attention_mask: Tensor | None,
         prompt_ids: PromptIds,
         places: Tensor | None = None,
+        embedding: Any = None,
     ) -> Tensor:
         """[M, V] after the tokens at `places` [M, 2] (row, column); None: [B, V] after each row's last vector."""
         if places is not None:
@@ -117,14 +134,19 @@ class PaddedRunner:
                 return_logits=True,
                 loss_function=None,
                 options={},
+                embedding=embedding,
             ).logits
             return every[places[:, 0], places[:, 1]]
-        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
+        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left", embedding)
         options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.traits.parameters else {}
         if "use_cache" in self.traits.parameters:
             options["use_cache"] = False
-        logits: Tensor = self.model(**batch, **options).logits
+        logits: Tensor = self._run(dict(batch), options).logits
         return logits[:, -1]
+
+    def _run(self, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
+        with returning_mappings(self.model.config):
+            return self.model(**inputs, **options)
 
     def _align(self, output: Any, batch: PromptedBatch) -> Any:
         """Aligns logits and hidden states with ``input_ids``."""
@@ -141,3 +163,33 @@ class PaddedRunner:
             if getattr(output, name, None) is not None:
                 output[name] = tuple(batch.unpack(states) for states in output[name])
         return output
+
+
+def _padded_types(types: Tensor, batch: PromptedBatch) -> Tensor:
+    """[B, S], the token types [B, T] of the texts; 0 for prompts and padding."""
+    padded = types.new_zeros(batch.inputs_embeds.shape[:2])
+    real = batch.token_slots >= 0
+    padded.view(-1)[batch.token_slots[real]] = types[real]
+    return padded
+
+
+def _drop_columns(batch: PromptedBatch, limit: int) -> None:
+    """Leaves `limit` columns of a batch that has more. They are padding if every row fits, which is checked.
+
+    S is the longest prompt and the longest text together, which need not be in the same row.
+    """
+    width = batch.inputs_embeds.shape[1]
+    mask = batch.attention_mask
+    assert mask is not None
+    tokens = (batch.token_slots >= 0).sum(1)
+    check_room(((mask != 0).sum(1) - tokens).tolist(), tokens.tolist(), limit)
+    first = width - limit if batch.padding_side == "left" else 0
+    columns = slice(first, first + limit)
+    batch.inputs_embeds = batch.inputs_embeds[:, columns]
+    batch.attention_mask = mask[:, columns]
+    batch.position_ids = batch.position_ids[:, columns]
+    batch.labels = None if batch.labels is None else batch.labels[:, columns]
+    for name in ("token_slots", "prompt_slots"):
+        slots = getattr(batch, name)
+        moved = slots.div(width, rounding_mode="floor") * limit + slots % width - first
+        setattr(batch, name, moved.where(slots >= 0, slots))

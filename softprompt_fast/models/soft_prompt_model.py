@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -10,11 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..base.errors import Unsupported
+from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation
-from ..packed.runner import ExecutionReport, PackedRunner
+from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
+from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
+from .call import Texts, check_labels, kept_columns, known_options, texts_of
+from .model_interface import ModelInterface
 from .padded_runner import LossFunction, PaddedRunner
 
 if TYPE_CHECKING:
@@ -24,11 +28,9 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 EXECUTIONS = ("auto", "shared", "padded")
-PADDED_OPTIONS = ("output_attentions", "use_cache")
-"""Options of a model's forward whose results only the padded layout has."""
 
 
-class SoftPromptModel(nn.Module):
+class SoftPromptModel(ModelInterface):
     """Freezes a model and holds its soft prompts.
 
     ``forward`` returns what the model returns, with logits and hidden states aligned with ``input_ids``: position
@@ -36,7 +38,8 @@ class SoftPromptModel(nn.Module):
     not depend on the other rows of its batch or on where its padding is.
 
     Args:
-        model: a transformers decoder, encoder or encoder-decoder; its parameters are frozen in place.
+        model: a transformers decoder, encoder or encoder-decoder, or a PEFT model of one. Its parameters are frozen
+            in place until :meth:`unload`, or until the last object that uses it is gone.
         prompts: a bank to use; None: an empty one, on the model's device.
         execution: one of:
 
@@ -53,7 +56,6 @@ class SoftPromptModel(nn.Module):
     """
 
     refused_arguments: ClassVar[dict[str, str]] = {
-        "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
         "position_ids": "positions follow from the attention mask and the prompts' lengths",
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
     }
@@ -68,14 +70,11 @@ class SoftPromptModel(nn.Module):
         check: bool = True,
         shared_text: str | None = "auto",
     ) -> None:
-        super().__init__()
         if execution not in EXECUTIONS:
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
-        architecture.check_supported(model)
-        model.requires_grad_(False)
-        self.base_model: Any = model
+        super().__init__(model)
         embedding = model.get_input_embeddings()
         width = self._prompt_width(model)
         if prompts is not None and prompts.embedding_dim != width:
@@ -84,6 +83,8 @@ class SoftPromptModel(nn.Module):
         self._traits = architecture.ForwardTraits.of(model)
         self.accepts_loss_kwargs = self._traits.any_keyword  # Trainer asks before it passes num_items_in_batch
         self.execution = execution
+        self._reported: set[str] = set()
+        self._packed_worked = False
         self.runner = self._packed_runner(model, check, shared_text) if execution != "padded" else None
         """Runs the packed layout; None: padded execution was asked for."""
         if execution == "shared" and self.runner is not None and self.runner.unsupported:
@@ -98,20 +99,6 @@ class SoftPromptModel(nn.Module):
     @staticmethod
     def _packed_runner(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
         return PackedRunner(model, check=check, shared_text=shared_text)
-
-    @property
-    def config(self) -> Any:
-        """The base model's configuration."""
-        return self.base_model.config
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self.base_model.get_input_embeddings().weight.device
-        return device
-
-    def get_input_embeddings(self) -> nn.Module:
-        embedding: nn.Module = self.base_model.get_input_embeddings()
-        return embedding
 
     # --- prompts ---
 
@@ -130,18 +117,30 @@ class SoftPromptModel(nn.Module):
     def remove_prompt(self, name: str) -> None:
         self.prompts.remove_prompt(name)
 
+    def unload(self) -> Any:
+        """Returns the base model as it was: its attention and its trainable parameters, unless others still use it.
+
+        Afterwards this object only keeps its prompts, which can be saved. Running it raises RuntimeError.
+        """
+        if self.runner is not None:
+            self.runner.stop("the model was unloaded")
+        return super().unload()
+
     # --- running ---
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         prompt_ids: PromptIds = None,
         *,
+        inputs_embeds: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         num_targets: int | None = None,
         return_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
         prompts: FastSoftPrompt | None = None,
         loss_function: LossFunction | None = None,
         **options: Any,
@@ -155,59 +154,78 @@ class SoftPromptModel(nn.Module):
                 classification; [B, T'], the decoder's, for encoder-decoders.
             prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). Not
                 needed if there is one prompt.
+            inputs_embeds: [B, T, D], the tokens' vectors instead of their ids; they get a gradient if they need one.
             lengths: [B] on the host, real tokens per row; with ``num_targets`` a step never waits for a GPU.
             num_targets: number of labels of real tokens that are not -100.
-            return_logits: whether decoders' language-modelling heads return logits; None: only without labels. With
-                labels and False, shared execution computes logits only where the loss reads them.
+            return_logits: whether decoders' language-modelling heads return logits; None: without labels, or outside
+                training. With labels and False, shared execution computes logits only where the loss reads them.
+            logits_to_keep: return logits of the last so many columns of ``input_ids``, or of these columns; 0: of all.
+            return_dict: False: a tuple, as transformers' models return it; None: as the configuration says.
             prompts: a bank for this call; None: the model's own.
             loss_function: replaces a language model's own loss. It is called with logits [M, V], their labels [M]
                 (-100: none), the row of the batch [M] of each, and ``num_items_in_batch`` if that is given, as by
                 Trainer; see ``tuning/objective.py``.
-            options: passed on to the model.
+            options: passed on to the model. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
+                tokenizers return and the model does not take are dropped; other unknown keys too, with one log line.
 
         Returns:
             The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``.
+            ``attentions`` [B, H, S, S] and ``past_key_values`` are not aligned: their S slots of a row are its prompt,
+            its text and padding.
+
+        Raises:
+            TypeError, ValueError, IndexError: naming the argument, the rule, and the value it got.
+            RuntimeError: after :meth:`unload`.
         """
+        self._check_loaded()
         for argument, reason in self.refused_arguments.items():
             value = options.pop(argument, None)
             if value is not None and value is not False:
                 raise ValueError(f"`{argument}` cannot be given: {reason}")
-        own_loss = {"num_items_in_batch"} if loss_function is not None else set()
-        known = self._traits.parameters | own_loss
-        options = {k: v for k, v in options.items() if self._traits.any_keyword or k in known}
-        if return_logits is None:
-            return_logits = labels is None
-        bank = self.prompts if prompts is None else prompts
+        own = frozenset({"num_items_in_batch"} if loss_function is not None else ())
+        options = known_options(options, self._traits, self._reported, own)
+        texts = self._texts(input_ids, attention_mask, inputs_embeds, options.get("token_type_ids"))
+        check_labels(labels, texts.input_ids.shape, self._traits)
+        columns = kept_columns(logits_to_keep, texts.input_ids.shape[1])
+        arguments = (self.prompts if prompts is None else prompts, texts.input_ids, attention_mask, labels, prompt_ids)
+        settings: dict[str, Any] = {
+            "return_logits": labels is None or not self.training if return_logits is None else return_logits,
+            "loss_function": loss_function,
+            "embedding": texts.embedding,
+        }
 
         def packed(runner: PackedRunner) -> Any:
             return runner.forward(
-                bank,
-                input_ids,
-                attention_mask,
-                labels,
-                prompt_ids,
+                *arguments,
                 lengths=lengths.tolist() if isinstance(lengths, Tensor) else lengths,
                 num_targets=num_targets,
-                return_logits=return_logits,
-                loss_function=loss_function,
-                options={k: v for k, v in options.items() if k != "use_cache"},
+                options={k: v for k, v in options.items() if k in PACKED_OPTIONS or k == "output_attentions"},
+                **settings,
             )
 
         def padded() -> Any:
-            return self._padded.forward(
-                bank,
-                input_ids,
-                attention_mask,
-                labels,
-                prompt_ids,
-                return_logits=return_logits,
-                loss_function=loss_function,
-                options=options,
-            )
+            return self._padded.forward(*arguments, options=options, **settings)
 
-        if any(options.get(option) for option in PADDED_OPTIONS):
-            return padded()
-        return self._run(packed, padded)
+        if getattr(self.config, "output_attentions", False):
+            options.setdefault("output_attentions", True)
+        unpacked = [k for k, v in options.items() if k not in PACKED_OPTIONS and v is not False]
+        output = self._run_padded_for(unpacked[0], padded) if unpacked else self._run(packed, padded)
+        if output.get("logits") is not None and self._traits.labels_per_token:
+            output["logits"] = output["logits"][:, columns]
+        # Without fields that are None and in the order of its class: `output[0]` is the loss if there is one.
+        filled = {f.name: output[f.name] for f in fields(output) if output.get(f.name) is not None}
+        output = type(output)(**filled)
+        as_mapping = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_mapping else output.to_tuple()
+
+    def _texts(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Texts:
+        return texts_of(self.base_model, input_ids, attention_mask, inputs_embeds, token_types)
 
     def _run(self, packed: Callable[[PackedRunner], Result], padded: Callable[[], Result]) -> Result:
         """The result of `packed`, or of `padded` where the model cannot run the packed layout."""
@@ -216,10 +234,31 @@ class SoftPromptModel(nn.Module):
         reason = self.runner.unsupported
         if reason is None:
             try:
-                return packed(self.runner)
+                result = packed(self.runner)
             except Unsupported as error:
                 reason = str(error)
+            except PackedFailure as failure:
+                cause = failure.__cause__
+                if self._packed_worked or not isinstance(cause, Exception):
+                    raise (cause or failure) from None
+                return self._after_error(cause, padded)
+            else:
+                self._packed_worked = True
+                return result
         self._fallback(reason)
+        return padded()
+
+    def _after_error(self, error: Exception, padded: Callable[[], Result]) -> Result:
+        """Runs the padded layout after the first packed batch failed: if this fails too, the call is at fault."""
+        try:
+            result = padded()
+        except Exception:
+            raise error from None
+        self._fallback(f"the packed layout failed: {type(error).__name__}: {error}")
+        return result
+
+    def _run_padded_for(self, option: str, padded: Callable[[], Result]) -> Result:
+        """The result of `padded`, for an option of the model's forward that the packed layout does not have."""
         return padded()
 
     def _fallback(self, reason: str) -> None:
@@ -274,9 +313,12 @@ class SoftPromptModel(nn.Module):
         places: Tensor | None,
         prompts: FastSoftPrompt | None,
     ) -> Tensor:
+        self._check_loaded()
         if not self._traits.causal:
             raise TypeError(f"{type(self.base_model).__name__} is not a decoder and has no next token")
-        arguments = (self.prompts if prompts is None else prompts, input_ids, attention_mask, prompt_ids, places)
+        texts = self._texts(input_ids, attention_mask)
+        bank = self.prompts if prompts is None else prompts
+        arguments = (bank, texts.input_ids, attention_mask, prompt_ids, places, texts.embedding)
         return self._run(lambda runner: runner.logits_after(*arguments), lambda: self._padded.logits_after(*arguments))
 
     def generate(
@@ -300,7 +342,8 @@ class SoftPromptModel(nn.Module):
         Returns:
             The result of ``generate``; for decoders ``input_ids`` followed by the new tokens, as without a prompt.
         """
-        if not getattr(self.base_model, "can_generate", lambda: False)():
+        self._check_loaded()
+        if not self.can_generate():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
         bank = self.prompts if prompts is None else prompts
         with torch.no_grad():
@@ -309,14 +352,6 @@ class SoftPromptModel(nn.Module):
                 return self.base_model.generate(**batch, **options)
             batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
             return generation.generate(self.base_model, input_ids, batch, options)
-
-    # --- training helpers that transformers' Trainer looks for ---
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.base_model.gradient_checkpointing_disable()
 
     # --- files ---
 
@@ -366,7 +401,7 @@ class SoftPromptModel(nn.Module):
     def from_pretrained(
         cls, model: Any, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
     ) -> SoftPromptModel:
-        """A model with the prompts of a directory: one adapter folder, or a folder of them.
+        """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
 
         Args:
             names: load only these.
@@ -375,13 +410,18 @@ class SoftPromptModel(nn.Module):
         Raises:
             FileNotFoundError: there is no such prompt.
         """
-        folders = prompt_folders(directory)
-        if names is not None:
-            missing = set(names) - {folder.name for folder in folders}
-            if missing:
-                raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
-            folders = [folder for folder in folders if folder.name in names]
+        state = read_checkpoint(directory)
+        folders = {folder.name: folder for folder in prompt_folders(directory)} if state is None else {}
+        found = list(folders) if state is None else prompt_names(state)
+        missing = set(names or ()) - set(found)
+        if missing:
+            raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
         tuned = cls(model, **options)
-        for folder in folders:
-            tuned.load_prompt(folder)
+        if state is not None:
+            tuned.prompts.load_state_dict(state)
+            for name in set(found) - set(found if names is None else names):
+                tuned.remove_prompt(name)
+        for name, folder in folders.items():
+            if names is None or name in names:
+                tuned.load_prompt(folder)
         return tuned

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable, embedding_table
 from ..ops.assemble.autograd import token_update
+from ..ops.assemble.checks import check_lengths
 from ..ops.assemble.functional import assemble
 from ..prompts.selection import Selection
 from .layout import PackedLayout, RowGroup
@@ -64,6 +65,7 @@ def pack_rows(
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
     if lengths is None:
         lengths = [tokens] * rows if attention_mask is None else real.sum(1).tolist()
+    check_lengths(lengths, rows, tokens)
     folded = [0] * rows
     table = embedding_table(embedding)
     prompt_lengths = [prompt.shape[0] for prompt in selection.prompts]

@@ -108,6 +108,8 @@ class PackedLayout:
     """Attention calls with this layout."""
     windows: set[int] = field(default_factory=set)
     """Sliding windows of these calls."""
+    attention: Any = None
+    """Keeps the installed attention in place until the backward pass of this batch has run."""
     _compiled_layers: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
@@ -144,8 +146,9 @@ class PackedLayout:
         return packed_attention(self, module, query, key, value, **options)
 
     def marker(self, device: torch.device) -> Tensor:
-        """The mask that carries this layout."""
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        """The mask that carries this layout. Any other attention fails at its shape, so it never returns a result."""
+        size = self.slots + 1
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, size, size)
         setattr(mask, CARRIER_ATTRIBUTE, self)
         return mask
 

@@ -8,19 +8,21 @@ sequence of useful tokens; only attention knows the layout (``packed/attention.p
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from ..base.errors import Unsupported
+from ..base.errors import PackedFailure, Unsupported
 from ..base.modules import evaluating
 from ..hf import architecture
-from ..hf.architecture import check_architecture
-from ..hf.attention import install, uninstall
+from ..hf.architecture import check_architecture, check_room, returning_mappings
+from ..hf.attention import InstalledAttention, installed_attention
 from ..hf.embedding import embedding_table
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.selection import Selection
@@ -30,6 +32,8 @@ from .layout import PackedLayout
 from .self_check import checked_rows, compare_with_rows_alone, tolerance
 
 logger = logging.getLogger("softprompt_fast")
+PACKED_OPTIONS = {"output_hidden_states", "num_items_in_batch", "token_type_ids"}
+"""Options of a model's forward that the packed layout can run with."""
 
 
 @dataclass
@@ -47,7 +51,7 @@ class PackedRunner:
     """Runs one model on packed batches, where that is exact; :attr:`unsupported` is the reason where it is not.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers, or a PEFT model of one.
         check: compare the first training and the first inference batch with each row run alone.
         shared_text: "auto": text that all rows of a prompt share at their start also runs once.
     """
@@ -56,18 +60,35 @@ class PackedRunner:
     """Factor on the tolerance of the check."""
 
     def __init__(self, model: Any, *, check: bool = True, shared_text: str | None = "auto") -> None:
-        self.model = model
+        self.model = architecture.without_adapters(model)
         self.check = check
         self.shared_text = shared_text
         self.unsupported: str | None = None
         self.checked: dict[str, float] = {}
-        self._counted = False
+        self.context_length = architecture.context_length(model)
+        self._attention: InstalledAttention | None = None
         self._parameters = architecture.forward_parameters(model)
         try:
             check_architecture(model)
-            install(model)
+            self.make_ready()
         except Unsupported as error:
             self.unsupported = str(error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_attention": None}  # another process, or a copy of the model, installs its own
+
+    def make_ready(self) -> InstalledAttention:
+        """Installs the attention that packed batches need, also after another implementation was set.
+
+        Raises:
+            Unsupported: packed batches were given up, or the implementation set now cannot be replaced.
+        """
+        if self.unsupported is not None:
+            raise Unsupported(self.unsupported)
+        if self._attention is None:
+            self._attention = installed_attention(self.model)
+        self._attention.ensure()
+        return self._attention
 
     def forward(
         self,
@@ -82,18 +103,27 @@ class PackedRunner:
         return_logits: bool,
         loss_function: Callable[..., Tensor] | None,
         options: dict[str, Any],
+        embedding: Any = None,
     ) -> Any:
         """The model's output as :meth:`SoftPromptModel.forward` returns it.
 
+        Args:
+            options: of the model's forward, out of PACKED_OPTIONS; ``token_type_ids`` [B, T].
+            embedding: the table [V, D] or module that gives the tokens' vectors; None: the model's.
+
         Raises:
             Unsupported: the model cannot run this batch exactly in the packed layout.
+            PackedFailure: the model raised another error.
         """
-        if labels is not None and labels.shape != input_ids.shape:
-            shapes = f"{list(input_ids.shape)}, got {list(labels.shape)}"
-            raise ValueError(f"`labels` must have the shape of input_ids {shapes}")
-        # Before the check, which takes any error for a fault of the layout: errors of bad input are raised here.
-        batch = self.pack(bank.select(prompt_ids, len(input_ids)), input_ids, attention_mask, lengths)
-        self._check(bank, input_ids, attention_mask, prompt_ids)
+        options = dict(options)
+        types = options.pop("token_type_ids", None)
+        fold = None if types is None else False  # equal tokens may differ in their type
+        selection = bank.select(prompt_ids, len(input_ids))
+        batch = self.pack(selection, input_ids, attention_mask, lengths, embedding=embedding, fold=fold)
+        if types is not None:
+            options["token_type_ids"] = _packed_types(types, batch)
+        with _failures_of_the_model():
+            self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
         token_slots, previous = batch.token_slots.flatten(), batch.previous_slots.flatten()
         tokens = targets = token_slots[:0]  # places in the flattened input
         if return_logits:
@@ -104,7 +134,8 @@ class PackedRunner:
         read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
-        output, logits = self.run(batch, read, passed)
+        with _failures_of_the_model():
+            output, logits = self.run(batch, read, passed)
         if labels is not None:
             expected = torch.where(targets >= 0, target[targets], IGNORED)
             answers = logits[len(tokens) :]
@@ -128,16 +159,20 @@ class PackedRunner:
         attention_mask: Tensor | None,
         prompt_ids: PromptIds,
         places: Tensor | None = None,
+        embedding: Any = None,
     ) -> Tensor:
         """[M, V] after the tokens at `places` [M, 2] (row, column); None: [B, V] after each row's last vector.
 
         Raises:
             Unsupported: the model cannot run this batch exactly in the packed layout.
+            PackedFailure: the model raised another error.
         """
-        batch = self.pack(bank.select(prompt_ids, len(input_ids)), input_ids, attention_mask, None)
-        self._check(bank, input_ids, attention_mask, prompt_ids)
+        selection = bank.select(prompt_ids, len(input_ids))
+        batch = self.pack(selection, input_ids, attention_mask, None, embedding=embedding)
         slots = batch.last_slots if places is None else batch.token_slots[places[:, 0], places[:, 1]]
-        return self.run(batch, slots.clamp(min=0), {})[1]
+        with _failures_of_the_model():
+            self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
+            return self.run(batch, slots.clamp(min=0), {})[1]
 
     def _loss(self, logits: Tensor, targets: Tensor, items: dict[str, Any]) -> Tensor:
         """The model's own loss; targets are shifted already."""
@@ -148,60 +183,101 @@ class PackedRunner:
         return loss
 
     def _check(
-        self, bank: FastSoftPrompt, input_ids: Tensor, attention_mask: Tensor | None, prompt_ids: PromptIds
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        prompt_ids: PromptIds,
+        embedding: Any,
     ) -> None:
         """Compares rows of the first training and the first inference batch with each row run alone, unpadded.
 
         Raises:
-            Unsupported: the two differ, or the packed layout fails.
+            Unsupported: the two differ.
         """
         kind = "training" if torch.is_grad_enabled() else "inference"
         if not self.check or kind in self.checked or not input_ids.numel():
             return
-        try:
-            # Without dropout there is one right answer, and no random number is drawn (a resumed run would lack it).
-            with evaluating(self.model), evaluating(bank), parametrize.cached():
-                rows = checked_rows(len(input_ids))
-                selection = bank.select(prompt_ids, len(input_ids)).of_rows(rows)
-                mask = None if attention_mask is None else attention_mask[rows]
-                batch = self.pack(selection, input_ids[rows], mask, None)
-                difference = compare_with_rows_alone(
-                    lambda slots: self.run(batch, slots, {})[1],
-                    self.logits_alone,
-                    selection,
-                    input_ids[rows],
-                    batch.token_slots,
-                )
-        except Unsupported:
-            raise
-        except Exception as error:
-            raise Unsupported(f"the packed layout failed: {type(error).__name__}: {error}") from error
-        self.checked[kind] = difference
+        # Without dropout there is one right answer, and no random number is drawn (a resumed run would lack it).
+        with evaluating(self.model), evaluating(bank), parametrize.cached():
+            rows = checked_rows(len(input_ids))
+            selection = bank.select(prompt_ids, len(input_ids)).of_rows(rows)
+            mask = None if attention_mask is None else attention_mask[rows]
+            batch = self.pack(selection, input_ids[rows], mask, None, embedding=embedding)
+            difference = compare_with_rows_alone(
+                lambda slots: self.run(batch, slots, {})[1],
+                partial(self.logits_alone, embedding=embedding),
+                selection,
+                input_ids[rows],
+                batch.token_slots,
+            )
         allowed = tolerance(self.model, self.slack)
         if not difference <= allowed:
+            self.checked[kind] = difference
             reason = f"packed logits differ from row-by-row logits by {difference:.1e}"
             raise Unsupported(f"{reason}, more than the tolerance {allowed:.0e}")
+        self.checked[kind] = difference
+
+    def stop(self, reason: str) -> None:
+        """Stops using the packed layout. The model keeps the installed attention while others use it."""
+        self.unsupported = reason
+        self._attention = None
 
     def give_up(self, reason: str) -> None:
-        """Stops using the packed layout: the model gets its own attention back."""
-        self.unsupported = reason
-        uninstall(self.model)
+        """Stops using the packed layout, and logs why."""
+        self.stop(reason)
         logger.warning("%s runs in the padded layout: %s", type(self.model).__name__, reason)
 
     def pack(
-        self, selection: Selection, input_ids: Tensor, attention_mask: Tensor | None, lengths: Sequence[int] | None
+        self,
+        selection: Selection,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        lengths: Sequence[int] | None,
+        *,
+        embedding: Any = None,
+        fold: bool | None = None,
     ) -> SharedBatch:
-        """The packed batch of rows [B, T] with their prompts."""
-        embedding = self.model.get_input_embeddings()
-        return pack_rows(selection, embedding, input_ids, attention_mask, lengths, fold=self.shared_text == "auto")
+        """The packed batch of rows [B, T] with their prompts.
+
+        Args:
+            embedding: the table [V, D] or module that gives the tokens' vectors; None: the model's.
+            fold: run text that rows share once; None: as ``shared_text`` says.
+
+        Raises:
+            ValueError: a row and its prompt are longer than the model's positions.
+        """
+        embedding = self.model.get_input_embeddings() if embedding is None else embedding
+        fold = self.shared_text == "auto" if fold is None else fold
+        batch = pack_rows(selection, embedding, input_ids, attention_mask, lengths, fold=fold)
+        self._check_room(batch, selection)
+        return batch
+
+    def _check_room(self, batch: SharedBatch, selection: Selection) -> None:
+        if self.context_length is not None and batch.layout.rows.keys > self.context_length:
+            virtual = [length for _, length in selection.prefixes]
+            check_room(virtual, (batch.token_slots >= 0).sum(1).tolist(), self.context_length)
 
     def run(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
         """The model's output on a packed batch, and its logits [M, V] at the slots `read` [M].
 
         Raises:
             Unsupported: the model did something that the packed layout does not support.
+            ValueError: a segment and its prompt are longer than the model's positions.
         """
         layout = batch.layout
+        check_room([0], [max(layout.prompts.keys, layout.rows.keys)], self.context_length)
+        layout.attention = self.make_ready()
+        try:
+            return self._run_once(batch, read, options)
+        except Exception:
+            if not layout.attention.ensure():
+                raise
+        return self._run_once(batch, read, options)  # another implementation was set while the batch ran
+
+    def _run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+        layout = batch.layout
+        layout.calls = 0
         output, logits = self.logits_at(
             read,
             inputs_embeds=batch.inputs_embeds,
@@ -214,11 +290,12 @@ class PackedRunner:
 
     def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output on a batch of one row, and its logits [M, V] at `places` [M], computed only there."""
-        if "logits_to_keep" in self._parameters:
-            output = self.model(**inputs, use_cache=False, logits_to_keep=places)
-            return output, output.logits[0]
-        output = self.model(**inputs, use_cache=False)
-        return output, output.logits[0][places]
+        with returning_mappings(self.model.config):
+            if "logits_to_keep" in self._parameters:
+                output = self.model(**inputs, use_cache=False, logits_to_keep=places)
+                return output, output.logits[0]
+            output = self.model(**inputs, use_cache=False)
+            return output, output.logits[0][places]
 
     def logits_alone(
         self,
@@ -228,9 +305,10 @@ class PackedRunner:
         *,
         gradient: bool,
         update: tuple[Tensor, Tensor] | None = None,
+        embedding: Any = None,
     ) -> Tensor:
         """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself after its prompt."""
-        table = embedding_table(self.model.get_input_embeddings())
+        table = embedding_table(self.model.get_input_embeddings() if embedding is None else embedding)
         vectors = table(input_ids)
         if update is not None:
             vectors = updated_embeddings(table, input_ids, *update).to(table.weight.dtype)
@@ -240,8 +318,8 @@ class PackedRunner:
         return self.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1]
 
     def _count_calls(self, layout: PackedLayout) -> None:
-        """Checks that every layer called attention, with its window: a layer that did not would mix rows."""
-        if self._counted or not layout.slots:
+        """Checks that every layer called this attention, with its window: a layer that did not would mix rows."""
+        if not layout.slots:
             return
         config = self.model.config.get_text_config()
         layers = config.num_hidden_layers
@@ -251,7 +329,16 @@ class PackedRunner:
         windowed = "sliding_attention" in types if types else bool(getattr(config, "sliding_window", None))
         if windowed and not layout.windows:
             raise Unsupported("its sliding window does not reach the attention function")
-        self._counted = True
+
+
+@contextmanager
+def _failures_of_the_model() -> Iterator[None]:
+    try:
+        yield
+    except (Unsupported, PackedFailure):
+        raise
+    except Exception as error:
+        raise PackedFailure(str(error)) from error
 
 
 def _places(wanted: Tensor, count: int | None) -> Tensor:
@@ -259,6 +346,14 @@ def _places(wanted: Tensor, count: int | None) -> Tensor:
     if count is None:
         return wanted.nonzero()[:, 0]
     return torch.nonzero_static(wanted, size=count, fill_value=-1)[:, 0]
+
+
+def _packed_types(types: Tensor, batch: SharedBatch) -> Tensor:
+    """[1, K], the token types [B, T] of a batch's texts; 0 for prompts."""
+    packed = types.new_zeros(1, batch.layout.slots)
+    real = batch.token_slots >= 0
+    packed[0, batch.token_slots[real]] = types[real]
+    return packed
 
 
 def _of_tokens(states: Tensor, token_slots: Tensor) -> Tensor:

@@ -228,8 +228,8 @@ def _check_starts_with_bos(model: SoftPromptModel, tokenizer: Any, name: str, se
 
 def _check_context(model: SoftPromptModel, jobs: list[TuningJob], longest: list[int]) -> None:
     """Checks that prompt and text fit the model's context."""
-    context = context_length(model.config)
-    if context is None or is_encoder_decoder(model.base_model):
+    context = context_length(model.base_model)
+    if context is None:
         return
     for job, text in zip(jobs, longest, strict=True):
         tokens = len(model.prompts.snapshot(job.task.prompt))

@@ -136,7 +136,7 @@ def test_other_things_than_models_are_refused() -> None:
         spf.SoftPromptModel(build("llama"), spf.FastSoftPrompt(8))
 
 
-@pytest.mark.parametrize("argument", ["inputs_embeds", "position_ids", "past_key_values"])
+@pytest.mark.parametrize("argument", ["position_ids", "past_key_values"])
 def test_arguments_that_are_worked_out_here_are_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=f"`{argument}` cannot be given"):
         tuned_model()(torch.ones(1, 3, dtype=torch.long), **{argument: torch.ones(1, 3)})

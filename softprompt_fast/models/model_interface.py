@@ -1,0 +1,159 @@
+"""What Trainer, pipelines and other clients read of a transformers model, passed on to the frozen base model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..hf import architecture
+from ..hf.freezing import Frozen, freeze
+
+BASE_PREFIX = "base_model."
+
+
+class ModelInterface(nn.Module):
+    """Holds a frozen base model. Its ``state_dict`` holds everything but the frozen weights.
+
+    Args:
+        model: a transformers model; its parameters are frozen until the last object that froze them is gone.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        architecture.check_supported(model)
+        self._frozen: list[Frozen] | None = freeze(model.parameters())
+        """None: :meth:`unload` was called."""
+        self.base_model: Any = model
+        self.register_state_dict_post_hook(_drop_frozen_weights)
+        self.register_load_state_dict_post_hook(_allow_missing_base)
+
+    def get_base_model(self) -> Any:
+        """The model that was given."""
+        return self.base_model
+
+    def unload(self) -> Any:
+        """Releases the parameters and returns the base model."""
+        self._frozen = None
+        return self.base_model
+
+    def _check_loaded(self) -> None:
+        if self._frozen is None:
+            raise RuntimeError(f"this {type(self).__name__} was unloaded; make a new one to run its prompts")
+
+    # A copy or another process freezes its own parameters, so that they can be released there.
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._frozen is None:
+            return self.__dict__.copy()
+        ours = {id(frozen.parameter) for frozen in self._frozen}
+        names = [name for name, parameter in self.base_model.named_parameters() if id(parameter) in ours]
+        return self.__dict__ | {"_frozen": names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._frozen is not None:
+            names = set(state["_frozen"])
+            parameters = [parameter for name, parameter in self.base_model.named_parameters() if name in names]
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            self._frozen = freeze(parameters)
+
+    # --- facts ---
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration."""
+        return self.base_model.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base model's generation configuration; None: it generates no text."""
+        return getattr(self.base_model, "generation_config", None)
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.base_model.generation_config = value
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.base_model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.base_model.dtype
+        return dtype
+
+    @property
+    def name_or_path(self) -> str:
+        return getattr(self.base_model, "name_or_path", "")
+
+    @property
+    def main_input_name(self) -> str:
+        return "input_ids"
+
+    def can_generate(self) -> bool:
+        return bool(getattr(self.base_model, "can_generate", lambda: False)())
+
+    def get_input_embeddings(self) -> nn.Module:
+        embedding: nn.Module = self.base_model.get_input_embeddings()
+        return embedding
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        head: nn.Module | None = self.base_model.get_output_embeddings()
+        return head
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Numbers in the base model and the prompts."""
+        skipped = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        parameters = (p for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable))
+        return sum(parameter.numel() for parameter in parameters)
+
+    def _get_name(self) -> str:
+        """Trainer's label smoothing shifts the labels of models whose class has a causal language model's name."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        own = [owner.__name__ for owner in type(architecture.without_adapters(self.base_model)).__mro__]
+        if architecture.is_causal(self.base_model) and not architecture.pools_last_token(self.base_model):
+            return next((name for name in own if name in names), "LlamaForCausalLM")
+        return type(self).__name__
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
+    # --- training helpers that Trainer looks for ---
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(getattr(self.base_model, "is_gradient_checkpointing", False))
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.base_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.base_model.gradient_checkpointing_disable()
+
+    def enable_input_require_grads(self) -> None:
+        self.base_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        self.base_model.disable_input_require_grads()
+
+
+def _drop_frozen_weights(module: ModelInterface, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Adapters that are trained inside the base model stay."""
+    start = prefix + BASE_PREFIX
+    trained = {start + name for name, p in module.base_model.named_parameters() if p.requires_grad}
+    for key in [key for key in state if key.startswith(start) and key not in trained]:
+        del state[key]
+
+
+def _allow_missing_base(module: ModelInterface, incompatible: Any) -> None:
+    base = set(module.base_model.state_dict())
+    missing = incompatible.missing_keys
+    missing[:] = [key for key in missing if key.rpartition(BASE_PREFIX)[2] not in base or BASE_PREFIX not in key]

@@ -1,0 +1,36 @@
+"""Reads prompts from the weight files that transformers' Trainer and accelerate write."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .fast_soft_prompt import PARAMETER_PREFIX, UPDATE_A, UPDATE_B
+
+WEIGHTS_FILE = "model.safetensors"
+BANK_PREFIX = "prompts."
+
+
+def read_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor] | None:
+    """The prompts of a checkpoint, as a bank's ``state_dict``; None: the folder holds no such checkpoint.
+
+    Raises:
+        ValueError: the checkpoint holds a prompt in the form in which it is trained, not its values.
+    """
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        return None
+    state = {
+        key.removeprefix(BANK_PREFIX): value for key, value in load_file(path).items() if key.startswith(BANK_PREFIX)
+    }
+    for key in state:
+        if not key.startswith((PARAMETER_PREFIX, UPDATE_A, UPDATE_B)):
+            raise ValueError(f"{path} must hold the values of prompts, got {key!r}; fold the prompt before saving")
+    return state or None
+
+
+def prompt_names(state: dict[str, Tensor]) -> list[str]:
+    return [key.removeprefix(PARAMETER_PREFIX) for key in state if key.startswith(PARAMETER_PREFIX)]
