@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,16 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import Unsupported
+from ..base.modules import evaluating
+from ..compiled.continuation import Continuation
+from ..compiled.prompt_cache import PromptCache
 from ..hf import architecture, generation
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
+from ..prompts.selection import Selection
 from .padded_runner import LossFunction, PaddedRunner
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..prompts.initialization import InitOptions
+
+logger = logging.getLogger("softprompt_fast")
 
 Result = TypeVar("Result")
 EXECUTIONS = ("auto", "shared", "padded")
@@ -86,6 +93,8 @@ class SoftPromptModel(nn.Module):
         self.execution = execution
         self.runner = self._packed_runner(model, check, shared_text) if execution != "padded" else None
         """Runs the packed layout; None: padded execution was asked for."""
+        self._continuation: Continuation | None = None if self.runner is None else Continuation(self.runner)
+        self._compiled = PromptCache()
         if execution == "shared" and self.runner is not None and self.runner.unsupported:
             raise ValueError(f"execution='shared' is not exact for this model: {self.runner.unsupported}")
 
@@ -279,12 +288,14 @@ class SoftPromptModel(nn.Module):
         arguments = (self.prompts if prompts is None else prompts, input_ids, attention_mask, prompt_ids, places)
         return self._run(lambda runner: runner.logits_after(*arguments), lambda: self._padded.logits_after(*arguments))
 
+    @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompt_ids: PromptIds = None,
         *,
+        inputs: Tensor | None = None,
         prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
@@ -293,22 +304,80 @@ class SoftPromptModel(nn.Module):
         Args:
             input_ids: [B, T]
             attention_mask: [B, T] of 1 and 0; None: no padding.
+            inputs: another name of ``input_ids``.
             prompt_ids, prompts: as in :meth:`forward`.
-            options: options of transformers' ``generate``. ``max_length`` and ``min_length`` count ``input_ids`` and
-                new tokens, never prompts.
+            options: options of transformers' ``generate``. Lengths, penalties and stopping count and read
+                ``input_ids`` and new tokens, never prompts or padding. What a tokenizer returns beside ids and mask has
+                no effect.
 
         Returns:
             The result of ``generate``; for decoders ``input_ids`` followed by the new tokens, as without a prompt.
+            Hidden states, attentions and the cache of ``return_dict_in_generate`` are the model's own: they may
+            contain places of prompts and padding.
+
+        Raises:
+            TypeError: the model does not generate text.
+            ValueError: an option that cannot be combined with prompts, by name.
         """
         if not getattr(self.base_model, "can_generate", lambda: False)():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
+        ids = generation.checked_ids(input_ids, inputs)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         bank = self.prompts if prompts is None else prompts
-        with torch.no_grad():
-            if self._traits.encoder_decoder:
-                batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")
-                return self.base_model.generate(**batch, **options)
-            batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
-            return generation.generate(self.base_model, input_ids, batch, options)
+        if self._traits.encoder_decoder:
+            options = generation.checked_options(options, generation.REFUSED_WITH_ENCODER)
+            batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
+            return self.base_model.generate(**batch, **options)
+        selection = bank.select(prompt_ids, len(ids))
+        generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
+        if self._continuation is not None and self._can_compile(selection, mask, options):
+            try:
+                table = self._compiled.table(self._continuation.runner, selection.prompts)
+                return self._continuation.generate(table, selection.prefixes, ids, mask, options)
+            except Unsupported as error:
+                self._continuation = None
+                logger.warning("%s generates without compiled prompts: %s", type(self.base_model).__name__, error)
+        return self._generate_by_prompt(bank, selection, ids, mask, prompt_ids, options)
+
+    def _can_compile(self, selection: Selection, mask: Tensor, options: dict[str, Any]) -> bool:
+        """Whether a batch can follow compiled prompts: each row has a text to read, with the model's own vectors."""
+        usable = self.runner is not None and self.runner.unsupported is None
+        plain = all(update is None for update in selection.updates)
+        wants_attentions = generation.setting(self.base_model, options, "output_attentions")
+        return usable and plain and not wants_attentions and bool((mask != 0).any(1).all())
+
+    def _generate_by_prompt(
+        self,
+        bank: FastSoftPrompt,
+        selection: Selection,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        prompt_ids: PromptIds,
+        options: dict[str, Any],
+    ) -> Any:
+        """Rows of one prompt and one text length run together, so that no padding is anywhere; for any decoder."""
+        options = generation.checked_options(options, generation.REFUSED_WITH_VECTORS)
+        counts = [count for _, count in selection.prefixes]
+        lengths = (attention_mask != 0).sum(1).tolist()
+        keys = [
+            (selection.ids[row], length, row if length == 0 else 0)  # transformers reads the last id of several rows
+            for row, length in enumerate(lengths)
+        ]
+
+        def run(rows: list[int], ids: Tensor, mask: Tensor, own: dict[str, Any]) -> Any:
+            def embed(texts: Tensor) -> Tensor:
+                every = prompt_ids
+                if prompt_ids is not None and not isinstance(prompt_ids, str):
+                    one = prompt_ids[rows[0]]
+                    every = [int(one) if isinstance(one, Tensor) else one] * len(texts)
+                vectors = self._padded.assemble(bank, texts, None, every, None, "left").inputs_embeds
+                assert vectors is not None
+                return vectors
+
+            return generation.generate_with_prompt_vectors(self.base_model, ids, embed, counts[rows[0]], own)
+
+        with evaluating(self.base_model):
+            return generation.generate_rows(self.base_model, input_ids, attention_mask, options, keys, run)
 
     # --- training helpers that transformers' Trainer looks for ---
 
