@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .architecture import context_length, forward_parameters
@@ -67,6 +68,8 @@ INDEPENDENT_OF_PADDING = {
 PER_ROW = ("negative_prompt_ids", "negative_prompt_attention_mask")
 CACHES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state")
 """Names under which models take their caches."""
+PERMUTATIONS = ("perm_mask", "target_mapping")
+SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_model")
 NEUTRAL = (None, False, 0, 1.0)
 
 Run = Callable[[list[int], Tensor, Tensor, dict[str, Any]], Any]
@@ -140,7 +143,7 @@ def check_context(model: Any, attention_mask: Tensor, prompt_lengths: Sequence[i
         ValueError: a prompt and its text [T] of the mask [B, T] need more positions than the model has.
     """
     limit = context_length(model.config)
-    if limit is None:
+    if limit is None or limit < 1:
         return
     for row, (virtual, real) in enumerate(zip(prompt_lengths, (attention_mask != 0).sum(1).tolist(), strict=True)):
         if virtual + real > limit:
@@ -279,17 +282,18 @@ def _scattered(parts: list[Tensor], groups: list[list[int]], fill: int) -> Tenso
 class _PromptInFront:
     """A hook before a model's forward: the call that brings a text's first token gets the prompt's vectors too.
 
-    ``generate`` of transformers calls the model with ids of the text. In the first call, or in every call of a model
-    without a cache, they become vectors with the prompt in front. Later calls continue the cache; their positions and
-    mask are moved by the prompt's length.
+    ``generate`` of transformers calls the model with ids of the text. In the first call they become vectors with the
+    prompt in front. A model that is given its whole text in every call, one token longer each time, gets the prompt in
+    every call. Other calls continue the cache; their positions and mask are moved by the prompt's length.
 
     Args:
         embed: ids [N, T] to vectors [N, P + T, D].
         length: P
+        speculative: calls bring several tokens that were guessed, which only works with a cache.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], length: int) -> None:
-        self.embed, self.length = embed, length
+    def __init__(self, embed: Callable[[Tensor], Tensor], length: int, *, speculative: bool) -> None:
+        self.embed, self.length, self.speculative = embed, length, speculative
         self.width = 0
         self.thread = threading.get_ident()
 
@@ -298,8 +302,9 @@ class _PromptInFront:
         if ids is None or threading.get_ident() != self.thread:
             return None
         keywords = dict(keywords)
-        cached = any(keywords.get(name) is not None for name in CACHES)
-        whole = not self.width or (not cached and ids.shape[1] == self.width + 1)
+        whole = not self.width or (ids.shape[1] == self.width + 1 and not self.speculative)
+        if self.speculative and self.width and not _holds_text(keywords):
+            raise ValueError(f"speculative decoding cannot be combined with {type(module).__name__}: it has no cache")
         mask, positions = keywords.get("attention_mask"), keywords.get("position_ids")
         if mask is not None and mask.dim() == 2:
             keywords["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.length), mask], 1)
@@ -314,9 +319,23 @@ class _PromptInFront:
             for name, value in keywords.items():  # token types, languages
                 if name not in ("input_ids", "attention_mask", "position_ids") and _per_token(value, ids):
                     keywords[name] = torch.cat([value[:, :1].expand(-1, self.length), value], 1)
+            for name in PERMUTATIONS:
+                if keywords.get(name) is not None:
+                    keywords[name] = self._widened(keywords[name], ids.shape[1])
             keywords["inputs_embeds"] = self.embed(ids)
             keywords["input_ids"] = None
         return args, keywords
+
+    def _widened(self, value: Tensor, width: int) -> Tensor:
+        """XLNet's masks: [N, T, T] with equal lines, or [N, 1, T]."""
+        value = F.pad(value, (self.length, 0))
+        return torch.cat([value[:, :1].expand(-1, self.length, -1), value], 1) if value.shape[1] == width > 1 else value
+
+
+def _holds_text(keywords: dict[str, Any]) -> bool:
+    """Whether the model is given a cache that it has filled."""
+    caches = [keywords[name] for name in CACHES if keywords.get(name) is not None]
+    return any(getattr(cache, "is_initialized", True) for cache in caches)
 
 
 def _per_token(value: Any, ids: Tensor) -> bool:
@@ -332,7 +351,8 @@ def generate_with_prompt_vectors(
         embed: ids [N, T] to vectors [N, length + T, D], the prompt in front.
     """
     inputs = {"attention_mask": torch.ones_like(input_ids)} if "attention_mask" in forward_parameters(model) else {}
-    hook = model.register_forward_pre_hook(_PromptInFront(embed, length), with_kwargs=True)
+    speculative = any(setting(model, options, name) is not None for name in SPECULATIVE)
+    hook = model.register_forward_pre_hook(_PromptInFront(embed, length, speculative=speculative), with_kwargs=True)
     try:
         return model.generate(input_ids=input_ids, **inputs, **options)
     finally:

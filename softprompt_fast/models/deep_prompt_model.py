@@ -159,6 +159,7 @@ class DeepPromptModel(SoftPromptModel):
         _check_no_empty_row(ids, mask)
         selection = bank.select(prompt_ids, len(ids))
         generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
+        self._check_first(bank, ids, mask, prompt_ids)
         compiled = self.runner.compiled(selection)
         if compiled is None:
             layers, two, heads, size = self.runner.shape

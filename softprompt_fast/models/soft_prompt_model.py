@@ -17,6 +17,7 @@ from ..compiled.continuation import Continuation
 from ..compiled.prompt_cache import PromptCache
 from ..hf import architecture, generation
 from ..packed.runner import ExecutionReport, PackedRunner
+from ..packed.self_check import CHECKED_ROWS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
 from ..prompts.selection import Selection
@@ -330,7 +331,9 @@ class SoftPromptModel(nn.Module):
             return self.base_model.generate(**batch, **options)
         selection = bank.select(prompt_ids, len(ids))
         generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
-        if self._continuation is not None and self._can_compile(selection, mask, options):
+        if self._can_compile(selection, mask, options):
+            self._check_first(bank, ids, mask, prompt_ids)
+        if self._can_compile(selection, mask, options) and self._continuation is not None:
             try:
                 table = self._compiled.table(self._continuation.runner, selection.prompts)
                 return self._continuation.generate(table, selection.prefixes, ids, mask, options)
@@ -341,10 +344,17 @@ class SoftPromptModel(nn.Module):
 
     def _can_compile(self, selection: Selection, mask: Tensor, options: dict[str, Any]) -> bool:
         """Whether a batch can follow compiled prompts: each row has a text to read, with the model's own vectors."""
-        usable = self.runner is not None and self.runner.unsupported is None
+        usable = self._continuation is not None and self._continuation.runner.unsupported is None
         plain = all(update is None for update in selection.updates)
         wants_attentions = generation.setting(self.base_model, options, "output_attentions")
         return usable and plain and not wants_attentions and bool((mask != 0).any(1).all())
+
+    def _check_first(self, bank: FastSoftPrompt, input_ids: Tensor, mask: Tensor, prompt_ids: PromptIds) -> None:
+        """Compares the first batch with each row run alone, as :meth:`forward` does it."""
+        if self.runner is not None and self.runner.check and "inference" not in self.runner.checked:
+            one_for_all = prompt_ids is None or isinstance(prompt_ids, str)
+            names = prompt_ids if one_for_all else prompt_ids[:CHECKED_ROWS]
+            self.next_token_logits(input_ids[:CHECKED_ROWS], mask[:CHECKED_ROWS], names, prompts=bank)
 
     def _generate_by_prompt(
         self,
