@@ -153,12 +153,20 @@ def check_context(model: Any, attention_mask: Tensor, prompt_lengths: Sequence[i
 
 
 def end_token_ids(model: Any, token: int | None) -> list[int] | None:
-    """The tokens at which text ends: the model's own, and the token with which answers end in training."""
+    """The tokens at which text ends: the model's own, and `token`, with which answers end in training."""
     own = model.generation_config.eos_token_id
     ids = [] if own is None else [own] if isinstance(own, int) else list(own)
     if token is not None and token not in ids:
         ids.append(token)
     return ids or None
+
+
+def with_end_token(model: Any, token: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the end of text as it was trained, if the caller has not given one."""
+    ends = end_token_ids(model, token)
+    if ends is None or given(options).get("eos_token_id") is not None:
+        return options
+    return options | {"eos_token_id": ends}
 
 
 def depends_on_padding(model: Any, options: dict[str, Any]) -> bool:
