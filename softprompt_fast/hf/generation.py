@@ -36,6 +36,7 @@ REFUSED_OPTIONS: dict[str, Callable[[Any], bool]] = {
     "constraints": bool,
     "force_words_ids": bool,
     "num_beam_groups": lambda value: value not in (None, 1),
+    "assistant_ensemble_weight": lambda value: value is not None,
 }
 """Fields of GenerationConfig that cannot be combined with prompts, and which values are meant."""
 REFUSED_WITH_VECTORS: dict[str, Callable[[Any], bool]] = {
