@@ -7,7 +7,6 @@ which reads each row's prompt in the table of compiled prompts and each row's te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -180,8 +179,9 @@ class Layer(CacheLayerMixin):
         if self._prefix is None or len(self._prefix[0]) != len(query):
             self._prefix = gather_prefixes(self.rows.compiled[self.index], self.rows.prefixes)
         dtype = compute_dtype(query)
-        q, own_keys, own_values = (x.to(dtype) for x in (query, self.keys, self.values))
-        k, v = (torch.cat([a.to(dtype), b], 2) for a, b in zip(self._prefix, (own_keys, own_values), strict=True))
+        own = [stored[:, : self.length].transpose(1, 2) for stored in self._stored]
+        q = query.to(dtype)
+        k, v = (torch.cat([a.to(dtype), b.to(dtype)], 2) for a, b in zip(self._prefix, own, strict=True))
         mask = self.rows.mask(self.length, self._new, window or 0, q)
         if softcap is not None or sinks is not None:
             out = explicit_attention(q, k, v, mask, scaling, 0.0, softcap, sinks)
@@ -242,7 +242,7 @@ def compiled_cache(rows: RowPlaces) -> Cache:
 
 
 def gather_prefixes(compiled: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [2, R, H', E] of one layer -> each row's prompt, [B, H', W, E] twice; zeros after shorter ones."""
+    """One layer's [2, R, H', E] -> each row's keys and values [B, H', W, E]; zeros after a prompt shorter than W."""
     two, slots, heads, size = compiled.shape
     width = int(prefixes[:, 1].max())
     table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)

@@ -94,7 +94,7 @@ def prompt_name(model: SoftPromptModel, task: Task, prompt: str | None) -> str |
 def _generate(backend: ModelBackend, tokenizer: Any, texts: Ids, max_new_tokens: int) -> list[str]:
     pad = pad_token_id(tokenizer)
     ids, mask = padded(texts, backend.model.device, value=pad)
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
     options = with_end_token(backend.model.base_model, tokenizer.eos_token_id, options)
     output = backend.model.generate(ids, mask, backend.prompt_ids, **options)
     if not backend.encoder_decoder:

@@ -67,8 +67,6 @@ INDEPENDENT_OF_PADDING = {
 }
 """Options whose effect on a row does not depend on padding before its text. With others, padded rows run apart."""
 PER_ROW = ("negative_prompt_ids", "negative_prompt_attention_mask")
-CACHES = ("past_key_values", "cache_params", "mems", "past_buckets_states", "state")
-"""Names under which models take their caches."""
 PERMUTATIONS = ("perm_mask", "target_mapping")
 SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_model")
 NEUTRAL = (None, False, 0, 1.0)
@@ -96,9 +94,7 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in every.items() if v is not None and not k.startswith("_")}
 
 
-def checked_options(
-    options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None
-) -> dict[str, Any]:
+def checked_options(options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None) -> dict[str, Any]:
     """The options without what a tokenizer returns.
 
     Raises:
@@ -129,7 +125,9 @@ def checked_ids(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
         ValueError: none or both are given, or another shape.
     """
     if (input_ids is None) == (inputs is None):
-        raise ValueError("give `input_ids` or `inputs`, not both" if inputs is not None else "`input_ids` must be given")
+        raise ValueError(
+            "give `input_ids` or `inputs`, not both" if inputs is not None else "`input_ids` must be given"
+        )
     ids = input_ids if input_ids is not None else inputs
     assert ids is not None
     if ids.dim() != 2:
@@ -298,12 +296,14 @@ class _PromptInFront:
     Args:
         embed: ids [N, T] to vectors [N, P + T, D].
         length: P
-        speculative: calls bring several tokens that were guessed, which only works with a cache.
+        continues: calls after the first bring the tokens that the cache does not hold yet.
+        speculative: calls may bring any number of tokens.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], length: int, *, speculative: bool) -> None:
-        self.embed, self.length, self.speculative = embed, length, speculative
-        self.width = 0
+    def __init__(self, embed: Callable[[Tensor], Tensor], length: int, *, continues: bool, speculative: bool) -> None:
+        self.embed, self.length = embed, length
+        self.continues, self.speculative = continues, speculative
+        self.width: int | None = None
         self.thread = threading.get_ident()
 
     def __call__(self, module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -311,9 +311,9 @@ class _PromptInFront:
         if ids is None or threading.get_ident() != self.thread:
             return None
         keywords = dict(keywords)
-        whole = not self.width or (ids.shape[1] == self.width + 1 and not self.speculative)
-        if self.speculative and self.width and not _holds_text(keywords):
-            raise ValueError(f"speculative decoding cannot be combined with {type(module).__name__}: it has no cache")
+        whole = self.width is None
+        if self.width is not None and not self.speculative and ids.shape[1] == self.width + 1:
+            whole = self.width > 0 or not self.continues  # one token after none may be either
         mask, positions = keywords.get("attention_mask"), keywords.get("position_ids")
         if mask is not None and mask.dim() == 2:
             keywords["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.length), mask], 1)
@@ -322,7 +322,8 @@ class _PromptInFront:
             if whole:
                 ahead = torch.arange(self.length, device=positions.device).expand(*positions.shape[:-1], self.length)
                 positions = torch.cat([ahead.to(positions), positions], -1)
-            keywords["position_ids"] = positions
+            # After a prompt without a text transformers has no last position to continue from; the cache knows it.
+            keywords["position_ids"] = positions if whole or positions.shape[-1] == ids.shape[1] else None
         if whole:
             self.width = ids.shape[1]
             for name, value in keywords.items():  # token types, languages
@@ -341,14 +342,15 @@ class _PromptInFront:
         return torch.cat([value[:, :1].expand(-1, self.length, -1), value], 1) if value.shape[1] == width > 1 else value
 
 
-def _holds_text(keywords: dict[str, Any]) -> bool:
-    """Whether the model is given a cache that it has filled."""
-    caches = [keywords[name] for name in CACHES if keywords.get(name) is not None]
-    return any(getattr(cache, "is_initialized", True) for cache in caches)
-
-
 def _per_token(value: Any, ids: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == ids.shape
+
+
+def _reads_new_tokens_only(model: Any, input_ids: Tensor) -> bool:
+    """Whether a step of ``generate`` passes the model the tokens that its cache does not hold yet."""
+    two = input_ids.new_ones(len(input_ids), 2)
+    width: int = model.prepare_inputs_for_generation(two, next_sequence_length=1)["input_ids"].shape[1]
+    return width == 1
 
 
 def generate_with_prompt_vectors(
@@ -361,7 +363,12 @@ def generate_with_prompt_vectors(
     """
     inputs = {"attention_mask": torch.ones_like(input_ids)} if "attention_mask" in forward_parameters(model) else {}
     speculative = any(setting(model, options, name) is not None for name in SPECULATIVE)
-    hook = model.register_forward_pre_hook(_PromptInFront(embed, length, speculative=speculative), with_kwargs=True)
+    continues = setting(model, options, "use_cache") is not False and _reads_new_tokens_only(model, input_ids)
+    if speculative and not continues:
+        reason = "it reads its whole text again in every step"
+        raise ValueError(f"speculative decoding cannot be combined with {type(model).__name__}: {reason}")
+    prompt = _PromptInFront(embed, length, continues=continues, speculative=speculative)
+    hook = model.register_forward_pre_hook(prompt, with_kwargs=True)
     try:
         return model.generate(input_ids=input_ids, **inputs, **options)
     finally:

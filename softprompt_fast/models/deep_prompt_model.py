@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..base.errors import Unsupported
 from ..base.modules import evaluating
 from ..compiled.compile import compile_prompts, flattened, slot_shape
-from ..compiled.continuation import Continuation
 from ..compiled.prefix_runner import PrefixRunner
 from ..hf import architecture, generation
 from ..hf.architecture import check_architecture
@@ -53,7 +52,6 @@ class DeepPromptModel(SoftPromptModel):
     """
 
     runner: PrefixRunner
-    _continuation: Continuation
     prompts: FastSoftPrompt
     refused_arguments = SoftPromptModel.refused_arguments | dict.fromkeys(
         PADDED_OPTIONS, "deep prompts run in the packed layout, which does not support it"
@@ -164,8 +162,9 @@ class DeepPromptModel(SoftPromptModel):
         if compiled is None:
             layers, two, heads, size = self.runner.shape
             compiled = self.base_model.get_input_embeddings().weight.new_empty(layers, two, 0, heads, size)
+        assert self._generator.continuation is not None
         try:
-            return self._continuation.generate(compiled, selection.prefixes, ids, mask, options)
+            return self._generator.continuation.generate(compiled, selection.prefixes, ids, mask, options)
         except Unsupported as error:
             self._fallback(str(error))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,23 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import Unsupported
-from ..base.modules import evaluating
-from ..compiled.continuation import Continuation
-from ..compiled.prompt_cache import PromptCache
 from ..hf import architecture, generation
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
-from ..prompts.selection import Selection
 from .padded_runner import LossFunction, PaddedRunner
+from .text_generator import TextGenerator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from ..prompts.initialization import InitOptions
-
-logger = logging.getLogger("softprompt_fast")
 
 Result = TypeVar("Result")
 EXECUTIONS = ("auto", "shared", "padded")
@@ -94,8 +88,7 @@ class SoftPromptModel(nn.Module):
         self.execution = execution
         self.runner = self._packed_runner(model, check, shared_text) if execution != "padded" else None
         """Runs the packed layout; None: padded execution was asked for."""
-        self._continuation: Continuation | None = None if self.runner is None else Continuation(self.runner)
-        self._compiled = PromptCache()
+        self._generator = TextGenerator(model, self.runner)
         if execution == "shared" and self.runner is not None and self.runner.unsupported:
             raise ValueError(f"execution='shared' is not exact for this model: {self.runner.unsupported}")
 
@@ -331,63 +324,15 @@ class SoftPromptModel(nn.Module):
             return self.base_model.generate(**batch, **options)
         selection = bank.select(prompt_ids, len(ids))
         generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
-        if self._can_compile(selection, mask, options):
+        if self._generator.can_compile(selection, mask, options):
             self._check_first(bank, ids, mask, prompt_ids)
-        if self._can_compile(selection, mask, options) and self._continuation is not None:
-            try:
-                table = self._compiled.table(self._continuation.runner, selection.prompts)
-                return self._continuation.generate(table, selection.prefixes, ids, mask, options)
-            except Unsupported as error:
-                self._continuation = None
-                logger.warning("%s generates without compiled prompts: %s", type(self.base_model).__name__, error)
-        return self._generate_by_prompt(bank, selection, ids, mask, prompt_ids, options)
-
-    def _can_compile(self, selection: Selection, mask: Tensor, options: dict[str, Any]) -> bool:
-        """Whether a batch can follow compiled prompts: each row has a text to read, with the model's own vectors."""
-        usable = self._continuation is not None and self._continuation.runner.unsupported is None
-        plain = all(update is None for update in selection.updates)
-        wants_attentions = generation.setting(self.base_model, options, "output_attentions")
-        return usable and plain and not wants_attentions and bool((mask != 0).any(1).all())
+        return self._generator.generate(self._padded, bank, selection, ids, mask, prompt_ids, options)
 
     def _check_first(self, bank: FastSoftPrompt, input_ids: Tensor, mask: Tensor, prompt_ids: PromptIds) -> None:
         """Compares the first batch with each row run alone, as :meth:`forward` does it."""
         if self.runner is not None and self.runner.check and "inference" not in self.runner.checked:
-            one_for_all = prompt_ids is None or isinstance(prompt_ids, str)
-            names = prompt_ids if one_for_all else prompt_ids[:CHECKED_ROWS]
+            names = prompt_ids if prompt_ids is None or isinstance(prompt_ids, str) else prompt_ids[:CHECKED_ROWS]
             self.next_token_logits(input_ids[:CHECKED_ROWS], mask[:CHECKED_ROWS], names, prompts=bank)
-
-    def _generate_by_prompt(
-        self,
-        bank: FastSoftPrompt,
-        selection: Selection,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        prompt_ids: PromptIds,
-        options: dict[str, Any],
-    ) -> Any:
-        """Rows of one prompt and one text length run together, so that no padding is anywhere; for any decoder."""
-        options = generation.checked_options(options, generation.REFUSED_WITH_VECTORS)
-        counts = [count for _, count in selection.prefixes]
-        lengths = (attention_mask != 0).sum(1).tolist()
-        keys = [
-            (selection.ids[row], length, row if length == 0 else 0)  # transformers reads the last id of several rows
-            for row, length in enumerate(lengths)
-        ]
-
-        def run(rows: list[int], ids: Tensor, mask: Tensor, own: dict[str, Any]) -> Any:
-            def embed(texts: Tensor) -> Tensor:
-                every = prompt_ids
-                if prompt_ids is not None and not isinstance(prompt_ids, str):
-                    one = prompt_ids[rows[0]]
-                    every = [int(one) if isinstance(one, Tensor) else one] * len(texts)
-                vectors = self._padded.assemble(bank, texts, None, every, None, "left").inputs_embeds
-                assert vectors is not None
-                return vectors
-
-            return generation.generate_with_prompt_vectors(self.base_model, ids, embed, counts[rows[0]], own)
-
-        with evaluating(self.base_model):
-            return generation.generate_rows(self.base_model, input_ids, attention_mask, options, keys, run)
 
     # --- training helpers that transformers' Trainer looks for ---
 

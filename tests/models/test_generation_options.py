@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor
-from transformers.generation import logits_process as lp
-
 from support.real_tokens import GREEDY, ROWS, prompt_tokens, rows_alone, with_real_prompts
 from support.tiny_models import build
+from torch import Tensor
+from transformers.generation import logits_process as lp
 
 EOS = torch.tensor([2])
 Processors = Callable[[Tensor], list[Any]]
