@@ -1,22 +1,24 @@
-"""A key/value cache for ``generate`` after compiled prompts: prompts are not copied, padding is never read.
+"""A key/value cache for ``generate`` after compiled prompts: it hides the prompts, and padding is never read.
 
-transformers asks a layer's cache for all keys and values and passes them to attention. Here the keys have an attribute,
-the cache's layer. By it the installed attention (``hf/attention.py``) calls :meth:`Layer.attend`, which reads keys and
-values in place: each row's prompt in the table of compiled prompts, each row's text, without its padding, in the cache.
+transformers sees a cache of the texts alone: its length, its mask and what it removes count text only. A layer's keys
+have an attribute, the cache's layer. By it the installed attention (``hf/attention.py``) calls :meth:`Layer.attend`,
+which reads each row's prompt in the table of compiled prompts and each row's text, without its padding, in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE, check_keywords
+from ..ops.packing.functional import unpack
 from ..ops.segment_attention.functional import available, cached_attention
+from ..packed.attention import compute_dtype, explicit_attention
 
 GROWTH = 64
 """Slots for later tokens that a layer allocates when it grows."""
@@ -27,49 +29,89 @@ class RowPlaces:
 
     Args:
         compiled: [L, 2, R, H', E]
-        prefixes: first slot and length of each row's prompt in it.
-        padding: tokens of padding before each row's text.
+        prefixes: [B, 2], first slot and length of each row's prompt in it.
+        padding: [B], tokens of padding before each row's text.
     """
 
-    def __init__(self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], padding: Sequence[int]) -> None:
-        self.compiled = compiled
-        self.width = max((count for _, count in prefixes), default=0)
-        self._prefixes = torch.tensor(prefixes, dtype=torch.int64).view(-1, 2)
-        self._padding = torch.tensor(padding, dtype=torch.int64)
-        self._made: tuple[tuple[int, int, int], tuple[Tensor, Tensor]] | None = None
+    def __init__(self, compiled: Tensor, prefixes: Tensor, padding: Tensor) -> None:
+        self.compiled, self.prefixes, self.padding = compiled, prefixes, padding
+        self._made: dict[str, tuple[Any, Any]] = {}
+
+    def repeated(self, copies: int) -> RowPlaces:
+        """Each row `copies` times, as beam search has them."""
+        return RowPlaces(
+            self.compiled, self.prefixes.repeat_interleave(copies, 0), self.padding.repeat_interleave(copies)
+        )
+
+    def selected(self, rows: Tensor) -> RowPlaces:
+        rows = rows.cpu()
+        return RowPlaces(self.compiled, self.prefixes[rows], self.padding[rows])
+
+    def _once(self, name: str, key: Any, make: Any) -> Any:
+        """The layers of one step ask for the same."""
+        if name not in self._made or self._made[name][0] != key:
+            self._made[name] = (key, make())
+        return self._made[name][1]
 
     def tables(self, length: int, room: int, new: int) -> tuple[Tensor, Tensor]:
         """For :func:`cached_attention`: `length` cached tokens in `room` slots a row, of which the last `new` ask."""
-        key = (length, room, new)
-        if self._made is None or self._made[0] != key:
-            row = torch.arange(len(self._padding))
-            own = torch.stack([row * room + self._padding, length - self._padding], 1)
-            count = torch.minimum(length - self._padding, torch.tensor(new))
+
+        def make() -> tuple[Tensor, Tensor]:
+            row = torch.arange(len(self.padding))
+            own = (length - self.padding).clamp(min=0)
+            count = own.clamp(max=new)
             queries = torch.stack([row * new + new - count, count], 1)
-            self._made = (key, (torch.cat([own, self._prefixes], 1).contiguous(), queries.contiguous()))
-        return self._made[1]
+            table = torch.stack([row * room + length - own, own], 1)
+            return torch.cat([table, self.prefixes], 1).contiguous(), queries.contiguous()
+
+        made: tuple[Tensor, Tensor] = self._once("tables", (length, room, new), make)
+        return made
+
+    def mask(self, length: int, new: int, window: int, like: Tensor) -> Tensor:
+        """Additive [B, 1, new, W + length] for keys ``[prompt, filled up to W][padding][text]``."""
+
+        def make() -> Tensor:
+            width, padding = int(self.prefixes[:, 1].max()), self.padding[:, None]
+            virtual = self.prefixes[:, 1:]
+            slot, token = torch.arange(width)[None], torch.arange(length)[None]
+            places = torch.cat([slot.expand(len(padding), -1), token - padding + virtual], 1)
+            real = torch.cat([slot < virtual, token >= padding], 1)
+            distance = places[:, -new:, None] - places[:, None]
+            seen = real[:, None] & (distance >= 0)
+            if window:
+                seen &= distance < window
+            mask = torch.zeros(seen.shape, dtype=like.dtype)
+            return mask.masked_fill_(~seen, torch.finfo(like.dtype).min)[:, None].to(like.device)
+
+        made: Tensor = self._once("mask", (length, new, window, like.dtype), make)
+        return made
 
 
 class Layer(CacheLayerMixin):
-    """The text's keys and values of one layer, ``[B, room, H', E]``."""
+    """The text's keys and values of one layer, stored as ``[B, room, H', E]``."""
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, rows: RowPlaces, index: int) -> None:
         super().__init__()
         self.rows, self.index = rows, index
         self.length = 0
+        self.was_read = True
+        """Whether attention has read what was stored last."""
         self._new = 0
-        self._was_read = True
         self._stored: list[Tensor] = []
+        self._prefix: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self._was_read:
+        if not self.was_read:
             raise Unsupported("its attention does not read what it has cached")
-        self._was_read = False
+        self.was_read = False
+        if len(self.rows.padding) != len(key_states):
+            self.batch_repeat_interleave(len(key_states) // len(self.rows.padding))
         new = key_states.shape[2]
         if not self._stored or self.length + new > self._stored[0].shape[1]:
             self._grow(key_states, value_states)
@@ -78,9 +120,9 @@ class Layer(CacheLayerMixin):
         self.length += new
         self._new = new
         self.is_initialized = True
-        keys, values = (stored[:, : self.length].transpose(1, 2) for stored in self._stored)
-        setattr(keys, CARRIER_ATTRIBUTE, self)
-        return keys, values
+        self.keys, self.values = (stored[:, : self.length].transpose(1, 2) for stored in self._stored)
+        setattr(self.keys, CARRIER_ATTRIBUTE, self)
+        return self.keys, self.values
 
     def _grow(self, *states: Tensor) -> None:
         before = self._stored
@@ -106,17 +148,17 @@ class Layer(CacheLayerMixin):
         is_causal: bool | None = None,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
-        """Attention of [B, H, new, E] queries -> [B, new, H, E]; keys and values are read where they are stored."""
-        self._was_read = True
+        """Attention of [B, H, new, E] queries -> [B, new, H, E]: in place on a CPU, else on gathered prompts."""
         check_keywords(module, is_causal, keywords)
-        if softcap is not None or s_aux is not None or dropout or not available(query):
-            raise Unsupported("its attention has soft caps, sinks or dropout, or the kernel does not run here")
         rows, heads, new, size = query.shape
         keys, values = self._stored
-        if new != self._new or self.rows.compiled.shape[3:] != keys.shape[2:] or keys.shape != values.shape:
-            raise Unsupported(f"its attention got {new} queries for {self._new} new keys, or other heads")
+        if dropout or new != self._new or self.rows.compiled.shape[3:] != keys.shape[2:] or keys.shape != values.shape:
+            raise Unsupported(f"its attention has dropout, {new} queries for {self._new} new keys, or other heads")
+        self.was_read = True
+        if softcap is not None or s_aux is not None or not available(query):
+            return self._attend_gathered(query, scaling, sliding_window, softcap, s_aux), None
         table, queries = self.rows.tables(self.length, keys.shape[1], new)
-        prefix_key, prefix_value = self.rows.compiled[self.index].unbind(0)
+        prefix_key, prefix_value = self.rows.compiled[self.index].to(query.dtype).unbind(0)
         out = cached_attention(
             query.transpose(1, 2).reshape(rows * new, heads, size),
             keys.flatten(0, 1),
@@ -130,20 +172,80 @@ class Layer(CacheLayerMixin):
         )
         return out.view(rows, new, heads, -1), None
 
-    def get_seq_length(self) -> int:
-        return self.rows.width + self.length
+    def _attend_gathered(
+        self, query: Tensor, scaling: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """[B, new, H, E], on one sequence of keys per row: its prompt, then its text."""
+        if self._prefix is None or len(self._prefix[0]) != len(query):
+            self._prefix = gather_prefixes(self.rows.compiled[self.index], self.rows.prefixes)
+        dtype = compute_dtype(query)
+        own = [stored[:, : self.length].transpose(1, 2) for stored in self._stored]
+        q = query.to(dtype)
+        k, v = (torch.cat([a.to(dtype), b.to(dtype)], 2) for a, b in zip(self._prefix, own, strict=True))
+        mask = self.rows.mask(self.length, self._new, window or 0, q)
+        if softcap is not None or sinks is not None:
+            out = explicit_attention(q, k, v, mask, scaling, 0.0, softcap, sinks)
+        else:
+            grouped = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).to(query.dtype)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+    def get_seq_length(self, *args: Any) -> int:
+        """Tokens of text and its padding; prompts do not count."""
+        return self.length
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Length and first place of the keys that a mask is for; transformers before 5.3 passes places of queries."""
+        new = len(query_length) if isinstance(query_length, Tensor) else query_length
+        return self.length + new, 0
 
     def get_max_length(self) -> int:
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The name of :meth:`get_max_length` before transformers 5.13."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens; a positive number is the length to keep, as in earlier versions."""
+        keep = self.length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.length)
+        self.length = max(keep, 0)
+
+    def reset(self) -> None:
+        self.length, self._stored = 0, []
+        self.was_read = True
+
+    def offload(self) -> None:
+        """Nothing: the text of this cache stays on the model's device."""
+
+    def prefetch(self) -> None:
+        """Nothing: the text of this cache is never moved."""
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams are reordered within a row, so prompts and padding do not change."""
-        self._stored = [stored.index_select(0, beam_idx) for stored in self._stored]
+        self._stored = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self._stored]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.rows = self.rows.repeated(repeats)
+        self._stored = [stored.repeat_interleave(repeats, 0) for stored in self._stored]
+        self._prefix = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.rows = self.rows.selected(indices)
+        self._stored = [stored[indices] for stored in self._stored]
+        self._prefix = None
 
 
 def compiled_cache(rows: RowPlaces) -> Cache:
     """A cache with a layer for each layer of the compiled prompts."""
     return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])
+
+
+def gather_prefixes(compiled: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer's [2, R, H', E] -> each row's keys and values [B, H', W, E]; zeros after a prompt shorter than W."""
+    two, slots, heads, size = compiled.shape
+    width = int(prefixes[:, 1].max())
+    table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)
+    (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), table, width)
+    keys, values = rows.view(len(prefixes), width, two, heads, size).permute(2, 0, 3, 1, 4)
+    return keys, values

@@ -1,8 +1,7 @@
-"""``generate`` after compiled prompts. They are read in place, or gathered where reading in place does not work."""
+"""``generate`` after compiled prompts: on a cache that hides them from transformers."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,28 +9,22 @@ import torch
 from torch import Tensor
 
 from ..base.errors import Unsupported
-from ..hf.generation import generate_with_stand_ins
-from ..ops.packing.functional import unpack
-from ..ops.segment_attention.functional import available
+from ..base.modules import evaluating
+from ..hf.generation import checked_options, depends_on_padding, generate_rows
 from ..packed.runner import PackedRunner
+from ..packed.self_check import CHECKED_ROWS, SLACK, tolerance
 from .compile import pack_texts
-
-logger = logging.getLogger("softprompt_fast")
 
 
 class Continuation:
-    """Continues rows that follow compiled prompts, in the fastest way that works for one model."""
+    """Continues rows that follow compiled prompts, for one model."""
 
     def __init__(self, runner: PackedRunner) -> None:
         self.runner = runner
-        self.model = model = runner.model
-        config = model.config.get_text_config()
-        self.in_place = available(model.get_input_embeddings().weight)
-        self._in_place_works = False
-        # A window counts places in the cache, so no padding may be between a prompt and its text.
-        self._prompts_first = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not getattr(
-            config, "sliding_window", None
-        )
+        self.model = runner.model
+        self.unsupported: str | None = None
+        """Why the model cannot generate on this cache; None: it can, as far as is known."""
+        self._checked = not runner.check
 
     @torch.no_grad()
     def generate(
@@ -42,7 +35,7 @@ class Continuation:
         attention_mask: Tensor,
         options: dict[str, Any],
     ) -> Any:
-        """The result of transformers' ``generate`` for rows [B, T] of any padding.
+        """The result of transformers' ``generate`` for rows [B, T] of any padding, a token or more each.
 
         Args:
             compiled: [L, 2, R, H', E]
@@ -51,110 +44,67 @@ class Continuation:
 
         Raises:
             Unsupported: the model does something that the packed layout does not support.
+            ValueError: an option that cannot be combined with compiled prompts.
         """
         self.runner.make_ready()
-        mask = (attention_mask != 0).long()
-        order = mask.argsort(dim=1, stable=True)  # padding to the left
-        ids, mask = input_ids.gather(1, order), mask.gather(1, order)
-        if self.in_place:
-            try:
-                output = self._run_prompts_first(compiled, prefixes, input_ids, ids, mask, options, in_place=True)
-                self._in_place_works = True
-                return output
-            except Exception as error:
-                if self._in_place_works and not isinstance(error, Unsupported):
-                    raise  # an error of the request
-                self.in_place = False
-                logger.warning("compiled prompts are gathered for text generation: %s", error)
-        if self._prompts_first:
-            return self._run_prompts_first(compiled, prefixes, input_ids, ids, mask, options, in_place=False)
-        return self._run_padding_first(compiled, prefixes, input_ids, ids, mask, options)
+        options = checked_options(options, {"output_attentions": bool})
+        options["use_cache"] = True
+        lengths = (attention_mask != 0).sum(1).tolist()
+        keys = lengths if depends_on_padding(self.model, options) else [0] * len(lengths)
 
-    def _run_prompts_first(
-        self,
-        compiled: Tensor,
-        prefixes: Sequence[tuple[int, int]],
-        input_ids: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        options: dict[str, Any],
-        *,
-        in_place: bool,
-    ) -> Any:
-        """``generate`` on a cache of ``[prompt][padding][text]``; `in_place`: the cache holds the texts only."""
-        from transformers import DynamicCache
+        def run(rows: list[int], ids: Tensor, mask: Tensor, own: dict[str, Any]) -> Any:
+            chosen = [prefixes[row] for row in rows]
+            self._check(compiled, chosen, ids, mask)
+            cache, positions = self._inputs(compiled, chosen, mask)
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **own
+            )
+            if not all(layer.was_read for layer in cache.layers):
+                raise Unsupported("its attention does not read what it has cached")
+            return output
 
+        with evaluating(self.model):
+            return generate_rows(self.model, input_ids, attention_mask, options, keys, run)
+
+    def _inputs(self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], mask: Tensor) -> tuple[Any, Tensor]:
+        """A cache for rows with padding on the left, and their positions [B, T], which begin after the prompts."""
         from .cache import RowPlaces, compiled_cache
 
-        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        lengths = torch.tensor([count for _, count in prefixes])
-        width = int(lengths.max())
-        cache: Any = DynamicCache()
-        if in_place:
-            padding = (ids.shape[1] - mask.sum(1)).tolist()
-            every = [prefix for prefix in prefixes for _ in range(copies)]
-            cache = compiled_cache(RowPlaces(compiled, every, [n for n in padding for _ in range(copies)]))
-        elif width:
-            for layer, (keys, values) in enumerate(gather_prefixes(compiled, prefixes, width)):
-                cache.update(keys, values, layer)
-            if copies > 1:
-                cache.batch_repeat_interleave(copies)
-        prompt_mask = (torch.arange(width) < lengths[:, None]).to(mask)
-        first = ids.gather(1, mask.argmax(1, keepdim=True))
-        stand_ins = torch.cat([first.expand(-1, width), torch.where(mask == 1, ids, first)], 1)
-        inputs = {"attention_mask": torch.cat([prompt_mask, mask], 1), "past_key_values": cache}
-        return generate_with_stand_ins(self.model, input_ids, stand_ins, inputs, options)
+        places = torch.tensor(prefixes, dtype=torch.int64).view(-1, 2)
+        cache = compiled_cache(RowPlaces(compiled, places, (mask == 0).sum(1).cpu()))
+        positions = (mask.cumsum(1) - 1 + places[:, 1:].to(mask)).masked_fill(mask == 0, 0)
+        return cache, positions
 
-    def _run_padding_first(
-        self,
-        compiled: Tensor,
-        prefixes: Sequence[tuple[int, int]],
-        input_ids: Tensor,
-        ids: Tensor,
-        mask: Tensor,
-        options: dict[str, Any],
-    ) -> Any:
-        """``generate`` on a cache of ``[padding][prompt][text without its last token]``; the texts run packed first."""
-        from transformers import DynamicCache
+    def _check(
+        self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], input_ids: Tensor, attention_mask: Tensor
+    ) -> None:
+        """Compares the first batch in two steps on the cache with the same rows in the packed layout.
 
-        texts = [row[real == 1].tolist() for row, real in zip(ids, mask, strict=True)]
-        inputs = pack_texts(self.model, [text[:-1] for text in texts], prefixes, compiled)
-        layers, two, slots, heads, size = compiled.shape
-        inputs.layout.capture = own = compiled.new_empty(layers, two, inputs.layout.slots, heads, size)
-        if inputs.layout.slots:
-            self.runner.run(inputs, inputs.position_ids[0, :1] * 0, {})
-        width = max([ids.shape[1], *(count + len(text) for (_, count), text in zip(prefixes, texts, strict=True))])
-        places = torch.zeros(len(texts), width - 1, dtype=torch.int64)
-        stand_ins = torch.tensor([text[:1] or [0] for text in texts], dtype=torch.int64).repeat(1, width)
-        whole_mask = torch.zeros(len(texts), width, dtype=torch.int64)
-        at = slots
-        for row, ((first, count), text) in enumerate(zip(prefixes, texts, strict=True)):
-            known = max(len(text) - 1, 0)
-            slots_of_row = [*range(first, first + count), *range(at, at + known)]
-            at += known
-            places[row, width - 1 - len(slots_of_row) :] = torch.tensor(slots_of_row, dtype=torch.int64)
-            stand_ins[row, width - len(text) :] = torch.tensor(text, dtype=torch.int64)
-            whole_mask[row, width - count - len(text) :] = 1
-        cache: Any = DynamicCache()
-        states = torch.cat([compiled, own], 2)
-        if width > 1:
-            for layer, (keys, values) in enumerate(states[:, :, places.to(states.device)].transpose(3, 4)):
-                cache.update(keys, values, layer)
-        copies = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
-        if copies > 1:
-            cache.batch_repeat_interleave(copies)
-        given = {"attention_mask": whole_mask.to(mask), "past_key_values": cache}
-        return generate_with_stand_ins(self.model, input_ids, stand_ins.to(ids), given, options)
-
-
-def gather_prefixes(compiled: Tensor, prefixes: Sequence[tuple[int, int]], width: int) -> list[tuple[Tensor, Tensor]]:
-    """Each row's compiled prompt, all layers in one pass.
-
-    Returns:
-        Per layer, keys and values [B, H', width, E]; zeros after a prompt shorter than ``width``.
-    """
-    layers, two, slots, heads, size = compiled.shape
-    table = torch.tensor([(0, 0, first, count) for first, count in prefixes], dtype=torch.int64).to(compiled.device)
-    (rows,) = unpack((compiled.view(layers * two, slots, heads * size).transpose(0, 1),), table, width)
-    rows = rows.view(len(prefixes), width, layers, two, heads, size).permute(2, 3, 0, 4, 1, 5)
-    return [(layer[0], layer[1]) for layer in rows]
+        Raises:
+            Unsupported: the two differ, or the cache does not work for this model.
+        """
+        if self.unsupported is not None:
+            raise Unsupported(self.unsupported)
+        if self._checked:
+            return
+        ids, mask, some = input_ids[:CHECKED_ROWS], attention_mask[:CHECKED_ROWS], prefixes[:CHECKED_ROWS]
+        try:
+            texts = [row[real == 1].tolist() for row, real in zip(ids, mask, strict=True)]
+            inputs = pack_texts(self.model, texts, some, compiled)
+            last = torch.tensor([len(text) for text in texts], device=ids.device).cumsum(0) - 1
+            expected = self.runner.run(inputs, last, {})[1].double()
+            cache, positions = self._inputs(compiled, some, mask)
+            for begin, end in ((0, ids.shape[1] - 1), (ids.shape[1] - 1, ids.shape[1])):
+                if begin < end:
+                    step = {"input_ids": ids[:, begin:end], "position_ids": positions[:, begin:end]}
+                    output = self.model(**step, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            got = output.logits[:, -1].double()
+            difference = ((got - expected).abs().max() / expected.abs().max()).item()
+            allowed = tolerance(self.model, SLACK)
+            if not difference <= allowed:
+                raise Unsupported(f"cached logits differ by {difference:.1e}, more than the tolerance {allowed:.0e}")
+        except Exception as error:
+            reason = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
+            self.unsupported = f"it cannot generate on a cache of compiled prompts: {reason}"
+            raise Unsupported(self.unsupported) from error
+        self._checked = True

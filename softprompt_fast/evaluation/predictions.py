@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..base.modules import evaluating
+from ..hf.generation import with_end_token
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import pad_token_id, padded
 from ..tasks.encoding import encode_text, label_words
@@ -93,9 +94,9 @@ def prompt_name(model: SoftPromptModel, task: Task, prompt: str | None) -> str |
 def _generate(backend: ModelBackend, tokenizer: Any, texts: Ids, max_new_tokens: int) -> list[str]:
     pad = pad_token_id(tokenizer)
     ids, mask = padded(texts, backend.model.device, value=pad)
-    output = backend.model.generate(
-        ids, mask, backend.prompt_ids, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-    )
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    options = with_end_token(backend.model.base_model, tokenizer.eos_token_id, options)
+    output = backend.model.generate(ids, mask, backend.prompt_ids, **options)
     if not backend.encoder_decoder:
         output = output[:, ids.shape[1] :]
     answers: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..evaluation.ensembles import COMBINATIONS, combine_members
 from ..hf import architecture
+from ..hf.generation import with_end_token
 from .engine import Engine
 from .prompt_bank import PromptBank
 from .requests import OnResult, Request, Result, Run, Unit, answer
@@ -170,6 +171,7 @@ class SoftPromptPipeline:
         if options.get("pad_token_id") is None and getattr(self._base.generation_config, "pad_token_id", None) is None:
             pad = self.tokenizer.pad_token_id
             options["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
+        options = with_end_token(self._base, self.tokenizer.eos_token_id, options)
         if options.get("stop_strings"):
             options["tokenizer"] = self.tokenizer
         names = prompt_of_each(prompts, texts)

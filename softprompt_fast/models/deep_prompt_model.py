@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ..base.errors import Unsupported
 from ..base.modules import evaluating
 from ..compiled.compile import compile_prompts, flattened, slot_shape
-from ..compiled.continuation import Continuation
 from ..compiled.prefix_runner import PrefixRunner
-from ..hf import architecture
+from ..hf import architecture, generation
 from ..hf.architecture import check_architecture
 from ..hf.embedding import embedding_table
 from ..packed.runner import ExecutionReport, PackedRunner
@@ -64,7 +63,6 @@ class DeepPromptModel(SoftPromptModel):
         super().__init__(model, prompts, check=check, shared_text=None)
         if self.runner.unsupported is not None:
             self._fallback(self.runner.unsupported)
-        self._continuation = Continuation(self.runner)
 
     @property
     def loss_type(self) -> str | None:
@@ -160,25 +158,30 @@ class DeepPromptModel(SoftPromptModel):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompt_ids: PromptIds = None,
         *,
+        inputs: Tensor | None = None,
         prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
         """``model.generate`` after each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
         self._check_loaded()
+        ids = generation.checked_ids(input_ids, inputs)
         bank = self.prompts if prompts is None else prompts
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        _check_no_empty_row(input_ids, mask)
-        selection = bank.select(prompt_ids, len(input_ids))
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        _check_no_empty_row(ids, mask)
+        selection = bank.select(prompt_ids, len(ids))
+        generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
+        self._check_first(bank, ids, mask, prompt_ids)
         compiled = self.runner.compiled(selection)
         if compiled is None:
             layers, two, heads, size = self.runner.shape
             compiled = self.base_model.get_input_embeddings().weight.new_empty(layers, two, 0, heads, size)
+        assert self._generator.continuation is not None
         try:
-            return self._continuation.generate(compiled, selection.prefixes, input_ids, mask, options)
+            return self._generator.continuation.generate(compiled, selection.prefixes, ids, mask, options)
         except Unsupported as error:
             self._fallback(str(error))
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
+from ..packed.self_check import CHECKED_ROWS
 from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
 from .call import Texts, check_labels, kept_columns, known_options, texts_of
 from .model_interface import ModelInterface
 from .padded_runner import LossFunction, PaddedRunner
+from .text_generator import TextGenerator
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,6 +89,7 @@ class SoftPromptModel(ModelInterface):
         self._packed_worked = False
         self.runner = self._packed_runner(model, check, shared_text) if execution != "padded" else None
         """Runs the packed layout; None: padded execution was asked for."""
+        self._generator = TextGenerator(model, self.runner)
         if execution == "shared" and self.runner is not None and self.runner.unsupported:
             raise ValueError(f"execution='shared' is not exact for this model: {self.runner.unsupported}")
 
@@ -321,12 +324,14 @@ class SoftPromptModel(ModelInterface):
         arguments = (bank, texts.input_ids, attention_mask, prompt_ids, places, texts.embedding)
         return self._run(lambda runner: runner.logits_after(*arguments), lambda: self._padded.logits_after(*arguments))
 
+    @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompt_ids: PromptIds = None,
         *,
+        inputs: Tensor | None = None,
         prompts: FastSoftPrompt | None = None,
         **options: Any,
     ) -> Any:
@@ -335,23 +340,42 @@ class SoftPromptModel(ModelInterface):
         Args:
             input_ids: [B, T]
             attention_mask: [B, T] of 1 and 0; None: no padding.
+            inputs: another name of ``input_ids``.
             prompt_ids, prompts: as in :meth:`forward`.
-            options: options of transformers' ``generate``. ``max_length`` and ``min_length`` count ``input_ids`` and
-                new tokens, never prompts.
+            options: options of transformers' ``generate``. Lengths, penalties and stopping count and read
+                ``input_ids`` and new tokens, never prompts or padding. What a tokenizer returns beside ids and mask has
+                no effect.
 
         Returns:
             The result of ``generate``; for decoders ``input_ids`` followed by the new tokens, as without a prompt.
+            Hidden states, attentions and the cache of ``return_dict_in_generate`` are the model's own: they may
+            contain places of prompts and padding.
+
+        Raises:
+            TypeError: the model does not generate text.
+            ValueError: an option that cannot be combined with prompts, by name.
         """
         self._check_loaded()
         if not self.can_generate():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
+        ids = generation.checked_ids(input_ids, inputs)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         bank = self.prompts if prompts is None else prompts
-        with torch.no_grad():
-            if self._traits.encoder_decoder:
-                batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")
-                return self.base_model.generate(**batch, **options)
-            batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
-            return generation.generate(self.base_model, input_ids, batch, options)
+        if self._traits.encoder_decoder:
+            options = generation.checked_options(options, generation.REFUSED_WITH_ENCODER)
+            batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
+            return self.base_model.generate(**batch, **options)
+        selection = bank.select(prompt_ids, len(ids))
+        generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
+        if self._generator.can_compile(selection, mask, options):
+            self._check_first(bank, ids, mask, prompt_ids)
+        return self._generator.generate(self._padded, bank, selection, ids, mask, prompt_ids, options)
+
+    def _check_first(self, bank: FastSoftPrompt, input_ids: Tensor, mask: Tensor, prompt_ids: PromptIds) -> None:
+        """Compares the first batch with each row run alone, as :meth:`forward` does it."""
+        if self.runner is not None and self.runner.check and "inference" not in self.runner.checked:
+            names = prompt_ids if prompt_ids is None or isinstance(prompt_ids, str) else prompt_ids[:CHECKED_ROWS]
+            self.next_token_logits(input_ids[:CHECKED_ROWS], mask[:CHECKED_ROWS], names, prompts=bank)
 
     # --- files ---
 

@@ -115,7 +115,7 @@ def _attend(
         )
     else:
         assert mask is not None
-        out = _explicit_attention(q, k, v, mask, scaling, dropout, softcap, sinks)
+        out = explicit_attention(q, k, v, mask, scaling, dropout, softcap, sinks)
     out = out.transpose(1, 2)
     if single:
         return out[0].to(query.dtype)
@@ -131,7 +131,7 @@ def _grouped(query: Tensor, key: Tensor) -> dict[str, bool]:
     return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
 
 
-def _explicit_attention(
+def explicit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

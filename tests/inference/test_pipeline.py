@@ -47,7 +47,7 @@ def test_generated_text_does_not_depend_on_the_batch(name: str) -> None:
     options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
     with pipe.bank.use(NAMES) as view:
         together = pipe.engine.generate(view, ids, NAMES, options)
-    assert pipe.engine.continuation.in_place or name in UNCOMPILED
+    assert pipe.bank.uncompiled is None or name in UNCOMPILED
     for text, prompt, found in zip(TEXTS, NAMES, together, strict=True):
         vectors = base.get_input_embeddings()(torch.tensor(pipe.tokenizer(text).input_ids))
         start = vectors if prompt is None else torch.cat([pipe.bank[prompt], vectors])
@@ -57,10 +57,10 @@ def test_generated_text_does_not_depend_on_the_batch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_prompts_that_cannot_be_read_in_place_are_gathered(name: str) -> None:
+def test_prompts_that_cannot_be_read_in_place_are_gathered(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline(name)
     expected = pipe.generate(TEXTS, NAMES, max_new_tokens=32, do_sample=False)
-    pipe.engine.continuation.in_place = False
+    monkeypatch.setattr("softprompt_fast.compiled.cache.available", lambda query: False)
     assert pipe.generate(TEXTS, NAMES, max_new_tokens=32, do_sample=False) == expected
 
 
@@ -160,7 +160,7 @@ def test_smollm2_with_prompts_of_1_to_200_tokens() -> None:
     with bank.use(names) as view:
         logits = pipe.engine.logits_at(view, ids, names, places)
         tokens = pipe.engine.generate(view, ids, names, options)
-    assert pipe.engine.continuation.in_place and bank.uncompiled is None
+    assert bank.uncompiled is None
     for row, (text, name) in enumerate(zip(texts, names, strict=True)):
         expected = alone(pipe, text, name)[-1]
         assert (logits[row] - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -169,7 +169,7 @@ def test_smollm2_with_prompts_of_1_to_200_tokens() -> None:
         mask = torch.ones(start.shape[:2], dtype=torch.long)
         assert torch.equal(tokens[row], model.generate(inputs_embeds=start, attention_mask=mask, **options)[0])
     (stopped,) = pipe.generate(texts[:1], max_new_tokens=20, do_sample=False, stop_strings=["Paris"])
-    assert stopped["text"].endswith("Paris") and pipe.engine.continuation.in_place
+    assert stopped["text"].endswith("Paris") and bank.uncompiled is None
 
 
 # --- bad requests ---

@@ -16,7 +16,6 @@ from support.tiny_reviews import WORDS, tiny_tokenizer
 
 import softprompt_fast as spf
 from softprompt_fast.compiled import storage
-from softprompt_fast.compiled.continuation import gather_prefixes
 from softprompt_fast.compiled.slots import SlotTable
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
@@ -122,15 +121,6 @@ def test_slots_are_reused_and_joined() -> None:
     for _ in range(8):
         growing.allocate(5)
     assert first == 0 and (growing.tensor[:, :, :2] == 7).all() and growing.size <= 84
-
-
-def test_gathered_prefixes_are_those_of_the_table() -> None:
-    compiled = torch.randn(3, 2, 9, 2, 4)
-    layers = gather_prefixes(compiled, [(2, 3), (0, 0), (5, 4)], 4)
-    for layer, (keys, values) in enumerate(layers):
-        assert keys.shape == (3, 2, 4, 4)
-        assert torch.equal(keys[0, :, :3], compiled[layer, 0, 2:5].transpose(0, 1)) and not keys[0, :, 3].any()
-        assert torch.equal(values[2], compiled[layer, 1, 5:9].transpose(0, 1)) and not values[1].any()
 
 
 def test_compiled_prompts_on_disk(tmp_path: Path) -> None:

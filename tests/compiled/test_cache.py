@@ -1,0 +1,108 @@
+"""The cache that hides compiled prompts, by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softprompt_fast.base.errors import Unsupported
+from softprompt_fast.compiled.cache import Layer, RowPlaces, compiled_cache, gather_prefixes
+
+COMPILED = torch.randn(3, 2, 9, 2, 8)
+PREFIXES = torch.tensor([[2, 3], [0, 0], [5, 4]])
+PADDING = torch.tensor([0, 2, 1])
+
+
+class Attention(torch.nn.Module):
+    is_causal = True
+
+
+def places() -> RowPlaces:
+    return RowPlaces(COMPILED, PREFIXES, PADDING)
+
+
+def states(rows: int, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rows, 2, new, 8), torch.randn(rows, 2, new, 8)
+
+
+def attend(layer: Layer, rows: int, new: int, **options: float) -> torch.Tensor:
+    torch.manual_seed(new)
+    return layer.attend(Attention(), torch.randn(rows, 4, new, 8), layer.keys, layer.values, **options)[0]
+
+
+def test_gathered_prefixes_are_those_of_the_table() -> None:
+    keys, values = gather_prefixes(COMPILED[1], PREFIXES)
+    assert keys.shape == (3, 2, 4, 8)
+    assert torch.equal(keys[0, :, :3], COMPILED[1, 0, 2:5].transpose(0, 1)) and not keys[0, :, 3].any()
+    assert torch.equal(values[2], COMPILED[1, 1, 5:9].transpose(0, 1)) and not values[1].any()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_in_place_equals_gathered(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(places(), 1)
+    layer.update(*states(3, 5))
+    options = {"sliding_window": window} if window else {}
+    found = attend(layer, 3, 5, **options)
+    monkeypatch.setattr("softprompt_fast.compiled.cache.available", lambda query: False)
+    gathered = attend(layer, 3, 5, **options)
+    for row, padding in enumerate(PADDING.tolist()):
+        assert torch.allclose(found[row, padding:], gathered[row, padding:], atol=1e-5)
+
+
+def test_length_counts_text_and_a_mask_is_for_text() -> None:
+    cache = compiled_cache(places())
+    assert cache.get_seq_length() == 0 and cache.get_mask_sizes(5, 0) == (5, 0)
+    cache.update(*states(3, 5), 0)
+    assert cache.get_seq_length() == 5 and cache.get_mask_sizes(1, 0) == (6, 0)
+    layer = cache.layers[0]
+    assert layer.get_mask_sizes(torch.arange(2)) == (7, 0)
+    assert layer.get_max_length() == layer.get_max_cache_shape() == -1
+    assert cache.is_croppable and not any(cache.is_sliding)
+
+
+def test_removed_tokens_are_not_read() -> None:
+    layer, other = Layer(places(), 0), Layer(places(), 0)
+    first, guessed, last = states(3, 5), states(3, 3), states(3, 1)
+    layer.update(*first)
+    attend(layer, 3, 5)
+    layer.update(*guessed)
+    attend(layer, 3, 3)
+    layer.crop(-3)
+    assert layer.get_seq_length() == 5
+    layer.update(*last)
+    other.update(*first)
+    attend(other, 3, 5)
+    other.update(*last)
+    assert torch.equal(attend(layer, 3, 1), attend(other, 3, 1))
+    layer.crop(2)  # the length to keep
+    assert layer.get_seq_length() == 2
+    layer.reset()
+    assert layer.get_seq_length() == 0
+
+
+def test_rows_are_repeated_and_selected() -> None:
+    first, last = states(3, 5), states(3, 1)
+    plain = Layer(places(), 0)
+    plain.update(*first)
+    attend(plain, 3, 5)
+    plain.update(*last)
+    query = torch.randn(3, 4, 1, 8)
+    expected = plain.attend(Attention(), query, plain.keys, plain.values)[0]
+
+    layer = Layer(places(), 0)
+    layer.update(*(x.repeat_interleave(2, 0) for x in first))  # as beams bring them
+    attend(layer, 6, 5)
+    layer.reorder_cache(torch.tensor([1, 0, 2, 2, 5, 4]))
+    layer.batch_select_indices(torch.tensor([0, 2, 4]))
+    layer.update(*last)
+    assert torch.equal(layer.attend(Attention(), query, layer.keys, layer.values)[0], expected)
+    layer.batch_repeat_interleave(2)
+    layer.update(*(x.repeat_interleave(2, 0) for x in states(3, 1)))
+    assert layer.keys.shape == (6, 2, 7, 8)
+
+
+def test_an_attention_that_does_not_read_the_cache_is_noticed() -> None:
+    layer = Layer(places(), 0)
+    layer.update(*states(3, 5))
+    with pytest.raises(Unsupported, match="does not read"):
+        layer.update(*states(3, 1))
