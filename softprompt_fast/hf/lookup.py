@@ -1,0 +1,137 @@
+"""Whether a model reads token ids as it reads their vectors; some models scale embeddings only if they look them up."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.modules import evaluating
+from .embedding import LOOKUP_SCALE, embedding_table
+
+COMPARED_TOKENS = 4
+
+
+def find_lookup_scale(model: Any, *, run_sharded: bool = True) -> None:
+    """Compares one row of token ids with the row's vectors, once per base model, and stores the scale that is missing.
+
+    A model such as Pegasus multiplies embeddings by a constant if it is given ids, and not if it is given vectors.
+    :func:`embedding_table` of the model's embedding module then has that scale too. The comparison runs the model on
+    four tokens, two times or a few more, without gradients and dropout; the random state does not change.
+
+    Args:
+        model: a transformers model; every rank of a sharded one must call this.
+        run_sharded: False: a sharded model is left to a later call, because running it settles how it is sharded.
+
+    Raises:
+        TypeError: the model does something else with embeddings that it looks up.
+    """
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, LOOKUP_SCALE) or not isinstance(embedding, nn.Module):
+        return
+    if any(parameter.device.type == "meta" for parameter in embedding.parameters()):
+        return  # there is nothing to run; embedding_table refuses it
+    if not run_sharded and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return
+    table = embedding_table(embedding)
+    ids = _ordinary_ids(model, len(table.weight)).to(table.weight.device)[None]
+    extra = _other_inputs(model, ids)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), _not_compiled():
+        try:
+            expected = _run(model, input_ids=ids, **extra)
+        except Exception:
+            return  # ids alone are no input of this model, so there is nothing to be equal to
+        vectors = table(ids)
+        nearest, differences = 1.0, {}
+        for scale in (1.0, *_scales(model, vectors.shape[-1])):
+            try:
+                got = _run(model, inputs_embeds=vectors * scale, **extra)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                raise TypeError(
+                    f"{type(model).__name__} cannot use a prompt: it runs on input_ids but not on inputs_embeds ({reason})"
+                ) from error
+            differences[scale] = _difference(got, expected)
+            nearest = min(differences, key=lambda key: differences[key])
+            if differences[scale] == 0.0:
+                break
+    allowed = 4 * torch.finfo(expected.dtype).eps ** 0.5
+    if not differences[nearest] <= allowed:
+        raise TypeError(
+            f"{type(model).__name__} cannot use a prompt: it treats embeddings that it looks up in a way of its own. Its "
+            f"output for token ids differs from its output for their vectors by {differences[1.0]:.1e}, more than the "
+            f"tolerance {allowed:.0e}"
+        )
+    setattr(embedding, LOOKUP_SCALE, nearest)
+
+
+def _run(model: Any, **inputs: Tensor) -> Tensor:
+    torch.manual_seed(0)  # some models draw random numbers when they are evaluated too
+    output = model(**inputs)
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            named: Tensor = output[name]
+            return named
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    first: Tensor = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    return first
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number; infinite if a number is not finite."""
+    if torch.equal(got, expected):
+        return 0.0
+    difference = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return difference.item() if difference.isfinite() else math.inf
+
+
+def _other_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _ordinary_ids(model: Any, count: int) -> Tensor:
+    """A few token ids spread over a vocabulary of `count`, without those that the configuration gives a meaning."""
+    special = set(_special_ids(model.config.to_dict()))
+    start = max(0, count // 8)
+    found = [token for token in range(start, count) if token not in special]
+    if len(found) < COMPARED_TOKENS:
+        found = list(range(count))
+    step = max(1, len(found) * 3 // 4 // COMPARED_TOKENS)
+    return torch.tensor(found[: step * COMPARED_TOKENS : step])
+
+
+def _special_ids(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_ids(value)
+        elif isinstance(name, str) and name.endswith(("_id", "_ids", "_index")):
+            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
+
+
+def _scales(model: Any, width: int) -> list[float]:
+    """Constants by which the model may multiply embeddings that it looks up."""
+    found = [math.sqrt(width)]
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "scale" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append(float(value))
+    return [scale for scale in dict.fromkeys(found) if scale not in (0.0, 1.0) and math.isfinite(scale)][:8]
+
+
+def _not_compiled() -> AbstractContextManager[Any]:
+    """Runs a compiled model as it was written: four tokens are not worth compiling for."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
