@@ -55,8 +55,9 @@ def find_lookup_scale(model: Any, *, run_sharded: bool = True) -> None:
                 got = _run(model, inputs_embeds=vectors * scale, **extra)
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                name = type(model).__name__
                 raise TypeError(
-                    f"{type(model).__name__} cannot use a prompt: it runs on input_ids but not on inputs_embeds ({reason})"
+                    f"{name} cannot use a prompt: it runs on input_ids but not on inputs_embeds ({reason})"
                 ) from error
             differences[scale] = _difference(got, expected)
             nearest = min(differences, key=lambda key: differences[key])
@@ -65,9 +66,9 @@ def find_lookup_scale(model: Any, *, run_sharded: bool = True) -> None:
     allowed = 4 * torch.finfo(expected.dtype).eps ** 0.5
     if not differences[nearest] <= allowed:
         raise TypeError(
-            f"{type(model).__name__} cannot use a prompt: it treats embeddings that it looks up in a way of its own. Its "
-            f"output for token ids differs from its output for their vectors by {differences[1.0]:.1e}, more than the "
-            f"tolerance {allowed:.0e}"
+            f"{type(model).__name__} cannot use a prompt: it treats embeddings that it looks up in a way of its own. "
+            f"Its logits for token ids differ from its logits for their vectors by {differences[1.0]:.1e}, "
+            f"more than the tolerance {allowed:.0e}"
         )
     setattr(embedding, LOOKUP_SCALE, nearest)
 

@@ -47,7 +47,9 @@ def test_generated_text_does_not_depend_on_the_batch(name: str) -> None:
     options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
     with pipe.bank.use(NAMES) as view:
         together = pipe.engine.generate(view, ids, NAMES, options)
-    assert pipe.engine.continuation.in_place or name in UNCOMPILED
+    # The kernel that reads in place has no soft caps. With `sdpa`, transformers itself leaves them out.
+    capped = getattr(base.config, "attn_logit_softcapping", None) and not base._supports_sdpa
+    assert pipe.engine.continuation.in_place or name in UNCOMPILED or capped
     for text, prompt, found in zip(TEXTS, NAMES, together, strict=True):
         vectors = base.get_input_embeddings()(torch.tensor(pipe.tokenizer(text).input_ids))
         start = vectors if prompt is None else torch.cat([pipe.bank[prompt], vectors])

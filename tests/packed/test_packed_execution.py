@@ -10,12 +10,12 @@ import torch
 import transformers as tf
 from support.deep_rows_alone import deep_model
 from support.rows_alone import ROWS, alone, relative, tuned_model
-from support.tiny_models import DECODERS, ENCODERS, LLAMA, WINDOW, batch, build
+from support.tiny_models import DECODERS, ENCODERS, LLAMA, WINDOW, batch, build, own_attention
 
 import softprompt_fast as spf
 from softprompt_fast.packed.runner import PackedRunner
 
-FALLBACK = {"gptj", "bloom", "falcon", "gpt-neo", "mpt"}
+FALLBACK = {name for name in DECODERS if own_attention(name)}
 SHARED = [name for name in DECODERS if name not in FALLBACK]
 
 

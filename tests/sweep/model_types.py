@@ -72,6 +72,19 @@ SMALL: dict[str, Any] = {
     "emb_dim": 32,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "pronunciation_vocab_size": 20,
+    "shape_vocab_size": 20,
+    "pronunciation_embed_dim": 16,
+    "shape_embed_dim": 16,
+    "hidden_size_global": 32,
     # parts that read images and sounds
     "image_size": 16,
     "patch_size": 8,
@@ -94,11 +107,17 @@ BERT: dict[str, Any] = {
     key: SMALL[key]
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 }
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 DROPPED = None
 """A setting of SMALL that a type does not take."""
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA,
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48}},
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE | {"mrope_section": [2, 1, 1]}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48},
+    },
     "dots1": {"n_shared_experts": 1},
     "encoder-decoder": {
         "encoder": {"model_type": "bert", **BERT},
@@ -106,6 +125,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 1,
         "pad_token_id": 0,
     },
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 64},
     "falcon": {"head_dim": DROPPED},
     "gemma3n_text": {"num_hidden_layers": 5, "num_kv_shared_layers": 0, "intermediate_size": [48] * 5},
     "gemma4_text": {"head_dim": DROPPED, "num_kv_shared_layers": 0},
@@ -114,6 +134,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "minimax": {"block_size": 4},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 1},
     "prophetnet": {"num_hidden_layers": DROPPED},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "xlnet": {"max_position_embeddings": DROPPED, "n_ctx": DROPPED},
@@ -154,6 +176,8 @@ def tiny_config(kind: type, **given: Any) -> Any:
     default = kind()
     fields = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__dataclass_fields__", ()))
     values = {key: value for key, value in SMALL.items() if key in fields or _has(default, key)}
+    if "qk_rope_head_dim" in values:  # compressed keys and values: each query head has its own
+        values |= {"head_dim": DROPPED, "num_key_value_heads": SMALL["num_attention_heads"]}
     for name in getattr(kind, "sub_configs", {}):
         part = getattr(default, name, None)
         if isinstance(part, tf.PretrainedConfig):
