@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base.errors import Unsupported
 from ..hf import architecture, generation
-from ..hf.lookup import find_lookup_scale
+from ..hf.input_check import check_inputs
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
@@ -75,7 +75,7 @@ class SoftPromptModel(nn.Module):
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
         architecture.check_supported(model)
-        find_lookup_scale(model, run_sharded=False)
+        check_inputs(model, run_sharded=False)
         model.requires_grad_(False)
         self.base_model: Any = model
         embedding = model.get_input_embeddings()
@@ -213,7 +213,7 @@ class SoftPromptModel(nn.Module):
 
     def _run(self, packed: Callable[[PackedRunner], Result], padded: Callable[[], Result]) -> Result:
         """The result of `packed`, or of `padded` where the model cannot run the packed layout."""
-        find_lookup_scale(self.base_model)
+        check_inputs(self.base_model)
         if self.runner is None:
             return padded()
         reason = self.runner.unsupported
@@ -306,7 +306,7 @@ class SoftPromptModel(nn.Module):
         if not getattr(self.base_model, "can_generate", lambda: False)():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
         bank = self.prompts if prompts is None else prompts
-        find_lookup_scale(self.base_model)
+        check_inputs(self.base_model)
         with torch.no_grad():
             if self._traits.encoder_decoder:
                 batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")

@@ -158,6 +158,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
         "head_dim": DROPPED,
     },
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 

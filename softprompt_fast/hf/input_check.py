@@ -1,4 +1,4 @@
-"""Whether a model reads token ids as it reads their vectors; some models scale embeddings only if they look them up."""
+"""Runs a model on a few tokens: vectors must give what ids give, and a row beside a longer one what it gives alone."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from ..base.modules import evaluating
 from .embedding import LOOKUP_SCALE, embedding_table
 
 COMPARED_TOKENS = 4
+PADDING_TOLERANCE = 0.05
+"""Only rounding may differ between a row alone and beside a longer one; models that read the padding differ by more."""
 
 
-def find_lookup_scale(model: Any, *, run_sharded: bool = True) -> None:
-    """Compares one row of token ids with the row's vectors, once per base model, and stores the scale that is missing.
+def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
+    """Checks once per base model that prompts and padding leave its rows as they are; finds the scale of its look-up.
 
     A model such as Pegasus multiplies embeddings by a constant if it is given ids, and not if it is given vectors.
-    :func:`embedding_table` of the model's embedding module then has that scale too. The comparison runs the model on
-    four tokens, two times or a few more, without gradients and dropout; the random state does not change.
+    :func:`embedding_table` of the model's embedding module then has that scale too. The model runs on four tokens, a
+    few times, without gradients and dropout; the random state does not change.
 
     Args:
         model: a transformers model; every rank of a sharded one must call this.
         run_sharded: False: a sharded model is left to a later call, because running it settles how it is sharded.
 
     Raises:
-        TypeError: the model does something else with embeddings that it looks up.
+        TypeError: the model does something else with embeddings that it looks up, or padding changes its results.
     """
     embedding = model.get_input_embeddings()
     if hasattr(embedding, LOOKUP_SCALE) or not isinstance(embedding, nn.Module):
@@ -49,28 +51,53 @@ def find_lookup_scale(model: Any, *, run_sharded: bool = True) -> None:
         except Exception:
             return  # ids alone are no input of this model, so there is nothing to be equal to
         vectors = table(ids)
-        nearest, differences = 1.0, {}
-        for scale in (1.0, *_scales(model, vectors.shape[-1])):
-            try:
-                got = _run(model, inputs_embeds=vectors * scale, **extra)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                name = type(model).__name__
-                raise TypeError(
-                    f"{name} cannot use a prompt: it runs on input_ids but not on inputs_embeds ({reason})"
-                ) from error
-            differences[scale] = _difference(got, expected)
-            nearest = min(differences, key=lambda key: differences[key])
-            if differences[scale] == 0.0:
-                break
+        scale = _lookup_scale(model, vectors, expected, extra)
+        if expected.dim() == 3 and not getattr(model, "is_quantized", False):  # 8-bit products depend on the batch
+            _check_padding(model, vectors * scale, extra)
+    setattr(embedding, LOOKUP_SCALE, scale)
+
+
+def _lookup_scale(model: Any, vectors: Tensor, expected: Tensor, extra: dict[str, Any]) -> float:
+    """The constant times which the vectors [1, T, D] of ids give what the ids gave."""
+    name = type(model).__name__
+    differences: dict[float, float] = {}
+    for scale in (1.0, *_scales(model, vectors.shape[-1])):
+        try:
+            got = _run(model, inputs_embeds=vectors * scale, **extra)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            raise TypeError(
+                f"{name} cannot use a prompt: it runs on input_ids but not on inputs_embeds ({reason})"
+            ) from error
+        differences[scale] = _difference(got, expected)
+        if differences[scale] == 0.0:
+            return scale
+    nearest = min(differences, key=lambda key: differences[key])
     allowed = 4 * torch.finfo(expected.dtype).eps ** 0.5
     if not differences[nearest] <= allowed:
         raise TypeError(
-            f"{type(model).__name__} cannot use a prompt: it treats embeddings that it looks up in a way of its own. "
+            f"{name} cannot use a prompt: it treats embeddings that it looks up in a way of its own. "
             f"Its logits for token ids differ from its logits for their vectors by {differences[1.0]:.1e}, "
             f"more than the tolerance {allowed:.0e}"
         )
-    setattr(embedding, LOOKUP_SCALE, nearest)
+    return nearest
+
+
+def _check_padding(model: Any, vectors: Tensor, extra: dict[str, Any]) -> None:
+    """Compares half of a row [1, T, D] with the same half, padded on the right, beside the whole row."""
+    half = vectors.shape[1] // 2
+    mask = torch.ones(2, vectors.shape[1], dtype=torch.int64, device=vectors.device)
+    mask[1, half:] = 0
+    both = torch.cat([vectors, vectors * mask[1, :, None]])
+    twice = {key: value.repeat(2, 1) if isinstance(value, Tensor) else value for key, value in extra.items()}
+    alone = _run(model, inputs_embeds=vectors[:, :half], attention_mask=mask[:1, :half], **extra)
+    together = _run(model, inputs_embeds=both, attention_mask=mask, **twice)
+    difference = _difference(together[1, : alone.shape[1]], alone[0])
+    if not difference <= PADDING_TOLERANCE:
+        raise TypeError(
+            f"{type(model).__name__} cannot use prompts in batches: a row beside a longer one differs from the row "
+            f"alone by {difference:.1e} of its largest number, although the attention mask leaves out the padding"
+        )
 
 
 def _run(model: Any, **inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models that treat looked-up embeddings in a way of their own: the scale is found and used, anything else refused."""
+"""Models that look up ids in a way of their own, or read padding: a scale is found and used, anything else refused."""
 
 from __future__ import annotations
 
@@ -127,6 +127,21 @@ def test_a_model_that_cannot_run_on_vectors_is_refused() -> None:
 
     with pytest.raises(TypeError, match=r"runs on input_ids but not on inputs_embeds \(AttributeError"):
         spf.SoftPromptModel(of(NeedsIds))
+
+
+def test_a_model_that_reads_padding_is_refused() -> None:
+    class ReadsPadding(EmbedsInItsOwnWay):
+        def forward(
+            self, input_ids: Any = None, inputs_embeds: Any = None, attention_mask: Any = None, **options: Any
+        ) -> Any:
+            output = super().forward(input_ids, inputs_embeds, attention_mask=attention_mask, **options)
+            output.logits = output.logits + output.logits.mean(1, keepdim=True)
+            return output
+
+    with pytest.raises(
+        TypeError, match="ReadsPadding cannot use prompts in batches: a row beside a longer"
+    ):
+        spf.SoftPromptModel(of(ReadsPadding))
 
 
 def test_the_comparison_is_made_once_and_leaves_the_model_as_it_was() -> None:
