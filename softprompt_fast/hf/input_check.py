@@ -48,8 +48,9 @@ def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), _not_compiled():
         try:
             expected = _run(model, input_ids=ids, **extra)
-        except Exception:
-            return  # ids alone are no input of this model, so there is nothing to be equal to
+        except Exception:  # ids alone are no input of this model, so there is nothing to be equal to
+            setattr(embedding, LOOKUP_SCALE, 1.0)
+            return
         vectors = table(ids)
         scale = _lookup_scale(model, vectors, expected, extra)
         if expected.dim() == 3 and not getattr(model, "is_quantized", False):  # 8-bit products depend on the batch

@@ -138,9 +138,7 @@ def test_a_model_that_reads_padding_is_refused() -> None:
             output.logits = output.logits + output.logits.mean(1, keepdim=True)
             return output
 
-    with pytest.raises(
-        TypeError, match="ReadsPadding cannot use prompts in batches: a row beside a longer"
-    ):
+    with pytest.raises(TypeError, match="ReadsPadding cannot use prompts in batches: a row beside a longer"):
         spf.SoftPromptModel(of(ReadsPadding))
 
 

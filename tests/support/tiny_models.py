@@ -111,13 +111,18 @@ ALL = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 
 def own_attention(name: str) -> bool:
     """Whether this version of transformers lets nobody replace a decoder's attention, so that it runs padded."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = DECODERS[name]()
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    # In the first releases of transformers 5 a few models still change the mask, which carries the packed layout.
-    changes_mask = hasattr(MODEL_MAPPING[type(config)], "_update_causal_mask")
-    return not model._can_set_attn_implementation() or getattr(config, "alibi", False) or changes_mask
+    return not model._can_set_attn_implementation() or getattr(config, "alibi", False)
+
+
+def changes_mask(name: str) -> bool:
+    """Whether a decoder changes the mask that carries the packed layout, as StableLM does in transformers 5.0."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    return hasattr(MODEL_MAPPING[type(DECODERS[name]())], "_update_causal_mask")
 
 
 def build(name: str, head: str | None = None, dtype: torch.dtype = torch.float32) -> Any:

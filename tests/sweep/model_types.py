@@ -107,6 +107,7 @@ BERT: dict[str, Any] = {
     key: SMALL[key]
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 }
+LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 DROPPED = None
 """A setting of SMALL that a type does not take."""
@@ -132,11 +133,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"head_dim": DROPPED, "num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8, "use_mamba_kernels": False},
+    "kimi_linear": LINEAR,
+    "longcat_flash": {"head_dim": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "minimax": {"block_size": 4},
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "chunk_size": 8, "n_groups": 1},
     "prophetnet": {"num_hidden_layers": DROPPED},
+    "qwen3_5_moe_text": LINEAR,
+    "qwen3_5_text": LINEAR,
+    "qwen3_next": LINEAR,
+    "qwen4_exp_text": LINEAR,
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "xlnet": {"max_position_embeddings": DROPPED, "n_ctx": DROPPED},
     "xlstm": {"v_head_dim": DROPPED, "head_dim": DROPPED},

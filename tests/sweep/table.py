@@ -1,6 +1,6 @@
 """The table of model types in docs/support.md, made from the outcomes that `make sweep` writes.
 
-    PYTHONPATH=tests python -m sweep.table docs/support.json docs/support.md
+PYTHONPATH=tests python -m sweep.table docs/support.json docs/support.md
 """
 
 from __future__ import annotations

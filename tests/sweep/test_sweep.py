@@ -19,7 +19,7 @@ PART = [
     "CausalLM:gemma3n_text",  # embeds tokens again in every layer
     "CausalLM:gpt_oss",  # sinks
     "CausalLM:deepseek_v3",  # compressed keys and values
-    "CausalLM:jetmoe",
+    "CausalLM:hrm_text",  # found by the comparison of a batch
     "CausalLM:mamba2",
     "CausalLM:modernbert-decoder",
     "CausalLM:prophetnet",  # reads padding
