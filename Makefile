@@ -13,26 +13,46 @@ NATIVE := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 # `dev` includes `test`, and both include `demo`: the largest one installed is used for all.
 DEV := .venv/.dev
 TEST := $(or $(wildcard .venv/.dev),.venv/.test)
+AGES := oldest newest
+CORE := tests/hf tests/models tests/packed tests/inference
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 
-.PHONY: help demo test lint format docs bench gpu clean
+.PHONY: help demo test sweep versions lint format docs bench gpu clean
 
 help:
 	@echo "make demo              tune a prompt on movie reviews, on the CPU"
 	@echo "make test              run the tests; TESTS=tests/ops runs some of them"
+	@echo "make sweep             compare every model type of transformers with each row run alone; writes docs/support.json"
+	@echo "make versions          run the core tests with the oldest and the newest transformers"
 	@echo "make lint              ruff, mypy, import-linter, clang-format"
 	@echo "make format            fix what ruff and clang-format can fix"
 	@echo "make docs              build the documentation into site/"
 	@echo "make bench             measure the op into benchmarks/results/op_cpu.csv"
 	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmark"
 	@echo "make clean             remove build files and caches"
-	@echo "demo, test, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
+	@echo "demo, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
 demo: $(DEMO)
 	$(BIN)/softprompt-fast demo
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
+
+sweep: $(TEST)
+	PYTHONPATH=tests $(BIN)/python -m sweep.run --json docs/support.json
+
+# Another transformers lies in front of the environment's own. Everything else is the same.
+versions: $(foreach age,$(AGES),.venv/transformers-$(age)/.installed)
+	set -e; for age in $(AGES); do \
+	  export PYTHONPATH=$(CURDIR)/.venv/transformers-$$age; \
+	  $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
+	  $(BIN)/python -m pytest -n auto --maxprocesses 8 -p no:cacheprovider $(CORE); \
+	done
+
+.venv/transformers-%/.installed: .ci/transformers-%.txt | $(TEST)
+	rm -rf $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --target $(@D) -r $<
+	touch $@
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -8,17 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.errors import Unsupported
 from ..hf.architecture import check_room
+from ..hf.embedding import embedding_table
 from ..packed.batch import PackedInputs
 from ..packed.layout import PackedLayout, RowGroup
 from ..packed.runner import PackedRunner
 
 
 def slot_shape(model: Any) -> tuple[int, int, int, int]:
-    """(L, 2, H', E) of one virtual token. If the layers of a model differ, running it raises Unsupported."""
+    """(L, 2, H', E) of one virtual token.
+
+    Raises:
+        Unsupported: the configuration has other sizes in other layers. If only layers differ, running them raises it.
+    """
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except Exception as error:  # transformers' own class of error, which its first releases do not have
+        raise Unsupported("the sizes of its keys and values differ between layers") from error
     return (config.num_hidden_layers, 2, heads, size)
 
 
@@ -83,4 +92,5 @@ def pack_texts(
         rows=RowGroup.of(0, [len(text) for text in texts], prefixes, device),
         compiled=compiled,
     )
-    return PackedInputs(embedding(flat.to(device))[None], positions.to(device)[None], layout)
+    vectors = embedding_table(embedding)(flat.to(device))
+    return PackedInputs(vectors[None], positions.to(device)[None], layout)

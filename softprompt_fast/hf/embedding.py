@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from ..base.compiling import constant_when_compiled
 
+LOOKUP_SCALE = "_softprompt_fast_lookup_scale"
+"""Attribute of an embedding module: the factor that its model, not the module, applies to looked-up vectors."""
+
 
 @dataclass(frozen=True)
 class EmbeddingTable:
@@ -18,11 +21,11 @@ class EmbeddingTable:
     weight: Tensor
     """[V, D]"""
     scale: float = 1.0
-    """Factor on the vectors, as rounded by the module (Gemma, BART and others multiply by sqrt(D))."""
+    """Factor on the vectors, as rounded by the module (Gemma, BART and others multiply by sqrt(D)) or its model."""
     padding_idx: int | None = None
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """[...] ids -> [..., D], as the module itself computes them."""
+        """[...] ids -> [..., D], as the model itself computes them."""
         vectors = torch.nn.functional.embedding(input_ids, self.weight)
         return vectors * self.scale if self.scale != 1.0 else vectors
 
@@ -53,6 +56,7 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
     if hasattr(weight, "full_tensor"):  # sharded by FSDP
         weight = weight.full_tensor()
     scale = 1.0 if type(embedding) is nn.Embedding else _scale_of(embedding)
+    scale *= getattr(embedding, LOOKUP_SCALE, 1.0)
     return EmbeddingTable(weight, scale, embedding.padding_idx)
 
 

@@ -102,13 +102,17 @@ class PromptBank:
         self._compiling = threading.Lock()
         runner = self.model.runner
         assert runner is not None  # only execution="padded" has none
-        if runner.unsupported is not None:
-            self.uncompiled = f"the model cannot run prompts and texts separately: {runner.unsupported}"
+        reason, shape = runner.unsupported, None
+        try:
+            shape = slot_shape(base) if reason is None else None
+        except Unsupported as error:
+            reason = str(error)
+        self._shape: tuple[int, int, int, int] | None = shape
+        if shape is None:
+            self.uncompiled = f"the model cannot run prompts and texts separately: {reason}"
             self.bytes_per_token = 0
-            self._shape: tuple[int, int, int, int] | None = None
         else:
             weight = base.get_input_embeddings().weight
-            self._shape = shape = slot_shape(base)
             self.bytes_per_token = torch.Size(shape).numel() * weight.element_size()
             on_host = storage == "host" and weight.device.type != "cpu"
             self._table = SlotTable(

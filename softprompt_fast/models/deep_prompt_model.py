@@ -58,6 +58,7 @@ class DeepPromptModel(SoftPromptModel):
         architecture.check_supported(model)
         try:
             check_architecture(model)
+            slot_shape(model)
         except Unsupported as error:
             raise _refusal(model, str(error)) from error
         super().__init__(model, prompts, check=check, shared_text=None)

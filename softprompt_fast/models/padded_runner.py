@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..hf.architecture import ForwardTraits, check_room, returning_mappings
@@ -124,8 +125,9 @@ class PaddedRunner:
         embedding: Any = None,
     ) -> Tensor:
         """[M, V] after the tokens at `places` [M, 2] (row, column); None: [B, V] after each row's last vector."""
+        every: Tensor
         if places is not None:
-            every: Tensor = self.forward(
+            every = self.forward(
                 bank,
                 input_ids,
                 attention_mask,
@@ -137,12 +139,21 @@ class PaddedRunner:
                 embedding=embedding,
             ).logits
             return every[places[:, 0], places[:, 1]]
-        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left", embedding)
-        options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in self.traits.parameters else {}
+        # Padding on the right: positions are then the same whether a model counts them itself or is told them.
+        batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, None, "right", embedding)
+        slots = torch.arange(batch.position_ids.shape[1], device=batch.position_ids.device)
+        real = torch.ones_like(batch.position_ids) if batch.attention_mask is None else batch.attention_mask != 0
+        last = (slots * real).amax(1)
+        options: dict[str, Any] = {}
         if "use_cache" in self.traits.parameters:
             options["use_cache"] = False
-        logits: Tensor = self._run(dict(batch), options).logits
-        return logits[:, -1]
+        rows = torch.arange(len(last), device=last.device)
+        if "logits_to_keep" not in self.traits.parameters:
+            every = self._run(dict(batch), options).logits
+            return every[rows, last]
+        kept, place = last.unique(return_inverse=True)
+        logits: Tensor = self._run(dict(batch), options | {"logits_to_keep": kept}).logits
+        return logits[rows, place]
 
     def _run(self, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
         with returning_mappings(self.model.config):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation
+from ..hf.input_check import check_inputs
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
 from ..prompts.checkpoints import prompt_names, read_checkpoint
@@ -76,6 +77,7 @@ class SoftPromptModel(ModelInterface):
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
+        check_inputs(model, run_sharded=False)
         super().__init__(model)
         embedding = model.get_input_embeddings()
         width = self._prompt_width(model)
@@ -232,6 +234,7 @@ class SoftPromptModel(ModelInterface):
 
     def _run(self, packed: Callable[[PackedRunner], Result], padded: Callable[[], Result]) -> Result:
         """The result of `packed`, or of `padded` where the model cannot run the packed layout."""
+        check_inputs(self.base_model)
         if self.runner is None:
             return padded()
         reason = self.runner.unsupported
@@ -361,7 +364,9 @@ class SoftPromptModel(ModelInterface):
         ids = generation.checked_ids(input_ids, inputs)
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         bank = self.prompts if prompts is None else prompts
+        check_inputs(self.base_model)
         if self._traits.encoder_decoder:
+            architecture.check_encoder_generates(self.base_model)
             options = generation.checked_options(options, generation.REFUSED_WITH_ENCODER)
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)

@@ -30,7 +30,8 @@ def test_logits_equal_each_row_alone(name: str, padding: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_loss_and_prompt_gradients_equal_each_row_alone(name: str) -> None:
-    tuned = tuned_model(name, dtype=torch.float64)
+    # The first releases of transformers 5 cannot run MPT in float64.
+    tuned = tuned_model(name, dtype=torch.float32 if name == "mpt" else torch.float64)
     ids, mask = batch()
     if name in ENCODER_DECODERS:
         labels = torch.randint(3, 90, (len(ids), 5))
@@ -39,7 +40,7 @@ def test_loss_and_prompt_gradients_equal_each_row_alone(name: str) -> None:
     output = tuned(ids, mask, labels=labels, prompt_ids=ROWS)
     output.loss.backward()
 
-    total, count = torch.zeros((), dtype=torch.float64), 0
+    total, count = torch.zeros((), dtype=tuned.base_model.dtype), 0
     parts = []
     for row, prompt in enumerate(ROWS):
         real = mask[row].bool()

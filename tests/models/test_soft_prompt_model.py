@@ -55,6 +55,24 @@ def test_next_token_logits_are_those_of_forward() -> None:
     assert torch.allclose(tuned.next_token_logits(ids, mask), last, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["roberta", "opt", "bloom", "llama"])
+def test_next_token_logits_are_those_of_forward_in_the_padded_layout(name: str) -> None:
+    model = build(name)
+    if name == "roberta":  # counts positions in its own way, from padding_idx + 1
+        model.config.is_decoder = True
+        model = tf.RobertaForCausalLM(model.config).eval()
+        with torch.no_grad():
+            model.roberta.embeddings.position_embeddings.weight.normal_(0, 0.25)
+    tuned = spf.SoftPromptModel(model, execution="padded")
+    tuned.add_prompt("movies", init=torch.randn(4, tuned.prompts.embedding_dim) * 0.5)
+    ids, mask = batch()
+    rows = ["movies", None, "movies", None]
+    got = tuned.next_token_logits(ids, mask, rows)
+    logits = tuned(ids, mask, prompt_ids=rows).logits
+    for row in range(len(ids)):
+        assert torch.allclose(got[row], logits[row][mask[row].bool()][-1], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -10,12 +10,13 @@ import torch
 import transformers as tf
 from support.deep_rows_alone import deep_model
 from support.rows_alone import ROWS, alone, relative, tuned_model
-from support.tiny_models import DECODERS, ENCODERS, LLAMA, WINDOW, batch, build
+from support.tiny_models import DECODERS, ENCODERS, LLAMA, WINDOW, batch, build, changes_mask, own_attention
 
 import softprompt_fast as spf
 from softprompt_fast.packed.runner import PackedRunner
 
-FALLBACK = {"gptj", "bloom", "falcon", "gpt-neo", "mpt"}
+OWN_ATTENTION = [name for name in DECODERS if own_attention(name)]
+FALLBACK = {*OWN_ATTENTION, *filter(changes_mask, DECODERS)}
 SHARED = [name for name in DECODERS if name not in FALLBACK]
 
 
@@ -225,7 +226,7 @@ def test_use_cache_false_changes_nothing(model: str) -> None:
 # --- falling back to the padded layout ---
 
 
-@pytest.mark.parametrize("name", [*sorted(FALLBACK), *ENCODERS, "t5"])
+@pytest.mark.parametrize("name", [*OWN_ATTENTION, *ENCODERS, "t5"])
 def test_what_cannot_share_says_why(name: str) -> None:
     report = spf.SoftPromptModel(build(name)).execution_report()
     assert report.execution == "padded" and len(report.reason) > 20

@@ -8,14 +8,14 @@ import torch
 
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
-from support.tiny_models import build
+from support.tiny_models import DECODERS, build, changes_mask, own_attention
 from support.tiny_reviews import tiny_tokenizer
 
 LENGTHS = {"short": 1, "middle": 7, "long": 60}
 TEXTS = ["fine film", "very very dull plot film", "great", "no plot", "very lovely film plot : yes", "poor"]
 NAMES = ["middle", "long", None, "short", "long", "middle"]
 LABELS = {"good": "fine", "bad": "dull"}
-UNCOMPILED = {"gptj", "bloom", "falcon", "gpt-neo", "mpt"}
+UNCOMPILED = {name for name in DECODERS if own_attention(name) or changes_mask(name)}
 
 
 def filled(model: Any, **options: Any) -> PromptBank:

@@ -109,6 +109,22 @@ ENCODER_DECODERS: dict[str, Callable[[], Any]] = {
 ALL = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
 
 
+def own_attention(name: str) -> bool:
+    """Whether this version of transformers lets nobody replace a decoder's attention, so that it runs padded."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = DECODERS[name]()
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return not model._can_set_attn_implementation() or getattr(config, "alibi", False)
+
+
+def changes_mask(name: str) -> bool:
+    """Whether a decoder changes the mask that carries the packed layout, as StableLM does in transformers 5.0."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    return hasattr(MODEL_MAPPING[type(DECODERS[name]())], "_update_causal_mask")
+
+
 def build(name: str, head: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """A model with random weights, the same for the same name; spread wide enough that positions matter."""
     config = ALL[name]()
@@ -119,6 +135,8 @@ def build(name: str, head: str | None = None, dtype: torch.dtype = torch.float32
         config._experts_implementation = "eager"
     model = getattr(tf, f"AutoModelFor{head}").from_config(config)
     with torch.no_grad():
+        if name in ENCODER_DECODERS:  # the same weights however many numbers transformers draws before
+            torch.manual_seed(0)
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25)

@@ -87,8 +87,8 @@ def test_generation_learns_its_response(model_folder: Path, tmp_path: Path) -> N
 def test_encoder_decoders_are_tuned_too(tmp_path: Path) -> None:
     tuned, tokenizer = spf.SoftPromptModel(build("t5")), tiny_tokenizer()
     task = classification_task(reviews(), prompt="p")
-    result = tune(tuned, tokenizer, task, reviews(), reviews(16), tmp_path, steps=30, learning_rate=0.3, batch_size=16)
-    assert result.after["loss"] < result.before["loss"]
+    result = tune(tuned, tokenizer, task, reviews(), reviews(16), tmp_path, steps=60, learning_rate=0.1, batch_size=16)
+    assert result.after["loss"] < 0.95 * result.before["loss"]
 
 
 def prompt_of(folder: Path) -> torch.Tensor:

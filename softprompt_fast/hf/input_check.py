@@ -1,0 +1,166 @@
+"""Runs a model on a few tokens: vectors must give what ids give, and a row beside a longer one what it gives alone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.modules import evaluating
+from .embedding import LOOKUP_SCALE, embedding_table
+
+COMPARED_TOKENS = 4
+PADDING_TOLERANCE = 0.05
+"""Only rounding may differ between a row alone and beside a longer one; models that read the padding differ by more."""
+
+
+def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
+    """Checks once per base model that prompts and padding leave its rows as they are; finds the scale of its look-up.
+
+    A model such as Pegasus multiplies embeddings by a constant if it is given ids, and not if it is given vectors.
+    :func:`embedding_table` of the model's embedding module then has that scale too. The model runs on four tokens, a
+    few times, without gradients and dropout; the random state does not change.
+
+    Args:
+        model: a transformers model; every rank of a sharded one must call this.
+        run_sharded: False: a sharded model is left to a later call, because running it settles how it is sharded.
+
+    Raises:
+        TypeError: the model does something else with embeddings that it looks up, or padding changes its results.
+    """
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, LOOKUP_SCALE) or not isinstance(embedding, nn.Module):
+        return
+    if any(parameter.device.type == "meta" for parameter in embedding.parameters()):
+        return  # there is nothing to run; embedding_table refuses it
+    if not run_sharded and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return
+    table = embedding_table(embedding)
+    ids = _ordinary_ids(model, len(table.weight)).to(table.weight.device)[None]
+    extra = _other_inputs(model, ids)
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), _not_compiled():
+        try:
+            expected = _run(model, input_ids=ids, **extra)
+        except Exception:  # ids alone are no input of this model, so there is nothing to be equal to
+            setattr(embedding, LOOKUP_SCALE, 1.0)
+            return
+        vectors = table(ids)
+        scale = _lookup_scale(model, vectors, expected, extra)
+        if expected.dim() == 3 and not getattr(model, "is_quantized", False):  # 8-bit products depend on the batch
+            _check_padding(model, vectors * scale, extra)
+    setattr(embedding, LOOKUP_SCALE, scale)
+
+
+def _lookup_scale(model: Any, vectors: Tensor, expected: Tensor, extra: dict[str, Any]) -> float:
+    """The constant times which the vectors [1, T, D] of ids give what the ids gave."""
+    name = type(model).__name__
+    differences: dict[float, float] = {}
+    for scale in (1.0, *_scales(model, vectors.shape[-1])):
+        try:
+            got = _run(model, inputs_embeds=vectors * scale, **extra)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            raise TypeError(
+                f"{name} cannot use a prompt: it runs on input_ids but not on inputs_embeds ({reason})"
+            ) from error
+        differences[scale] = _difference(got, expected)
+        if differences[scale] == 0.0:
+            return scale
+    nearest = min(differences, key=lambda key: differences[key])
+    allowed = 4 * torch.finfo(expected.dtype).eps ** 0.5
+    if not differences[nearest] <= allowed:
+        raise TypeError(
+            f"{name} cannot use a prompt: it treats embeddings that it looks up in a way of its own. "
+            f"Its logits for token ids differ from its logits for their vectors by {differences[1.0]:.1e}, "
+            f"more than the tolerance {allowed:.0e}"
+        )
+    return nearest
+
+
+def _check_padding(model: Any, vectors: Tensor, extra: dict[str, Any]) -> None:
+    """Compares half of a row [1, T, D] with the same half, padded on the right, beside the whole row."""
+    half = vectors.shape[1] // 2
+    mask = torch.ones(2, vectors.shape[1], dtype=torch.int64, device=vectors.device)
+    mask[1, half:] = 0
+    both = torch.cat([vectors, vectors * mask[1, :, None]])
+    twice = {key: value.repeat(2, 1) if isinstance(value, Tensor) else value for key, value in extra.items()}
+    alone = _run(model, inputs_embeds=vectors[:, :half], attention_mask=mask[:1, :half], **extra)
+    together = _run(model, inputs_embeds=both, attention_mask=mask, **twice)
+    difference = _difference(together[1, : alone.shape[1]], alone[0])
+    if not difference <= PADDING_TOLERANCE:
+        raise TypeError(
+            f"{type(model).__name__} cannot use prompts in batches: a row beside a longer one differs from the row "
+            f"alone by {difference:.1e} of its largest number, although the attention mask leaves out the padding"
+        )
+
+
+def _run(model: Any, **inputs: Tensor) -> Tensor:
+    torch.manual_seed(0)  # some models draw random numbers when they are evaluated too
+    output = model(**inputs)
+    for name in ("logits", "last_hidden_state"):
+        if getattr(output, name, None) is not None:
+            named: Tensor = output[name]
+            return named
+    values = output.to_tuple() if hasattr(output, "to_tuple") else output
+    first: Tensor = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    return first
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number; infinite if a number is not finite."""
+    if torch.equal(got, expected):
+        return 0.0
+    difference = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return difference.item() if difference.isfinite() else math.inf
+
+
+def _other_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
+    parameters = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _ordinary_ids(model: Any, count: int) -> Tensor:
+    """A few token ids spread over a vocabulary of `count`, without those that the configuration gives a meaning."""
+    special = set(_special_ids(model.config.to_dict()))
+    start = max(0, count // 8)
+    found = [token for token in range(start, count) if token not in special]
+    if len(found) < COMPARED_TOKENS:
+        found = list(range(count))
+    step = max(1, len(found) * 3 // 4 // COMPARED_TOKENS)
+    return torch.tensor(found[: step * COMPARED_TOKENS : step])
+
+
+def _special_ids(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_ids(value)
+        elif isinstance(name, str) and name.endswith(("_id", "_ids", "_index")):
+            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
+
+
+def _scales(model: Any, width: int) -> list[float]:
+    """Constants by which the model may multiply embeddings that it looks up."""
+    found = [math.sqrt(width)]
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "scale" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+                found.append(float(value))
+    return [scale for scale in dict.fromkeys(found) if scale not in (0.0, 1.0) and math.isfinite(scale)][:8]
+
+
+def _not_compiled() -> AbstractContextManager[Any]:
+    """Runs a compiled model as it was written: four tokens are not worth compiling for."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
