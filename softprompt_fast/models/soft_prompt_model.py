@@ -77,8 +77,8 @@ class SoftPromptModel(ModelInterface):
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
-        check_inputs(model, run_sharded=False)
         super().__init__(model)
+        check_inputs(model, run_sharded=False)
         embedding = model.get_input_embeddings()
         width = self._prompt_width(model)
         if prompts is not None and prompts.embedding_dim != width:
