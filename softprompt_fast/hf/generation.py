@@ -118,11 +118,13 @@ def checked_options(options: dict[str, Any], further: dict[str, Callable[[Any], 
     return options
 
 
-def checked_ids(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """``input_ids`` [B, T], which may be given as ``inputs``.
+def checked_rows(
+    model: Any, input_ids: Tensor | None, inputs: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``input_ids`` [B, T], which may be given as ``inputs``, and the mask [B, T]; 1: a token.
 
     Raises:
-        ValueError: none or both are given, or another shape.
+        ValueError: none or both are given, another shape, a mask that is not 1 and 0, or a token unknown to the model.
     """
     if (input_ids is None) == (inputs is None):
         raise ValueError(
@@ -132,7 +134,22 @@ def checked_ids(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
     assert ids is not None
     if ids.dim() != 2:
         raise ValueError(f"`input_ids` must be [B, T], got {list(ids.shape)}")
-    return ids
+    if attention_mask is None:
+        real = torch.ones_like(ids, dtype=torch.bool)
+    elif attention_mask.shape != ids.shape:
+        shapes = f"{list(ids.shape)}, got {list(attention_mask.shape)}"
+        raise ValueError(f"`attention_mask` must have the shape of input_ids {shapes}")
+    else:
+        real = attention_mask != 0
+        if not (real == attention_mask).all():
+            raise ValueError(
+                f"`attention_mask` must be 1 and 0, got {attention_mask[real != attention_mask][0].item()}"
+            )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    unknown = ids[real & ((ids < 0) | (ids >= vocabulary))]
+    if unknown.numel():
+        raise ValueError(f"`input_ids` must be 0 to {vocabulary - 1}, got {unknown[0].item()}")
+    return ids, real.long()
 
 
 def check_context(model: Any, attention_mask: Tensor, prompt_lengths: Sequence[int]) -> None:

@@ -315,8 +315,7 @@ class SoftPromptModel(nn.Module):
         """
         if not getattr(self.base_model, "can_generate", lambda: False)():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
-        ids = generation.checked_ids(input_ids, inputs)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        ids, mask = generation.checked_rows(self.base_model, input_ids, inputs, attention_mask)
         bank = self.prompts if prompts is None else prompts
         if self._traits.encoder_decoder:
             options = generation.checked_options(options, generation.REFUSED_WITH_ENCODER)
