@@ -46,7 +46,7 @@ class Continuation:
             Unsupported: the model does something that the packed layout does not support.
             ValueError: an option that cannot be combined with compiled prompts.
         """
-        options = checked_options(options, {"output_attentions": bool})
+        options = checked_options(self.model, options, {"output_attentions": bool})
         options["use_cache"] = True
         lengths = (attention_mask != 0).sum(1).tolist()
         keys = lengths if depends_on_padding(self.model, options) else [0] * len(lengths)

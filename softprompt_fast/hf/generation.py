@@ -7,6 +7,7 @@ text, as for the plain model.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -94,7 +95,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in every.items() if v is not None and not k.startswith("_")}
 
 
-def checked_options(options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None) -> dict[str, Any]:
+def checked_options(
+    model: Any, options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None
+) -> dict[str, Any]:
     """The options without what a tokenizer returns.
 
     Raises:
@@ -104,17 +107,16 @@ def checked_options(options: dict[str, Any], further: dict[str, Callable[[Any], 
     for name, reason in REFUSED_ARGUMENTS.items():
         if options.pop(name, None) is not None:
             raise ValueError(f"`{name}` cannot be given: {reason}")
-    every = given(options)
     for name, refuses in (REFUSED_OPTIONS | (further or {})).items():
-        if refuses(every.get(name)):
-            raise ValueError(f"`{name}`={every[name]!r} cannot be combined with soft prompts")
+        value = setting(model, options, name)
+        if refuses(value):
+            raise ValueError(f"`{name}`={value!r} cannot be combined with soft prompts")
     if isinstance(options.get("custom_generate"), str):
         raise ValueError(f"`custom_generate`={options['custom_generate']!r} cannot be combined with soft prompts")
-    config = options.get("generation_config")
-    if config is not None and getattr(config, "use_cache", None) is False:
-        options.setdefault("use_cache", True)
-    if options.get("cache_implementation") is None:
-        options.pop("cache_implementation", None)
+    options.pop("cache_implementation", None)  # "dynamic"; transformers takes no name together with a cache
+    if getattr(options.get("generation_config"), "cache_implementation", None) is not None:
+        options["generation_config"] = copy.copy(options["generation_config"])
+        options["generation_config"].cache_implementation = None
     return options
 
 

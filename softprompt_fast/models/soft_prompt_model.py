@@ -318,7 +318,7 @@ class SoftPromptModel(nn.Module):
         ids, mask = generation.checked_rows(self.base_model, input_ids, inputs, attention_mask)
         bank = self.prompts if prompts is None else prompts
         if self._traits.encoder_decoder:
-            options = generation.checked_options(options, generation.REFUSED_WITH_ENCODER)
+            options = generation.checked_options(self.base_model, options, generation.REFUSED_WITH_ENCODER)
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)
         selection = bank.select(prompt_ids, len(ids))
