@@ -47,7 +47,7 @@ class Continuation:
             ValueError: an option that cannot be combined with compiled prompts.
         """
         self.runner.make_ready()
-        options = checked_options(options, {"output_attentions": bool})
+        options = checked_options(self.model, options, {"output_attentions": bool})
         options["use_cache"] = True
         lengths = (attention_mask != 0).sum(1).tolist()
         keys = lengths if depends_on_padding(self.model, options) else [0] * len(lengths)

@@ -7,6 +7,7 @@ text, as for the plain model.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -94,7 +95,9 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in every.items() if v is not None and not k.startswith("_")}
 
 
-def checked_options(options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None) -> dict[str, Any]:
+def checked_options(
+    model: Any, options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None
+) -> dict[str, Any]:
     """The options without what a tokenizer returns.
 
     Raises:
@@ -104,25 +107,26 @@ def checked_options(options: dict[str, Any], further: dict[str, Callable[[Any], 
     for name, reason in REFUSED_ARGUMENTS.items():
         if options.pop(name, None) is not None:
             raise ValueError(f"`{name}` cannot be given: {reason}")
-    every = given(options)
     for name, refuses in (REFUSED_OPTIONS | (further or {})).items():
-        if refuses(every.get(name)):
-            raise ValueError(f"`{name}`={every[name]!r} cannot be combined with soft prompts")
+        value = setting(model, options, name)
+        if refuses(value):
+            raise ValueError(f"`{name}`={value!r} cannot be combined with soft prompts")
     if isinstance(options.get("custom_generate"), str):
         raise ValueError(f"`custom_generate`={options['custom_generate']!r} cannot be combined with soft prompts")
-    config = options.get("generation_config")
-    if config is not None and getattr(config, "use_cache", None) is False:
-        options.setdefault("use_cache", True)
-    if options.get("cache_implementation") is None:
-        options.pop("cache_implementation", None)
+    options.pop("cache_implementation", None)  # "dynamic"; transformers takes no name together with a cache
+    if getattr(options.get("generation_config"), "cache_implementation", None) is not None:
+        options["generation_config"] = copy.copy(options["generation_config"])
+        options["generation_config"].cache_implementation = None
     return options
 
 
-def checked_ids(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
-    """``input_ids`` [B, T], which may be given as ``inputs``.
+def checked_rows(
+    model: Any, input_ids: Tensor | None, inputs: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``input_ids`` [B, T], which may be given as ``inputs``, and the mask [B, T]; 1: a token.
 
     Raises:
-        ValueError: none or both are given, or another shape.
+        ValueError: none or both are given, another shape, a mask that is not 1 and 0, or a token unknown to the model.
     """
     if (input_ids is None) == (inputs is None):
         raise ValueError(
@@ -132,7 +136,22 @@ def checked_ids(input_ids: Tensor | None, inputs: Tensor | None) -> Tensor:
     assert ids is not None
     if ids.dim() != 2:
         raise ValueError(f"`input_ids` must be [B, T], got {list(ids.shape)}")
-    return ids
+    if attention_mask is None:
+        real = torch.ones_like(ids, dtype=torch.bool)
+    elif attention_mask.shape != ids.shape:
+        shapes = f"{list(ids.shape)}, got {list(attention_mask.shape)}"
+        raise ValueError(f"`attention_mask` must have the shape of input_ids {shapes}")
+    else:
+        real = attention_mask != 0
+        if not (real == attention_mask).all():
+            raise ValueError(
+                f"`attention_mask` must be 1 and 0, got {attention_mask[real != attention_mask][0].item()}"
+            )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    unknown = ids[real & ((ids < 0) | (ids >= vocabulary))]
+    if unknown.numel():
+        raise ValueError(f"`input_ids` must be 0 to {vocabulary - 1}, got {unknown[0].item()}")
+    return ids, real.long()
 
 
 def check_context(model: Any, attention_mask: Tensor, prompt_lengths: Sequence[int]) -> None:

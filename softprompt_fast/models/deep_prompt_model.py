@@ -169,9 +169,8 @@ class DeepPromptModel(SoftPromptModel):
     ) -> Any:
         """``model.generate`` after each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
         self._check_loaded()
-        ids = generation.checked_ids(input_ids, inputs)
+        ids, mask = generation.checked_rows(self.base_model, input_ids, inputs, attention_mask)
         bank = self.prompts if prompts is None else prompts
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         _check_no_empty_row(ids, mask)
         selection = bank.select(prompt_ids, len(ids))
         generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])

@@ -361,13 +361,12 @@ class SoftPromptModel(ModelInterface):
         self._check_loaded()
         if not self.can_generate():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
-        ids = generation.checked_ids(input_ids, inputs)
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        ids, mask = generation.checked_rows(self.base_model, input_ids, inputs, attention_mask)
         bank = self.prompts if prompts is None else prompts
         check_inputs(self.base_model)
         if self._traits.encoder_decoder:
             architecture.check_encoder_generates(self.base_model)
-            options = generation.checked_options(options, generation.REFUSED_WITH_ENCODER)
+            options = generation.checked_options(self.base_model, options, generation.REFUSED_WITH_ENCODER)
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)
         selection = bank.select(prompt_ids, len(ids))

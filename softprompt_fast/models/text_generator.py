@@ -71,7 +71,7 @@ class TextGenerator:
         options: dict[str, Any],
     ) -> Any:
         """Rows of one prompt and one text length run together, so that no padding is anywhere; for any decoder."""
-        options = generation.checked_options(options, generation.REFUSED_WITH_VECTORS)
+        options = generation.checked_options(self.model, options, generation.REFUSED_WITH_VECTORS)
         lengths = (attention_mask != 0).sum(1).tolist()
         keys = [
             (selection.ids[row], length, row if length == 0 else 0)  # transformers reads the last id of several rows

@@ -229,6 +229,12 @@ def test_ids_under_either_name_and_what_a_tokenizer_returns() -> None:
         tuned.generate(prompt_ids="long")
     with pytest.raises(ValueError, match=r"`input_ids` must be \[B, T\], got \[9\]"):
         tuned.generate(ids[0], prompt_ids="long")
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of input_ids \[4, 9\], got \[4, 8\]"):
+        tuned.generate(ids, mask[:, 1:], ROWS)
+    with pytest.raises(ValueError, match="`attention_mask` must be 1 and 0, got -inf"):
+        tuned.generate(ids, mask.float().log(), ROWS)
+    with pytest.raises(ValueError, match="`input_ids` must be 0 to 95, got 96"):
+        tuned.generate(ids.index_fill(1, torch.tensor(8), 96), torch.ones_like(ids), ROWS)
     for name in ("inputs_embeds", "position_ids", "past_key_values"):
         with pytest.raises(ValueError, match=f"`{name}` cannot be given"):
             tuned.generate(ids, prompt_ids="long", **{name: ids})
@@ -247,8 +253,7 @@ def test_rows_without_a_text(name: str) -> None:
         assert torch.equal(found[row, 9:], model.generate(inputs_embeds=vectors, **options)[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom"])
-def test_more_than_the_context_is_refused_with_the_numbers(name: str) -> None:
+def test_more_than_the_context_is_refused_with_the_numbers() -> None:
     tuned = with_real_prompts(build("llama"))
     ids = torch.full((1, 125), 7)
     with pytest.raises(ValueError, match="row 0 must have at most 128 positions, got 7 of its prompt and 125 of"):

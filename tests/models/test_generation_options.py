@@ -96,6 +96,7 @@ LOSSLESS: dict[str, dict[str, Any]] = {
     "return_dict_in_generate": {"return_dict_in_generate": True},
     "bos_token_id": {"bos_token_id": 4},
     "decoder_start_token_id": {"decoder_start_token_id": 4},
+    "cache_implementation": {"cache_implementation": "dynamic"},
     "disable_compile": {"disable_compile": True},
     "compile_config": {"compile_config": tf.CompileConfig()},
     "cache_config": {"cache_config": {}},
@@ -267,3 +268,5 @@ def test_options_that_are_refused_by_name(name: str, field: str) -> None:
     tuned, _, ids, mask = case(name)
     with pytest.raises(ValueError, match=f"`{field}`=.* cannot be combined with soft prompts"):
         tuned.generate(ids, mask, ROWS, **GREEDY | {field: REFUSED[field]})
+    with pytest.raises(ValueError, match=f"`{field}`=.* cannot be combined with soft prompts"):
+        tuned.generate(ids, mask, ROWS, generation_config=tf.GenerationConfig(**GREEDY, **{field: REFUSED[field]}))
