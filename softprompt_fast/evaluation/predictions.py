@@ -8,6 +8,7 @@ from typing import Any
 from ..base.modules import evaluating
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import pad_token_id, padded
+from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import encode_text, label_words
 from ..tasks.examples import Examples
 from ..tasks.task import Task
@@ -36,10 +37,12 @@ def predict(
         Generation: ``{"prediction": text}``.
     """
     backend = ModelBackend(model, prompt_name(model, task, prompt))
-    texts = [encode_text(task, row, tokenizer, encoder_decoder=backend.encoder_decoder) for row in rows]
+    with counting_cuts():
+        texts = [encode_text(task, row, tokenizer, encoder_decoder=backend.encoder_decoder) for row in rows]
     with evaluating(model):
         if task.kind == "classification":
-            table = label_table(backend, texts, label_words(task, tokenizer), batch_size, progress)
+            words = label_words(task, tokenizer, encoder_decoder=backend.encoder_decoder)
+            table = label_table(backend, texts, words, batch_size, progress)
             every = [dict(zip(task.labels, row, strict=True)) for row in table.exp().tolist()]
             return [{"prediction": max(scores, key=scores.__getitem__), "scores": scores} for scores in every]
         predictions: Examples = [{} for _ in rows]

@@ -19,7 +19,8 @@ from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import check_name
 from ..prompts.placement import bos_vector
-from ..tasks.encoding import encode
+from ..tasks.cuts import counting_cuts
+from ..tasks.encoding import check_label_words, encode
 from ..tasks.examples import Examples, is_empty
 from .job import TuningJob
 from .objective import AnswerLoss, choose_loss
@@ -131,11 +132,12 @@ def prepare(
         _check_context(model, jobs, longest)
     before = []
     for job in jobs:
-        before.append(
-            evaluate_bare(model, tokenizer, job.task, job.held_out_rows, settings.batch_size)
-            if job.scorer is None
-            else job.scorer(None)
-        )
+        with counting_cuts(log=False):  # counted once, when the rows were encoded
+            before.append(
+                evaluate_bare(model, tokenizer, job.task, job.held_out_rows, settings.batch_size)
+                if job.scorer is None
+                else job.scorer(None)
+            )
         console.print(f"{line_prefix(job, jobs)}without a prompt: {describe_scores(before[-1])}", highlight=False)
     return Prepared(
         model=model,
@@ -164,10 +166,12 @@ def _encode_rows(jobs: list[TuningJob], tokenizer: Any, encoder_decoder: bool) -
     features: Examples = []
     longest: list[int] = []
     for group, job in enumerate(jobs):
-        train, held_out = (
-            encode(job.task, rows, tokenizer, encoder_decoder=encoder_decoder)
-            for rows in (job.train_rows, job.held_out_rows)
-        )
+        check_label_words(job.task, job.train_rows, tokenizer, encoder_decoder=encoder_decoder)
+        with counting_cuts():
+            train, held_out = (
+                encode(job.task, rows, tokenizer, encoder_decoder=encoder_decoder)
+                for rows in (job.train_rows, job.held_out_rows)
+            )
         longest.append(max(len(feature["input_ids"]) for feature in train + held_out))
         features += [feature | {"prompt": job.task.prompt, "group": group} for feature in train]
     return features, longest
