@@ -118,9 +118,7 @@ def encode_targets(
     """
     if task.kind == "classification":
         by_word = dict(
-            zip(
-                task.label_words.values(), label_words(task, tokenizer, encoder_decoder=encoder_decoder), strict=True
-            )
+            zip(task.label_words.values(), label_words(task, tokenizer, encoder_decoder=encoder_decoder), strict=True)
         )
         ids = [by_word[task.target(row)] for row in rows]
         if encoder_decoder and not all(word[-1:] == [tokenizer.eos_token_id] for word in by_word.values()):
@@ -158,6 +156,19 @@ def word_ids(task: Task, tokenizer: Any, word: str, *, encoder_decoder: bool = F
         word = f" {word.lstrip(' ')}"
     before = tail[: len(tail) - len(space)]
     return continuation_ids(tokenizer, word, [before] if before else [])
+
+
+def answer_ids(
+    task: Task, row: Mapping[str, Any], answer: str, tokenizer: Any, *, encoder_decoder: bool = False
+) -> list[int]:
+    """Token ids of an answer after a row's text, without an end token."""
+    answer = checked(answer)
+    if encoder_decoder or task.encoding == 1 or not answer:
+        return token_ids(tokenizer, answer)
+    text, space = checked(task.text(row)), _moved_space(task)
+    if space:
+        text, answer = text[: len(text) - len(space)], f" {answer.lstrip(' ')}"
+    return continuation_ids(tokenizer, answer, [text])
 
 
 def label_words(task: Task, tokenizer: Any, *, encoder_decoder: bool = False) -> list[list[int]]:
@@ -231,14 +242,7 @@ def _follows(task: Task, row: Mapping[str, Any], tokenizer: Any, word: list[int]
 
 
 def _response_ids(task: Task, row: Mapping[str, Any], tokenizer: Any, encoder_decoder: bool) -> list[int]:
-    response = checked(task.target(row))
-    if encoder_decoder or task.encoding == 1:
-        ids = token_ids(tokenizer, response)
-    else:
-        text, space = task.text(row), _moved_space(task)
-        if space:
-            text, response = text[: len(text) - len(space)], f" {response.lstrip(' ')}"
-        ids = continuation_ids(tokenizer, response, [text]) if response else []
+    ids = answer_ids(task, row, task.target(row), tokenizer, encoder_decoder=encoder_decoder)
     ids = [*ids, _end(tokenizer)]
     current_cuts().count_response(len(ids) > task.max_length, task.max_length)
     return ids[: task.max_length]
@@ -342,9 +346,7 @@ def _column_tokens(
     return [(max(0, bos) + start, max(0, bos) + end) for start, end in counts]
 
 
-def _tokens_within(
-    offsets: Sequence[tuple[int, int]], text: str, start: int, end: int
-) -> tuple[int, int] | None:
+def _tokens_within(offsets: Sequence[tuple[int, int]], text: str, start: int, end: int) -> tuple[int, int] | None:
     """The range of the tokens of text[start:end]; not those that also hold a template's character, except spaces."""
     inside = [
         i
