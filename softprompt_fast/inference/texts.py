@@ -24,8 +24,8 @@ from .prompt_bank import PromptBank
 Text = str | Mapping[str, Any]
 """A string, or a mapping with the columns that a template names."""
 Texts = Iterable[Text]
-"""Texts in any container: a list, a generator, a numpy array, a pandas or datasets column by position, or a table, whose
-rows are mappings."""
+"""Texts in any container: a list, a generator, a numpy array, a pandas or datasets column by position, or a table,
+whose rows are mappings."""
 Prompts = str | None | Iterable[str | None]
 """One prompt for all texts, or one for each in any container; None: no prompt."""
 Labels = Mapping[str, str] | Iterable[str] | None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..base.errors import Unsupported
 from ..hf import architecture, generation
 from ..packed.runner import ExecutionReport, PackedRunner
+from ..prompts.base_identity import base_facts, check_base
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
-from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
+from ..prompts.peft_files import UPDATED, peft_type, prompts_by_name, read_prompt, read_updated_prompt, write_prompt
 from .padded_runner import LossFunction, PaddedRunner
 
 if TYPE_CHECKING:
@@ -325,17 +326,22 @@ class SoftPromptModel(nn.Module):
 
         PEFT refuses a prompt that has a token update because it does not know them.
         """
-        facts = architecture.peft_config(self.base_model)
+        facts = base_facts(self.base_model)
         for name in self.prompts.names if names is None else names:
             write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, self.prompts.token_update(name))
 
-    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
+    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None, *, force: bool = False) -> nn.Parameter:
         """Adds the prompt of an adapter folder, ours or PEFT's, with its token update, ready to be trained further.
 
         Args:
-            name: None: the folder's name.
+            name: None: the folder's name, with ``-`` for characters that a name cannot have.
+            force: also load a prompt that was tuned on other weights than the model's.
+
+        Raises:
+            ValueError: the prompt was tuned on other weights, or for a model of another size.
         """
-        name = name or Path(folder).resolve().name
+        check_base(folder, self.base_model, force=force)
+        name = name or next(iter(prompts_by_name(folder)))
         if peft_type(folder) != UPDATED:
             return self.prompts.add_prompt(name, init=self.read_prompt(folder))
         values, factors, config = read_updated_prompt(folder)
@@ -364,24 +370,32 @@ class SoftPromptModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: Any, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
+        cls,
+        model: Any,
+        directory: PathLike[str] | str,
+        names: Sequence[str] | None = None,
+        *,
+        force: bool = False,
+        **options: Any,
     ) -> SoftPromptModel:
         """A model with the prompts of a directory: one adapter folder, or a folder of them.
 
         Args:
             names: load only these.
+            force: also load prompts that were tuned on other weights than the model's.
             options: options of the constructor.
 
         Raises:
             FileNotFoundError: there is no such prompt.
+            ValueError: a prompt was tuned on other weights, or for a model of another size.
         """
-        folders = prompt_folders(directory)
+        folders = prompts_by_name(directory)
         if names is not None:
-            missing = set(names) - {folder.name for folder in folders}
+            missing = set(names) - set(folders)
             if missing:
                 raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
-            folders = [folder for folder in folders if folder.name in names]
+            folders = {name: folder for name, folder in folders.items() if name in names}
         tuned = cls(model, **options)
-        for folder in folders:
-            tuned.load_prompt(folder)
+        for name, folder in folders.items():
+            tuned.load_prompt(folder, name, force=force)
         return tuned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -38,7 +39,7 @@ def spaced(word: str, template: str = "") -> str:
 def begins_another(words: Iterable[Sequence[int]]) -> bool:
     """Whether the tokens of one word begin those of another, longer one."""
     ordered = sorted({tuple(word) for word in words})
-    return any(after[: len(word)] == word for word, after in zip(ordered, ordered[1:], strict=False))
+    return any(after[: len(word)] == word for word, after in itertools.pairwise(ordered))
 
 
 def alike(labels: Iterable[str]) -> list[list[str]]:
