@@ -9,7 +9,7 @@ from ..base.modules import evaluating
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import pad_token_id, padded
 from ..tasks.cuts import counting_cuts
-from ..tasks.encoding import encode_text, label_words
+from ..tasks.encoding import encode_text, label_words, moved_space
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .likelihood import Ids, ModelBackend, Progress, batches, encode_rows, label_table, score_rows
@@ -46,10 +46,11 @@ def predict(
             every = [dict(zip(task.labels, row, strict=True)) for row in table.exp().tolist()]
             return [{"prediction": max(scores, key=scores.__getitem__), "scores": scores} for scores in every]
         predictions: Examples = [{} for _ in rows]
+        space = " " if moved_space(task) and not backend.encoder_decoder else ""
         for indices in batches([len(text) for text in texts], batch_size, progress):
             answers = _generate(backend, tokenizer, [texts[i] for i in indices], max_new_tokens)
             for i, answer in zip(indices, answers, strict=True):
-                predictions[i] = {"prediction": answer}
+                predictions[i] = {"prediction": answer.removeprefix(space)}
         return predictions
 
 

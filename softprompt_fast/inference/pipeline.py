@@ -185,7 +185,13 @@ class SoftPromptPipeline:
         def prepare(index: int) -> Request:
             unit = Unit(index, 0, names[index], self.encoder.ids(rows[index], names[index]))
             self.encoder.check_length(len(unit.ids) + new, names[index], f" and {new} new ones" if new else "")
-            return Request([unit], lambda results: {"text": results[0][0]} if copies == 1 else {"texts": results[0]})
+            space = self.encoder.answer_space(names[index])
+
+            def finish(results: list[list[str]]) -> Result:
+                answers = [text.removeprefix(space) for text in results[0]]
+                return {"text": answers[0]} if copies == 1 else {"texts": answers}
+
+            return Request([unit], finish)
 
         def run(units: list[Unit]) -> list[Any]:
             chosen = [unit.prompt for unit in units]

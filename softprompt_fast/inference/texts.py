@@ -12,6 +12,7 @@ from ..tasks.encoding import (
     continuation_ids,
     encode_text,
     label_words,
+    moved_space,
     plain_text_ids,
     token_ids,
     with_ends,
@@ -120,6 +121,11 @@ class TextEncoder:
         if not target:
             raise ValueError("the continuation has no tokens")
         return target
+
+    def answer_space(self, name: str | None) -> str:
+        """The space that belongs to the template of a prompt's task, but is generated with the answer."""
+        task = self._task(name)
+        return " " if task is not None and not self._encoder_decoder and moved_space(task) else ""
 
     def label_words(self, labels: Labels, text: Text, name: str | None) -> dict[str, list[int]]:
         """Token ids of what the model says for each label after a text, with end tokens where words need them."""

@@ -91,7 +91,7 @@ def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_d
     """
     text = checked(task.text(row))
     if not encoder_decoder:
-        text = text[: len(text) - len(_moved_space(task))]
+        text = text[: len(text) - len(moved_space(task))]
     ids = list(tokenizer(text, truncation=False, add_special_tokens=task.special_tokens).input_ids)
     whole = len(ids)
     if task.encoding > 1:
@@ -146,11 +146,17 @@ def encode(task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, enc
     return features
 
 
+def moved_space(task: Task) -> str:
+    """The spaces at the template's end, which a decoder reads, and generates, with the answer."""
+    tail = (_literals(task) or [""])[-1]
+    return tail[len(tail.rstrip(" ")) :] if task.encoding > 1 else ""
+
+
 def word_ids(task: Task, tokenizer: Any, word: str, *, encoder_decoder: bool = False) -> list[int]:
     """Token ids of a label's word after the template's last words, without an end token."""
     if encoder_decoder or task.encoding == 1:
         return token_ids(tokenizer, word)
-    space = _moved_space(task)
+    space = moved_space(task)
     tail = (_literals(task) or [""])[-1]
     if space:
         word = f" {word.lstrip(' ')}"
@@ -165,7 +171,7 @@ def answer_ids(
     answer = checked(answer)
     if encoder_decoder or task.encoding == 1 or not answer:
         return token_ids(tokenizer, answer)
-    text, space = checked(task.text(row)), _moved_space(task)
+    text, space = checked(task.text(row)), moved_space(task)
     if space:
         text, answer = text[: len(text) - len(space)], f" {answer.lstrip(' ')}"
     return continuation_ids(tokenizer, answer, [text])
@@ -234,7 +240,7 @@ def check_label_words(
 
 def _follows(task: Task, row: Mapping[str, Any], tokenizer: Any, word: list[int]) -> bool:
     """Whether a row's text and its label's word, tokenised together, end with the word's ids."""
-    space = _moved_space(task)
+    space = moved_space(task)
     text, target = task.text(row), task.target(row)
     together = f"{text[: len(text) - len(space)]} {target.lstrip(' ')}" if space else text + target
     word = without_end(word, tokenizer)
@@ -273,12 +279,6 @@ def _literals(task: Task) -> list[str] | None:
         return task.text(dict.fromkeys(task.columns, MARK)).split(MARK)
     except (ValueError, TypeError):
         return None
-
-
-def _moved_space(task: Task) -> str:
-    """The spaces at the template's end, which a decoder reads with the answer."""
-    tail = (_literals(task) or [""])[-1]
-    return tail[len(tail.rstrip(" ")) :] if task.encoding > 1 else ""
 
 
 def _cut_columns(
