@@ -12,7 +12,7 @@ from ..evaluation.likelihood import Progress
 from ..evaluation.prompt_scoring import score_prompts
 from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.encoding import token_ids, without_end
+from ..tasks.encoding import without_end, word_ids
 from ..tasks.examples import has_target, is_empty
 from ..tasks.task import Task
 from .duplicates import find_duplicates
@@ -53,7 +53,7 @@ def analyze(
     text = _token_counts(tokenizer, [task.text(row) for row in filled], drop_eos=not encoder_decoder)
     ends = encoder_decoder or task.kind == "generation"
     target = [n + ends for n in _token_counts(tokenizer, [task.target(row) for row in labelled], special=False)]
-    words = {label: _label_word(tokenizer, word) for label, word in task.label_words.items()}
+    words = {label: _label_word(task, tokenizer, word, encoder_decoder) for label, word in task.label_words.items()}
     usable = [row for row in held_out_rows if not is_empty(task, row) and has_target(task, row)] or labelled
     counts = Counter(str(row[task.target_column]) for row in labelled)
     classes = {label: counts[label] for label in task.labels}
@@ -80,7 +80,7 @@ def analyze(
         zero_shot_answers=answers,
         recipe=Recipe({}, []),
     )
-    analysis.recipe = suggest(analysis, tokenizer)
+    analysis.recipe = suggest(analysis, task, tokenizer)
     if analysis.context is not None:
         answer = analysis.target.quantiles["max"]
         room = analysis.context - analysis.recipe.choices["num_virtual_tokens"].value - answer
@@ -102,8 +102,8 @@ def _share(values: Any) -> float:
     return sum(listed) / len(listed) if listed else 0.0
 
 
-def _label_word(tokenizer: Any, word: str) -> LabelWord:
-    ids = token_ids(tokenizer, word)
+def _label_word(task: Task, tokenizer: Any, word: str, encoder_decoder: bool) -> LabelWord:
+    ids = word_ids(task, tokenizer, word, encoder_decoder=encoder_decoder)
     return LabelWord(word, ids, [tokenizer.decode([i]) for i in ids])
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..tasks.encoding import token_ids
+from ..tasks.encoding import token_ids, word_ids
+from ..tasks.task import Task
+from ..tasks.words import alike, begins_another, same_tokens, spaced
 from ..tuning.settings import DEFAULT_STEPS, instruction
 from ..tuning.settings import DEFAULT_TOKENS as VIRTUAL_TOKENS
 from .results import Analysis, Choice, Recipe
@@ -19,14 +21,14 @@ IMBALANCE = 5.0
 """Rows of the largest class over those of the smallest."""
 
 
-def suggest(analysis: Analysis, tokenizer: Any) -> Recipe:
+def suggest(analysis: Analysis, task: Task, tokenizer: Any) -> Recipe:
     """A recipe for the analysed data."""
     choices = {"num_virtual_tokens": _virtual_tokens(analysis)}
     choices["batch_size"] = _batch_size(analysis)
     choices["max_length"] = _max_length(analysis, choices["num_virtual_tokens"].value)
     choices["steps"] = _steps(analysis, choices["batch_size"].value)
     if analysis.kind == "classification":
-        choices["label_words"] = _label_words(analysis, tokenizer)
+        choices["label_words"] = _label_words(analysis, task, tokenizer)
     choices["init"] = _init(analysis, choices, tokenizer)
     return Recipe(choices, _warnings(analysis, choices["max_length"].value))
 
@@ -85,15 +87,15 @@ def _steps(analysis: Analysis, batch_size: int) -> Choice:
     return Choice(steps, reason)
 
 
-def _label_words(analysis: Analysis, tokenizer: Any) -> Choice:
+def _label_words(analysis: Analysis, task: Task, tokenizer: Any) -> Choice:
     given = {label: word.word for label, word in analysis.label_words.items()}
     if all(len(word.ids) == 1 for word in analysis.label_words.values()) and not analysis.first_token_clashes:
         return Choice(given, "one token each, all different: one forward pass scores every label")
     better: dict[str, str] = {}
     used: set[int] = set()
     for label, word in given.items():
-        for variant in dict.fromkeys((word, *(f" {cased}" for cased in _cases(word.strip())))):
-            ids = token_ids(tokenizer, variant)
+        for variant in dict.fromkeys((word, *(spaced(cased, task.template) for cased in _cases(word.strip())))):
+            ids = word_ids(task, tokenizer, variant)
             if len(ids) == 1 and ids[0] not in used and ids[0] != tokenizer.unk_token_id:
                 better[label] = variant
                 used.add(ids[0])
@@ -180,6 +182,13 @@ def _class_warnings(analysis: Analysis) -> list[str]:
         warnings.append(f"multi-token label words ({shown}): scoring takes one pass per label")
     for labels in analysis.first_token_clashes:
         warnings.append(f"the words of {labels[:5]} begin with the same token: only later tokens differ")
+    ids = {label: word.ids for label, word in words.items()}
+    if begins_another(ids.values()):
+        warnings.append("the tokens of one label word begin those of another: an end token is scored after each word")
+    for labels in same_tokens(ids):
+        warnings.append(f"the words of {labels[:5]} have the same tokens; tuning refuses such labels")
+    for labels in alike(words):
+        warnings.append(f"labels {labels[:5]} differ only in case, white space or Unicode form")
     answers = analysis.zero_shot_answers
     if answers and max(answers.values()) > 0.95 * sum(answers.values()):
         said = max(answers, key=answers.__getitem__)

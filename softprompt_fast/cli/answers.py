@@ -14,12 +14,13 @@ from ..base.extras import require
 from ..base.progress import progress_bar
 from .options import DATA, MACHINE, OUTPUT
 from .output import console
-from .prompts import base_model_name
+from .prompts import base_model_name, folders_by_name, without_task
 
 if TYPE_CHECKING:
     from ..inference.files import Answers
     from ..inference.pipeline import SoftPromptPipeline
     from ..tasks.examples import Examples
+    from ..tasks.task import Task
 
 PromptNameColumn = Annotated[
     str | None,
@@ -56,16 +57,32 @@ def require_for_output(output: Path | None) -> None:
 
 
 def load_pipeline(
-    prompt: Path, model: str | None, *, batch_size: int, batch_tokens: int, dtype: str, device: str | None
+    prompt: Path,
+    model: str | None,
+    *,
+    batch_size: int,
+    batch_tokens: int,
+    dtype: str,
+    device: str | None,
+    force: bool = False,
+    task: Task | None = None,
 ) -> SoftPromptPipeline:
-    """A pipeline on the prompts of a folder and the model they were tuned on."""
+    """A pipeline on the prompts of a folder and the model they were tuned on.
+
+    Args:
+        force: also load prompts that were tuned on other weights than the model's.
+        task: the task of prompts that have no task.json.
+    """
     from ..hf.loading import load_base_model
     from ..inference.pipeline import SoftPromptPipeline
     from ..inference.prompt_bank import PromptBank
 
+    folders = folders_by_name(prompt)
     base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device)
     bank = PromptBank(base)
-    bank.add_directory(prompt)
+    bare = without_task(folders)
+    for name, folder in folders.items():
+        bank.add(name, folder, task=task if name in bare else None, force=force)
     return SoftPromptPipeline(bank, tokenizer, max_batch_rows=batch_size, max_batch_tokens=batch_tokens)
 
 
@@ -77,7 +94,12 @@ def names_of_rows(rows: Examples, column: str | None, known: Sequence[str]) -> l
         return [known[0]] * len(rows)
     if column not in rows[0]:
         raise ValueError(f"no column {column!r} in the data, which has {', '.join(rows[0])}")
-    return [None if row[column] is None or row[column] == "" else str(row[column]) for row in rows]
+    from ..prompts.peft_files import safe_name
+
+    names = [None if row[column] is None or row[column] == "" else str(row[column]) for row in rows]
+    return [
+        name if name is None or name in known or safe_name(name) not in known else safe_name(name) for name in names
+    ]
 
 
 def answer_all(
@@ -89,13 +111,15 @@ def answer_all(
 ) -> None:
     """Answers rows with their prompts and writes them, to standard output if there is no file."""
     from ..inference.files import in_chunks
+    from ..tasks.cuts import counting_cuts
 
-    if output is not None:
-        write_file(rows, in_chunks(answer, rows, names), output, resume)
-        return
-    with progress_bar(len(rows), console) as advance:
-        results = answer(rows, names)
-        advance(len(rows))
+    with counting_cuts():
+        if output is not None:
+            write_file(rows, in_chunks(answer, rows, names), output, resume)
+            return
+        with progress_bar(len(rows), console) as advance:
+            results = answer(rows, names)
+            advance(len(rows))
     for row, result in zip(rows, results, strict=True):
         sys.stdout.write(json.dumps(row | result, ensure_ascii=False) + "\n")
 

@@ -84,20 +84,22 @@ class TaskOptions:
             text_column=self.text_column,
             label_column=self.label_column,
             template=template,
-            label_words=label_words(self.label_word) if self.label_word else None,
+            label_words=label_words(self.label_word, template or "") if self.label_word else None,
             max_length=self.max_length,
             **fields,
         )
 
 
-def label_words(values: list[str]) -> dict[str, str]:
-    """The word of each label from LABEL=WORD; a word begins with a space."""
+def label_words(values: list[str], template: str = "") -> dict[str, str]:
+    """The word of each label from LABEL=WORD; a word begins with a space where it needs one after the template."""
+    from ..tasks.words import spaced
+
     words = {}
     for value in values:
         label, equals, word = value.partition("=")
         if not equals or not word:
             raise ValueError(f"--label-word must be LABEL=WORD, got {value!r}")
-        words[label] = word if word.startswith(" ") else f" {word}"
+        words[label] = spaced(word, template)
     return words
 
 

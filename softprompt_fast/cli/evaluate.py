@@ -10,15 +10,26 @@ import typer
 from ..base.extras import require
 from ..base.progress import progress_bar
 from .data import read_rows
-from .options import BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, Split
+from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, Split
 from .output import console
-from .prompts import ensemble_members, folders_by_name, load_tuned
+from .prompts import Force, TaskTemplate, TaskWords, ensemble_members, folders_by_name, given_task, load_tuned
 
 
 def evaluate(
     prompt: PromptFolder,
     data: Data,
     model: OptionalModel = None,
+    force: Force = False,
+    template: TaskTemplate = None,
+    label_word: TaskWords = None,
+    target_column: Annotated[
+        str | None,
+        typer.Option(
+            help="For a prompt without task.json: column of the label or of the response. By default label (with "
+            "--label-word) or response.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     ensemble: Annotated[bool, typer.Option(help="Score the common decision of the folder's prompts.")] = False,
     split: Split = "train",
     batch_size: BatchSize = 32,
@@ -30,15 +41,19 @@ def evaluate(
     from ..evaluation.ensembles import evaluate_ensemble
     from ..evaluation.predictions import evaluate as score_prompt
 
+    folders = folders_by_name(prompt)
+    given = given_task(folders, template, label_word, target_column)
     rows = read_rows(data, split)
+    if ensemble and given is not None:
+        raise ValueError("--template cannot be combined with --ensemble")
     if ensemble:
-        members, combine = ensemble_members(prompt, list(folders_by_name(prompt)))
-        tuned, tokenizer, task = load_tuned(prompt / members[0], model, dtype, device)
+        members, combine = ensemble_members(prompt, list(folders))
+        tuned, tokenizer, task = load_tuned(folders[members[0]], model, dtype, device, force=force)
         for name in members[1:]:
-            tuned.load_prompt(prompt / name, name)
+            tuned.load_prompt(folders[name], name, force=force)
         scores = evaluate_ensemble(tuned, tokenizer, task, rows, members, combine=combine, batch_size=batch_size)
     else:
-        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device)
+        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device, force=force, task=given)
         with progress_bar(len(rows), console) as advance:
             scores = score_prompt(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance)
     print(json.dumps(scores, indent=2))

@@ -19,6 +19,7 @@ from .answers import (
 )
 from .data import read_rows
 from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, Split
+from .prompts import Force
 
 GENERATION = "Generation"
 
@@ -55,6 +56,7 @@ def generate(
     prompt: PromptFolders,
     data: Data,
     model: OptionalModel = None,
+    force: Force = False,
     prompt_name_column: PromptNameColumn = None,
     text_column: TextColumn = "text",
     split: Split = "train",
@@ -77,7 +79,9 @@ def generate(
     from transformers import set_seed
 
     rows = read_rows(data, split)
-    pipe = load_pipeline(prompt, model, batch_size=batch_size, batch_tokens=batch_tokens, dtype=dtype, device=device)
+    pipe = load_pipeline(
+        prompt, model, batch_size=batch_size, batch_tokens=batch_tokens, dtype=dtype, device=device, force=force
+    )
     names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
     given = {"temperature": temperature, "top_p": top_p, "stop_strings": stop}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "num_beams": num_beams}

@@ -13,7 +13,7 @@ from ..base.progress import progress_bar
 from .data import read_rows
 from .options import BatchSize, Device, Dtype, Figure, OptionalData, OptionalModel, PromptFolders, Report, Split
 from .output import console, draw_figure, write_report
-from .prompts import load_plain_prompts
+from .prompts import Force, load_plain_prompts
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -23,6 +23,7 @@ def interpret(
     prompt: PromptFolders,
     data: OptionalData = None,
     model: OptionalModel = None,
+    force: Force = False,
     ablate: Annotated[
         str | None,
         typer.Option(help="Prompt whose vectors are dropped one by one on --data, if the folder has several prompts."),
@@ -45,7 +46,7 @@ def interpret(
     from ..analysis.tables import print_interpretation
 
     rows = read_rows(data, split) if data is not None else []
-    tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device)
+    tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     name = ablate or (next(iter(folders)) if len(folders) == 1 else None)
     task = _task_of(folders, name) if rows else None
     passes = 1 + len(tuned.prompts[name]) if rows and name is not None else 0

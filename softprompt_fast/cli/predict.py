@@ -20,7 +20,16 @@ from .answers import (
 )
 from .data import read_rows
 from .options import MACHINE, PROMPT, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, Split, completion
-from .prompts import base_model_name, ensemble_members, folders_by_name
+from .prompts import (
+    Force,
+    TaskTemplate,
+    TaskWords,
+    base_model_name,
+    ensemble_members,
+    folders_by_name,
+    given_task,
+    without_task,
+)
 
 ENGINES = ("local", "ray")
 
@@ -56,7 +65,10 @@ def predict(
     prompt: PromptFolders,
     data: Data,
     model: OptionalModel = None,
+    force: Force = False,
     prompt_name_column: PromptNameColumn = None,
+    template: TaskTemplate = None,
+    label_word: TaskWords = None,
     split: Split = "train",
     ensemble: Ensemble = False,
     combine: Combine = None,
@@ -84,7 +96,17 @@ def predict(
     require_for_output(output)
     from ..inference.files import answer_rows
 
+    folders = folders_by_name(prompt)
+    if engine == "ray" and template is not None:
+        raise ValueError("--template cannot be combined with --engine ray")
+    task = given_task(folders, template, label_word)
     rows = read_rows(data, split)
+    used = set(list(folders) if ensemble else names_of_rows(rows, prompt_name_column, list(folders)))
+    bare = [name for name in without_task(folders) if name in used]
+    if bare and task is None:
+        raise ValueError(
+            f"--template and --label-word must be given, because {', '.join(map(repr, bare))} has no task.json"
+        )
     options = {"max_new_tokens": max_new_tokens}
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -96,11 +118,11 @@ def predict(
         from ..inference.ray_engine import RayAnswers
 
         assert output is not None
-        names = names_of_rows(rows, prompt_name_column, list(folders_by_name(prompt)))
+        names = names_of_rows(rows, prompt_name_column, list(folders))
         base = base_model_name(prompt, model)
         write_file(rows, RayAnswers(rows, names, prompt, base, workers, options, settings), output, resume)
         return
-    pipe = load_pipeline(prompt, model, **settings)
+    pipe = load_pipeline(prompt, model, force=force, task=task, **settings)
     if ensemble:
         members, how = ensemble_members(prompt, pipe.bank.names)
         answer_all(

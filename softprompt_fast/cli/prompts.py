@@ -4,28 +4,87 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .data import label_words
+from .options import DATA, PROMPT
 
 if TYPE_CHECKING:
     from ..models.soft_prompt_model import SoftPromptModel
     from ..tasks.task import Task
 
 
+Force = Annotated[
+    bool,
+    typer.Option(help="Also use prompts that were tuned on other weights than the model's.", rich_help_panel=PROMPT),
+]
+TaskTemplate = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        help=r"For a prompt without task.json: text that the model reads, with columns in braces; \n is a line break.",
+        rich_help_panel=DATA,
+    ),
+]
+TaskWords = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label-word",
+        help="For a prompt without task.json: word of a label, as LABEL=WORD. Repeat it for each label; without it, "
+        "the prompt continues the text.",
+        rich_help_panel=DATA,
+    ),
+]
+
+
 def folders_by_name(prompt: Path) -> dict[str, Path]:
     """The folder of each prompt of a folder."""
-    from ..prompts.peft_files import prompt_folders
+    from ..prompts.peft_files import prompts_by_name
 
-    return {folder.resolve().name: folder for folder in prompt_folders(prompt)}
+    return prompts_by_name(prompt)
+
+
+def without_task(folders: dict[str, Path]) -> list[str]:
+    """Names of the prompts that have no task.json."""
+    from ..tasks.task import TASK_FILE
+
+    return [name for name, folder in folders.items() if not (folder / TASK_FILE).is_file()]
+
+
+def given_task(
+    folders: dict[str, Path], template: str | None, words: list[str] | None, target_column: str | None = None
+) -> Task | None:
+    """The task of prompts without task.json, as the options describe it; None: no option is given.
+
+    Raises:
+        ValueError: label words without a template, or options for prompts that all have a task.
+    """
+    from ..tasks.task import Task
+
+    if template is None:
+        if words or target_column is not None:
+            raise ValueError("--template must be given with --label-word and --target-column")
+        return None
+    if not without_task(folders):
+        raise ValueError(f"--template cannot be combined with prompts that have a task.json: {', '.join(folders)}")
+    template = template.replace("\\n", "\n")
+    if words:
+        return Task("classification", template, target_column or "label", label_words(words, template))
+    return Task("generation", template, target_column or "response")
 
 
 def base_model_name(prompt: Path, model: str | None) -> str:
     """The base model that was given, or the one that the prompts of a folder were tuned on."""
+    from ..prompts.base_identity import one_base
     from ..prompts.peft_files import read_config
     from ..tasks.task import TASK_FILE, Task
 
     folders = folders_by_name(prompt).values()
     if model is not None:
         return model
+    one_base(folders)
     names = [Task.load(folder).model for folder in folders if (folder / TASK_FILE).is_file()]
     names += [read_config(folder, None).get("base_model_name_or_path") for folder in folders]
     for name in names:
@@ -34,24 +93,48 @@ def base_model_name(prompt: Path, model: str | None) -> str:
     raise ValueError("--model must be given, because the prompts do not say which model they were tuned on")
 
 
-def load_tuned(prompt: Path, model: str | None, dtype: str, device: str | None) -> tuple[SoftPromptModel, Any, Task]:
-    """A model with the one prompt of a folder, its tokenizer, and the prompt's task."""
+def load_tuned(
+    prompt: Path,
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    *,
+    force: bool = False,
+    task: Task | None = None,
+) -> tuple[SoftPromptModel, Any, Task]:
+    """A model with the one prompt of a folder, its tokenizer, and the prompt's task.
+
+    Args:
+        force: also load a prompt that was tuned on other weights than the model's.
+        task: the task of a prompt that has no task.json.
+    """
+    from dataclasses import replace
+
     from ..hf.loading import load_base_model
     from ..models.deep_prompt_model import DeepPromptModel
     from ..models.soft_prompt_model import SoftPromptModel
     from ..prompts.peft_files import DEEP, peft_type
     from ..tasks.task import TASK_FILE, Task
 
-    task = Task.load(prompt)
-    folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
+    folders = folders_by_name(prompt)
+    if task is not None or (len(folders) == 1 and without_task(folders)):
+        if len(folders) != 1:
+            raise ValueError(f"--prompt must hold one prompt, got {', '.join(folders)}")
+        ((name, folder),) = folders.items()
+        if task is None:
+            raise ValueError(f"--template and --label-word must be given, because prompt {name!r} has no task.json")
+        task = replace(task, prompt=name)
+    else:
+        task = Task.load(prompt)
+        folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
     base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device)
     tuned = (DeepPromptModel if peft_type(folder) == DEEP else SoftPromptModel)(base)
-    tuned.load_prompt(folder, task.prompt)
+    tuned.load_prompt(folder, task.prompt, force=force)
     return tuned, tokenizer, task
 
 
 def load_plain_prompts(
-    prompt: Path, model: str | None, dtype: str, device: str | None
+    prompt: Path, model: str | None, dtype: str, device: str | None, *, force: bool = False
 ) -> tuple[SoftPromptModel, Any, dict[str, Path]]:
     """A model with all prompts of a folder, its tokenizer, and the prompts' folders.
 
@@ -71,7 +154,7 @@ def load_plain_prompts(
     base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device)
     tuned = SoftPromptModel(base)
     for name, folder in folders.items():
-        tuned.load_prompt(folder, name)
+        tuned.load_prompt(folder, name, force=force)
         tuned.prompts.plain_parameter(name, purpose="this command")
     return tuned, tokenizer, folders
 

@@ -23,7 +23,7 @@ from .options import (
     SplitSeed,
 )
 from .output import console, draw_figure
-from .prompts import load_plain_prompts
+from .prompts import Force, load_plain_prompts
 
 Data = Annotated[str, typer.Option("--data", "-d", help="Labelled rows that decide which vectors are removed.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the shorter prompt.")]
@@ -51,6 +51,7 @@ def prune(
     data: Data,
     output: Output,
     model: OptionalModel = None,
+    force: Force = False,
     validation: OtherRows = None,
     split: Split = "train",
     seed: SplitSeed = 0,
@@ -72,7 +73,7 @@ def prune(
     from ..tasks.task import Task
 
     rows, other_rows = hold_out(read_rows(data, split), validation, 0.5, split, seed)
-    tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device)
+    tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     if len(folders) > 1:
         raise ValueError(f"--prompt must be the folder of one prompt, got {prompt} with {', '.join(folders)}")
     ((name, folder),) = folders.items()

@@ -25,7 +25,7 @@ from .options import (
     with_options,
 )
 from .output import console, draw_figure, write_report
-from .prompts import folders_by_name, load_plain_prompts
+from .prompts import Force, folders_by_name, load_plain_prompts
 
 if TYPE_CHECKING:
     from ..tasks.task import Task
@@ -40,6 +40,7 @@ def similar(
         Path | None, typer.Option(help="Folder of a prompt of the target task, such as one tuned for a few steps.")
     ] = None,
     model: OptionalModel = None,
+    force: Force = False,
     split: Split = "train",
     output: Report = None,
     figure: Figure = None,
@@ -64,7 +65,7 @@ def similar(
         task = Task.load(own)
     elif rows:
         task = options.task(rows)
-    tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device)
+    tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     sources = {n: tuned.prompts[n].detach() for n in folders if own is None or folders[n].resolve() != own.resolve()}
     if task is not None:
         _check_places(task, {name: folders[name] for name in sources})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..tasks.encoding import encode_target, encode_text, without_end
+from ..tasks.encoding import encode_targets, encode_text, without_end
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 
@@ -33,14 +33,11 @@ class Encoder:
             return self._ids(self.prefix + text)
         return self._ids(self.prefix) + alone
 
-    def target(self, row: Mapping[str, Any]) -> list[int]:
-        return encode_target(self.task, row, self.tokenizer)
-
     def texts(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         return [self.text(row) for row in rows]
 
     def targets(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-        return [self.target(row) for row in rows]
+        return encode_targets(self.task, rows, self.tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, truncation=False, add_special_tokens=self.task.special_tokens).input_ids

@@ -13,7 +13,8 @@ from ..hf.architecture import is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.collation import length_order, padded
-from ..tasks.encoding import IGNORED, encode_target, encode_text, label_words
+from ..tasks.cuts import counting_cuts
+from ..tasks.encoding import IGNORED, encode_targets, encode_text, label_words
 from ..tasks.task import Task
 from .scores import RowScores
 
@@ -116,7 +117,7 @@ class EncodedRows:
     targets: list[list[int]]
     """The responses; empty for a classification task."""
     words: list[list[int]]
-    """Each label's word; empty for a generation task."""
+    """Each label's word, with its end token if it has one; empty for a generation task."""
     truth: Tensor | None
     """[rows] place of each row's label among the task's; None: a generation task."""
 
@@ -151,15 +152,16 @@ def encode_rows(
     """
     if not rows:
         raise ValueError("`rows` must hold at least one row, got none")
-    if texts is None:
-        texts = [encode_text(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]
-    if task.kind == "generation":
-        targets = [encode_target(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]
-        return EncodedRows(texts, targets, [], None)
+    with counting_cuts():
+        if texts is None:
+            texts = [encode_text(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]
+        if task.kind == "generation":
+            targets = encode_targets(task, rows, tokenizer, encoder_decoder=encoder_decoder)
+            return EncodedRows(texts, targets, [], None)
     for row in rows:
         task.target(row)  # raises for an unknown label
     truth = torch.tensor([task.labels.index(str(row[task.target_column])) for row in rows])
-    return EncodedRows(texts, [], label_words(task, tokenizer), truth)
+    return EncodedRows(texts, [], label_words(task, tokenizer, encoder_decoder=encoder_decoder), truth)
 
 
 def batches(lengths: Sequence[int], batch_size: int, progress: Progress | None) -> Iterator[list[int]]:

@@ -9,7 +9,8 @@ from ..base.modules import evaluating
 from ..hf.generation import with_end_token
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import pad_token_id, padded
-from ..tasks.encoding import encode_text, label_words
+from ..tasks.cuts import counting_cuts
+from ..tasks.encoding import encode_text, label_words, moved_space
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .likelihood import Ids, ModelBackend, Progress, batches, encode_rows, label_table, score_rows
@@ -37,17 +38,20 @@ def predict(
         Generation: ``{"prediction": text}``.
     """
     backend = ModelBackend(model, prompt_name(model, task, prompt))
-    texts = [encode_text(task, row, tokenizer, encoder_decoder=backend.encoder_decoder) for row in rows]
+    with counting_cuts():
+        texts = [encode_text(task, row, tokenizer, encoder_decoder=backend.encoder_decoder) for row in rows]
     with evaluating(model):
         if task.kind == "classification":
-            table = label_table(backend, texts, label_words(task, tokenizer), batch_size, progress)
+            words = label_words(task, tokenizer, encoder_decoder=backend.encoder_decoder)
+            table = label_table(backend, texts, words, batch_size, progress)
             every = [dict(zip(task.labels, row, strict=True)) for row in table.exp().tolist()]
             return [{"prediction": max(scores, key=scores.__getitem__), "scores": scores} for scores in every]
         predictions: Examples = [{} for _ in rows]
+        space = " " if moved_space(task) and not backend.encoder_decoder else ""
         for indices in batches([len(text) for text in texts], batch_size, progress):
             answers = _generate(backend, tokenizer, [texts[i] for i in indices], max_new_tokens)
             for i, answer in zip(indices, answers, strict=True):
-                predictions[i] = {"prediction": answer}
+                predictions[i] = {"prediction": answer.removeprefix(space)}
         return predictions
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,12 @@ import numpy as np
 from ..evaluation.ensembles import COMBINATIONS, combine_members
 from ..hf import architecture
 from ..hf.generation import with_end_token
+from ..tasks.cuts import counting_cuts
 from .engine import Engine
 from .prompt_bank import PromptBank
 from .requests import OnResult, Request, Result, Run, Unit, answer
 from .scoring import score_head, score_units
-from .texts import Encoded, Labels, Prompts, Text, TextEncoder, prompt_of_each
+from .texts import Encoded, Labels, Prompts, TextEncoder, Texts, listed, prompt_of_each
 
 
 class SoftPromptPipeline:
@@ -58,7 +59,7 @@ class SoftPromptPipeline:
 
     def classify(
         self,
-        texts: Sequence[Text],
+        texts: Texts,
         prompts: Prompts = None,
         *,
         labels: Labels = None,
@@ -69,7 +70,8 @@ class SoftPromptPipeline:
         """The likeliest label of each text.
 
         Args:
-            texts: strings, or mappings with the columns that a prompt's template names.
+            texts: strings, or mappings with the columns that a prompt's template names, in any container; items are
+                taken by position. The rows of a table are mappings.
             prompts: one for all, or one per text; None: no prompt.
             labels: what the model may say for each label, or the words alone. None: as each prompt's task says.
             ensemble: instead of `prompts`: each text is read with all of these, tokenised once.
@@ -86,17 +88,21 @@ class SoftPromptPipeline:
             raise ValueError("`ensemble` cannot be combined with `prompts`")
         if ensemble is not None and not ensemble:
             raise ValueError("`ensemble` must name at least one prompt, got none")
-        each = prompt_of_each(prompts, texts)
-        members = [[name] for name in each] if ensemble is None else [list(ensemble) for _ in texts]
+        rows = listed(texts, "texts", "texts")
+        if isinstance(labels, str):
+            raise TypeError("`labels` must be a list or a mapping of words, got one str")
+        labels = labels if labels is None or isinstance(labels, Mapping) else list(labels)
+        each = prompt_of_each(prompts, rows)
+        members = [[name] for name in each] if ensemble is None else [list(ensemble) for _ in rows]
         head = architecture.pools_last_token(self._base)
 
         def prepare(index: int) -> Request:
             names = members[index]
-            words = self.encoder.label_words(labels, names[0]) if not head else {}
+            words = self.encoder.label_words(labels, rows[index], names[0]) if not head else {}
             encoded: Encoded = {}
             units: list[Unit] = []
             for name in names:
-                ids = self.encoder.ids(texts[index], name, encoded)
+                ids = self.encoder.ids(rows[index], name, encoded)
                 if head:
                     units.append(Unit(index, len(units), name, ids))
                 elif all(len(word) == 1 for word in words.values()):
@@ -117,12 +123,12 @@ class SoftPromptPipeline:
             scores = score_units(self.engine, units)
             return [values if unit.choices else [sum(values)] for unit, values in zip(units, scores, strict=True)]
 
-        return self._answer(len(texts), prepare, run, on_result)
+        return self._answer(len(rows), prepare, run, on_result)
 
     def score(
         self,
-        texts: Sequence[Text],
-        continuations: Sequence[str],
+        texts: Texts,
+        continuations: Iterable[str],
         prompts: Prompts = None,
         *,
         on_result: OnResult | None = None,
@@ -132,25 +138,24 @@ class SoftPromptPipeline:
         Returns:
             ``{"log_probability": sum, "token_log_probabilities": [..]}``, natural logarithms.
         """
-        if len(continuations) != len(texts):
-            raise ValueError(
-                f"`continuations` must be one for each of the {len(texts)} texts, got {len(continuations)}"
-            )
-        names = prompt_of_each(prompts, texts)
+        rows, following = listed(texts, "texts", "texts"), listed(continuations, "continuations", "texts")
+        if len(following) != len(rows):
+            raise ValueError(f"`continuations` must be one for each of the {len(rows)} texts, got {len(following)}")
+        names = prompt_of_each(prompts, rows)
 
         def prepare(index: int) -> Request:
-            target = self.encoder.target(continuations[index])
-            unit = Unit(index, 0, names[index], self.encoder.ids(texts[index], names[index]), target)
+            target = self.encoder.target(rows[index], names[index], following[index])
+            unit = Unit(index, 0, names[index], self.encoder.ids(rows[index], names[index]), target)
             return Request([unit], finish)
 
         def finish(results: list[list[float]]) -> Result:
             return {"log_probability": sum(results[0]), "token_log_probabilities": results[0]}
 
-        return self._answer(len(texts), prepare, lambda units: score_units(self.engine, units), on_result)
+        return self._answer(len(rows), prepare, lambda units: score_units(self.engine, units), on_result)
 
     def generate(
         self,
-        texts: Sequence[Text],
+        texts: Texts,
         prompts: Prompts = None,
         *,
         on_result: OnResult | None = None,
@@ -174,14 +179,21 @@ class SoftPromptPipeline:
         options = with_end_token(self._base, self.tokenizer.eos_token_id, options)
         if options.get("stop_strings"):
             options["tokenizer"] = self.tokenizer
-        names = prompt_of_each(prompts, texts)
+        rows = listed(texts, "texts", "texts")
+        names = prompt_of_each(prompts, rows)
         new = 0 if architecture.is_encoder_decoder(self._base) else options.get("max_new_tokens") or 0
         copies = options.get("num_return_sequences") or 1
 
         def prepare(index: int) -> Request:
-            unit = Unit(index, 0, names[index], self.encoder.ids(texts[index], names[index]))
+            unit = Unit(index, 0, names[index], self.encoder.ids(rows[index], names[index]))
             self.encoder.check_length(len(unit.ids) + new, names[index], f" and {new} new ones" if new else "")
-            return Request([unit], lambda results: {"text": results[0][0]} if copies == 1 else {"texts": results[0]})
+            space = self.encoder.answer_space(names[index])
+
+            def finish(results: list[list[str]]) -> Result:
+                answers = [text.removeprefix(space) for text in results[0]]
+                return {"text": answers[0]} if copies == 1 else {"texts": answers}
+
+            return Request([unit], finish)
 
         def run(units: list[Unit]) -> list[Any]:
             chosen = [unit.prompt for unit in units]
@@ -190,11 +202,11 @@ class SoftPromptPipeline:
             answers = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             return [answers[i : i + copies] for i in range(0, len(answers), copies)]
 
-        return self._answer(len(texts), prepare, run, on_result)
+        return self._answer(len(rows), prepare, run, on_result)
 
     def embed(
         self,
-        texts: Sequence[Text],
+        texts: Texts,
         prompts: Prompts = None,
         *,
         pooling: str = "mean",
@@ -211,10 +223,11 @@ class SoftPromptPipeline:
         pools = {"mean": lambda x: x.mean(0), "first": lambda x: x[0], "last": lambda x: x[-1]}
         if pooling not in pools:
             raise ValueError(f"`pooling` must be one of {', '.join(pools)}, got {pooling!r}")
-        names = prompt_of_each(prompts, texts)
+        rows = listed(texts, "texts", "texts")
+        names = prompt_of_each(prompts, rows)
 
         def prepare(index: int) -> Request:
-            unit = Unit(index, 0, names[index], self.encoder.ids(texts[index], names[index]))
+            unit = Unit(index, 0, names[index], self.encoder.ids(rows[index], names[index]))
             return Request([unit], lambda results: {"embedding": results[0]})
 
         def run(units: list[Unit]) -> list[Any]:
@@ -223,17 +236,18 @@ class SoftPromptPipeline:
                 states, mask = self.engine.hidden_states(view, [unit.ids for unit in units], chosen)
             return [pools[pooling](x[m == 1].float()).cpu().numpy() for x, m in zip(states, mask, strict=True)]
 
-        return self._answer(len(texts), prepare, run, on_result)
+        return self._answer(len(rows), prepare, run, on_result)
 
     def _answer(
         self, count: int, prepare: Callable[[int], Request], run: Run, on_result: OnResult | None
     ) -> list[Result]:
-        return answer(
-            count,
-            prepare,
-            run,
-            max_rows=self.max_batch_rows,
-            max_tokens=self.max_batch_tokens,
-            on_result=on_result,
-            progress=self.progress,
-        )
+        with counting_cuts():
+            return answer(
+                count,
+                prepare,
+                run,
+                max_rows=self.max_batch_rows,
+                max_tokens=self.max_batch_tokens,
+                on_result=on_result,
+                progress=self.progress,
+            )

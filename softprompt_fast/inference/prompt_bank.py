@@ -20,8 +20,9 @@ from ..compiled import storage
 from ..compiled.compile import compile_prompts, layered, slot_shape
 from ..compiled.slots import SlotTable
 from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.base_identity import check_base
 from ..prompts.fast_soft_prompt import FastSoftPrompt, check_name
-from ..prompts.peft_files import DEEP, peft_type, prompt_folders, read_prefix, read_prompt
+from ..prompts.peft_files import DEEP, peft_type, prompts_by_name, read_prefix, read_prompt
 from ..tasks.task import TASK_FILE, Task
 
 logger = logging.getLogger("softprompt_fast")
@@ -169,7 +170,13 @@ class PromptBank:
             }
 
     def add(
-        self, name: str, source: Tensor | PathLike[str] | str, *, task: Task | None = None, replace: bool = False
+        self,
+        name: str,
+        source: Tensor | PathLike[str] | str,
+        *,
+        task: Task | None = None,
+        replace: bool = False,
+        force: bool = False,
     ) -> None:
         """Adds a prompt: a tensor [P, D], or a PEFT adapter folder (its ``task.json`` is read too).
 
@@ -178,12 +185,15 @@ class PromptBank:
         Args:
             name: letters, digits, ``_`` and ``-``.
             replace: replace a prompt of that name; running batches continue with the old one.
+            force: also add a prompt that was tuned on other weights than the model's.
 
         Raises:
-            ValueError: a name that is taken or not allowed, another width than the model's, numbers not finite; a
-                deep prompt where none can be compiled.
+            ValueError: a name that is taken or not allowed, another width or other weights than the model's, numbers
+                not finite; a deep prompt where none can be compiled.
         """
         check_name(name)
+        if not isinstance(source, Tensor):
+            check_base(source, self.model.base_model, force=force)
         width, shape = self.model.prompts.embedding_dim, self._shape
         if isinstance(source, Tensor):
             vectors, made_for = source.detach(), None
@@ -214,12 +224,15 @@ class PromptBank:
                 self._retire(self._entries[name])
             self._entries[name] = entry
 
-    def add_directory(self, directory: PathLike[str] | str, *, replace: bool = False) -> list[str]:
-        """Adds the prompt of an adapter folder, or of every adapter folder in a directory; returns their names."""
-        folders = prompt_folders(directory)
-        for folder in folders:
-            self.add(folder.resolve().name, folder, replace=replace)
-        return [folder.resolve().name for folder in folders]
+    def add_directory(self, directory: PathLike[str] | str, *, replace: bool = False, force: bool = False) -> list[str]:
+        """Adds the prompt of an adapter folder, or of every adapter folder in a directory; returns their names.
+
+        Names are the folders', with ``-`` for characters that a name cannot have. Arguments as in :meth:`add`.
+        """
+        folders = prompts_by_name(directory)
+        for name, folder in folders.items():
+            self.add(name, folder, replace=replace, force=force)
+        return list(folders)
 
     def remove(self, name: str) -> None:
         """Removes a prompt; running batches finish with it."""

@@ -63,7 +63,7 @@ def answer(
     """Results of `count` requests, in their order.
 
     Args:
-        prepare: makes the request of an index; a KeyError or ValueError becomes that request's result.
+        prepare: makes the request of an index; its error becomes that request's result.
         run: runs a batch of units; if it fails, its units are run one by one.
         max_rows, max_tokens: bounds of a batch.
         on_result: sees each result as soon as there is one.
@@ -84,7 +84,7 @@ def answer(
         for index in range(count):
             try:
                 requests[index] = prepare(index)
-            except (KeyError, ValueError) as error:
+            except Exception as error:  # whatever is wrong with one row, the others are answered
                 done(index, _failure(error))
         units = [unit for request in requests.values() for unit in request.units]
         for batch in batches(units, max_rows, max_tokens):
@@ -97,7 +97,7 @@ def answer(
                     done(unit.row, _failure(result))
                     del requests[unit.row]
                 elif len(request.results) == len(request.units):
-                    done(unit.row, request.finish([request.results[member] for member in sorted(request.results)]))
+                    done(unit.row, _finish(request))
                     del requests[unit.row]
     finally:
         if bar is not None:
@@ -127,6 +127,13 @@ def _attempt(batch: list[Unit], run: Run) -> list[Any]:
             return [error]
         logger.warning("a batch of %d rows failed (%s); its rows are tried one by one", len(batch), error)
         return [result for unit in batch for result in _attempt([unit], run)]
+
+
+def _finish(request: Request) -> Result:
+    try:
+        return request.finish([request.results[member] for member in sorted(request.results)])
+    except Exception as error:
+        return _failure(error)
 
 
 def _failure(error: Exception) -> Result:

@@ -23,6 +23,7 @@ from ..hf import architecture, generation
 from ..hf.architecture import check_architecture
 from ..hf.embedding import embedding_table
 from ..packed.runner import ExecutionReport, PackedRunner
+from ..prompts.base_identity import base_facts
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.initialization import INITIALIZATIONS, initial_prompt
 from ..prompts.peft_files import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
@@ -189,7 +190,7 @@ class DeepPromptModel(SoftPromptModel):
 
     def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
         """Writes each prompt as PEFT's prefix-tuning folder, ``directory/<name>/``. The base model is not written."""
-        facts = architecture.peft_config(self.base_model)
+        facts = base_facts(self.base_model)
         for name in self.prompts.names if names is None else names:
             write_prefix(Path(directory) / name, self.prompts.snapshot(name), self.runner.shape, facts)
 

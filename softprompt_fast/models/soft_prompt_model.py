@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -16,12 +15,10 @@ from ..hf import architecture, generation
 from ..hf.input_check import check_inputs
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
-from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
-from ..prompts.peft_files import UPDATED, peft_type, prompt_folders, read_prompt, read_updated_prompt, write_prompt
 from .call import Texts, check_labels, kept_columns, known_options, texts_of
-from .model_interface import ModelInterface
 from .padded_runner import LossFunction, PaddedRunner
+from .prompt_files import PromptFiles
 from .text_generator import TextGenerator
 
 if TYPE_CHECKING:
@@ -33,7 +30,7 @@ Result = TypeVar("Result")
 EXECUTIONS = ("auto", "shared", "padded")
 
 
-class SoftPromptModel(ModelInterface):
+class SoftPromptModel(PromptFiles):
     """Freezes a model and holds its soft prompts.
 
     ``forward`` returns what the model returns, with logits and hidden states aligned with ``input_ids``: position
@@ -380,76 +377,3 @@ class SoftPromptModel(ModelInterface):
         if self.runner is not None and self.runner.check and "inference" not in self.runner.checked:
             names = prompt_ids if prompt_ids is None or isinstance(prompt_ids, str) else prompt_ids[:CHECKED_ROWS]
             self.next_token_logits(input_ids[:CHECKED_ROWS], mask[:CHECKED_ROWS], names, prompts=bank)
-
-    # --- files ---
-
-    def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
-        """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
-
-        PEFT refuses a prompt that has a token update because it does not know them.
-        """
-        facts = architecture.peft_config(self.base_model)
-        for name in self.prompts.names if names is None else names:
-            write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, self.prompts.token_update(name))
-
-    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None) -> nn.Parameter:
-        """Adds the prompt of an adapter folder, ours or PEFT's, with its token update, ready to be trained further.
-
-        Args:
-            name: None: the folder's name.
-        """
-        name = name or Path(folder).resolve().name
-        if peft_type(folder) != UPDATED:
-            return self.prompts.add_prompt(name, init=self.read_prompt(folder))
-        values, factors, config = read_updated_prompt(folder)
-        parameter = self.prompts.add_prompt(name, init=self._fitting(folder, values, config))
-        self.prompts.set_token_update(name, *factors)
-        return parameter
-
-    def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
-        """[P, D] float32, the prompt of an adapter folder.
-
-        Raises:
-            ValueError: the prompt was made for a model of another size, or has a token update.
-        """
-        values, config = read_prompt(folder)
-        return self._fitting(folder, values, config)
-
-    def _fitting(self, folder: PathLike[str] | str, values: Tensor, config: dict[str, Any]) -> Tensor:
-        """The values, if they are as wide as this model's prompts."""
-        width = self.prompts.embedding_dim
-        if values.shape[1] != width:
-            raise ValueError(
-                f"{folder}: the prompt must have the model's hidden size {width}, got {values.shape[1]} "
-                f"(made for {config.get('base_model_name_or_path')!r})"
-            )
-        return values
-
-    @classmethod
-    def from_pretrained(
-        cls, model: Any, directory: PathLike[str] | str, names: Sequence[str] | None = None, **options: Any
-    ) -> SoftPromptModel:
-        """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
-
-        Args:
-            names: load only these.
-            options: options of the constructor.
-
-        Raises:
-            FileNotFoundError: there is no such prompt.
-        """
-        state = read_checkpoint(directory)
-        folders = {folder.name: folder for folder in prompt_folders(directory)} if state is None else {}
-        found = list(folders) if state is None else prompt_names(state)
-        missing = set(names or ()) - set(found)
-        if missing:
-            raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
-        tuned = cls(model, **options)
-        if state is not None:
-            tuned.prompts.load_state_dict(state)
-            for name in set(found) - set(found if names is None else names):
-                tuned.remove_prompt(name)
-        for name, folder in folders.items():
-            if names is None or name in names:
-                tuned.load_prompt(folder)
-        return tuned

@@ -13,6 +13,8 @@ The tensor of a prompt is ``prompt_embeddings``, in float32:
 from __future__ import annotations
 
 import json
+import logging
+import re
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,47 @@ from torch import Tensor
 
 from ..base.files import save_tensors_atomically, write_atomically
 
+logger = logging.getLogger("softprompt_fast")
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 KEY = "prompt_embeddings"
+FINGERPRINT = "base_fingerprint"
+"""Key of the metadata of the weights' file; adapter_config.json has only PEFT's keys, because PEFT warns of others."""
 FACTORS = ("token_update_a", "token_update_b")
 PLAIN, DEEP, UPDATED = "PROMPT_TUNING", "PREFIX_TUNING", "SOFTPROMPT_FAST_DEPT"
 
 
 def is_prompt_folder(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
+
+
+def safe_name(text: str) -> str:
+    """The name of a prompt that any text gives: other characters than letters, digits, ``_`` and ``-`` become ``-``."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-")[:128] or "prompt"
+
+
+def prompts_by_name(directory: PathLike[str] | str) -> dict[str, Path]:
+    """The adapter folders of a directory by the names of their prompts, which are the folders' names made safe.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    folders = prompt_folders(directory)
+    taken = {folder.resolve().name for folder in folders}
+    found: dict[str, Path] = {}
+    for folder in folders:
+        own = folder.resolve().name
+        name = own if NAME.fullmatch(own) else safe_name(own)
+        count = 2
+        while name in found or (name != own and name in taken):
+            name, count = f"{safe_name(own)[:120]}-{count}", count + 1
+        found[name] = folder
+    renamed = [f"{folder.resolve().name!r} is {name!r}" for name, folder in found.items() if name not in taken]
+    if renamed:
+        logger.warning("prompts are named by letters, digits, '_' and '-': %s", ", ".join(renamed))
+    return found
 
 
 def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
@@ -59,7 +93,8 @@ def write_prompt(
 
     Args:
         prompt: [P, D]
-        config: the model's values of PEFT's fields (``task_type``, ``base_model_name_or_path``, ...).
+        config: the model's values of PEFT's fields (``task_type``, ``base_model_name_or_path``, ...), and its
+            ``base_fingerprint``, which is written into the weights' file.
         token_update: the factors [U, r] and [r, D] of the prompt's token update, if it has one.
     """
     fields: dict[str, Any] = {
@@ -109,8 +144,23 @@ def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> 
     values = {
         key: tensor.detach().to(device="cpu", dtype=torch.float32).contiguous() for key, tensor in tensors.items()
     }
-    save_tensors_atomically(folder / WEIGHTS_FILE, values, {"format": "pt"})
+    config = dict(config)
+    fingerprint = config.pop(FINGERPRINT, None)
+    metadata = {"format": "pt"} | ({} if fingerprint is None else {FINGERPRINT: fingerprint})
+    save_tensors_atomically(folder / WEIGHTS_FILE, values, metadata)
     write_atomically(folder / CONFIG_FILE, json.dumps(fields | config, indent=2, sort_keys=True) + "\n")
+
+
+def read_base(folder: PathLike[str] | str) -> tuple[str | None, str | None]:
+    """Name and fingerprint of the base model of an adapter folder, as far as they are known."""
+    path = Path(folder) / WEIGHTS_FILE
+    name = read_config(folder, None).get("base_model_name_or_path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            fingerprint = (file.metadata() or {}).get(FINGERPRINT)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from error
+    return name or None, fingerprint
 
 
 def peft_type(folder: PathLike[str] | str) -> str:

@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .words import spaced
+
 TASK_FILE = "task.json"
 KINDS = ("classification", "generation")
 
@@ -37,6 +39,9 @@ class Task:
     """Name of the prompt."""
     special_tokens: bool = True
     """Whether the tokenizer puts its special tokens (BOS) around a text; False for prompts that hold BOS themselves."""
+    encoding: int = 2
+    """Rules by which rows become tokens. 2: answers as in running text, label words with an end token where one begins
+    another, long texts without the beginning of their columns. 1: the rules of prompts saved without this field."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -48,6 +53,8 @@ class Task:
         empty = [label for label, word in self.label_words.items() if not word]
         if empty:
             raise ValueError(f"`label_words` must give a word for each label, got none for {empty}")
+        if self.encoding not in (1, 2):
+            raise ValueError(f"`encoding` must be 1 or 2, got {self.encoding}; a newer version tuned this prompt")
         if self.max_length < 1:
             raise ValueError(f"`max_length` must be positive, got {self.max_length}")
 
@@ -91,7 +98,7 @@ class Task:
         files = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
         if len(files) != 1:
             raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, got {len(files)}")
-        return cls(**json.loads(files[0].read_text()))
+        return cls(**{"encoding": 1} | json.loads(files[0].read_text()))
 
 
 def classification_task(
@@ -115,7 +122,7 @@ def classification_task(
         labels = sorted({str(row[label_column]) for row in rows if row.get(label_column) is not None})
         if len(labels) > 100:
             raise ValueError(f"column {label_column!r} holds {len(labels)} different values; is it a label?")
-        label_words = {label: f" {label}" for label in labels}
+        label_words = {label: spaced(label.strip(), template) for label in labels}
     return Task("classification", template, label_column, dict(label_words), **fields)
 
 

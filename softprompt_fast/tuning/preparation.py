@@ -19,8 +19,10 @@ from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import check_name
 from ..prompts.placement import bos_vector
-from ..tasks.encoding import encode
+from ..tasks.cuts import counting_cuts
+from ..tasks.encoding import check_label_words, encode
 from ..tasks.examples import Examples, is_empty
+from ..tasks.words import alike
 from .job import TuningJob
 from .objective import AnswerLoss, choose_loss
 from .prompt_setup import add_prompt, set_form
@@ -131,11 +133,12 @@ def prepare(
         _check_context(model, jobs, longest)
     before = []
     for job in jobs:
-        before.append(
-            evaluate_bare(model, tokenizer, job.task, job.held_out_rows, settings.batch_size)
-            if job.scorer is None
-            else job.scorer(None)
-        )
+        with counting_cuts(log=False):  # counted once, when the rows were encoded
+            before.append(
+                evaluate_bare(model, tokenizer, job.task, job.held_out_rows, settings.batch_size)
+                if job.scorer is None
+                else job.scorer(None)
+            )
         console.print(f"{line_prefix(job, jobs)}without a prompt: {describe_scores(before[-1])}", highlight=False)
     return Prepared(
         model=model,
@@ -164,13 +167,30 @@ def _encode_rows(jobs: list[TuningJob], tokenizer: Any, encoder_decoder: bool) -
     features: Examples = []
     longest: list[int] = []
     for group, job in enumerate(jobs):
-        train, held_out = (
-            encode(job.task, rows, tokenizer, encoder_decoder=encoder_decoder)
-            for rows in (job.train_rows, job.held_out_rows)
-        )
+        check_label_words(job.task, job.train_rows, tokenizer, encoder_decoder=encoder_decoder)
+        _warn_of_labels(job)
+        with counting_cuts():
+            train, held_out = (
+                encode(job.task, rows, tokenizer, encoder_decoder=encoder_decoder)
+                for rows in (job.train_rows, job.held_out_rows)
+            )
         longest.append(max(len(feature["input_ids"]) for feature in train + held_out))
         features += [feature | {"prompt": job.task.prompt, "group": group} for feature in train]
     return features, longest
+
+
+def _warn_of_labels(job: TuningJob) -> None:
+    """Logs labels that are probably one, and labels that cannot be learnt."""
+    for group in alike(job.task.labels):
+        logger.warning(
+            "labels %s differ only in case, white space or Unicode form; each is a class of its own",
+            ", ".join(map(repr, group)),
+        )
+    column = job.task.target_column
+    trained, held_out = ({str(row.get(column)) for row in rows} for rows in (job.train_rows, job.held_out_rows))
+    missing = [label for label in job.task.labels if label in held_out - trained]
+    if missing:
+        logger.warning("no training row has the labels %s of held-out rows", ", ".join(map(repr, missing)))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..evaluation.predictions import evaluate
 from ..tasks.collation import Collator, pad_token_id
+from ..tasks.cuts import counting_cuts
 from .best import BestPrompts
 from .preparation import Prepared, lengths_of
 from .record import seconds_in, step_of
@@ -62,6 +63,7 @@ class Evaluation:
         self.history = prepared.record.history(prepared.names, prepared.checkpoint)
         self.seconds_before = seconds_in(self.history)
 
+    @counting_cuts(log=False)  # counted once, when the rows were encoded
     def __call__(self, step: int, seconds: float) -> dict[str, float]:
         """The scores of one prompt; of several, the means under plain names, for Trainer and the progress bar.
 

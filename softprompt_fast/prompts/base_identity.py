@@ -1,0 +1,111 @@
+"""Which base model a prompt belongs to: its name, and a fingerprint of its weights that is cheap to compute."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hf.architecture import peft_config
+from .peft_files import FINGERPRINT, read_base
+
+ROWS, SAMPLES = 16, 64
+"""Rows of the embedding, and numbers of each row and of each other matrix, that the fingerprint reads."""
+UNKNOWN = "-"
+"""The part of a fingerprint that cannot be read, because its weights are quantised, sharded or not loaded."""
+
+
+def base_fingerprint(model: Any) -> str:
+    """``kind:embedding:layers`` of a transformers model, without its head. It takes milliseconds.
+
+    The last two are digests of the signs of some weights. Signs do not depend on the type of the numbers, so a model
+    has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``.
+    """
+    config = model.config.get_text_config()
+    kind = f"{config.model_type}-{getattr(config, 'num_hidden_layers', UNKNOWN)}x{getattr(config, 'hidden_size', 0)}"
+    embedding = model.get_input_embeddings().weight
+    backbone = getattr(model, "base_model", model)
+    matrices = [
+        parameter
+        for name, parameter in backbone.named_parameters()
+        if parameter is not embedding and parameter.dim() > 1 and "lora_" not in name
+    ]
+    rows = [embedding[row] for row in range(min(ROWS, len(embedding)))] if _readable(embedding) else []
+    layers = [matrix.reshape(-1) for matrix in matrices] if all(map(_readable, matrices)) else []
+    return f"{kind}:{_digest(rows)}:{_digest(layers)}"
+
+
+def base_facts(model: Any) -> dict[str, Any]:
+    """What :func:`write_prompt` writes of a base model: PEFT's fields and the fingerprint."""
+    return peft_config(model) | {FINGERPRINT: base_fingerprint(model)}
+
+
+def same_base(a: str, b: str) -> bool:
+    """Whether two fingerprints can be those of one model; unknown parts agree with any."""
+    return all(x == y or UNKNOWN in (x, y) for x, y in zip(a.split(":"), b.split(":"), strict=False))
+
+
+def check_base(folder: PathLike[str] | str, model: Any, *, force: bool = False) -> None:
+    """Refuses the prompt of an adapter folder if it was tuned on other weights than a model's.
+
+    Folders that do not name a fingerprint (PEFT's, and those saved before there was one) are accepted.
+
+    Args:
+        force: accept any.
+
+    Raises:
+        ValueError: naming both models.
+    """
+    if force:
+        return
+    name, fingerprint = read_base(folder)
+    if fingerprint is None:
+        return
+    own = base_fingerprint(model)
+    if not same_base(fingerprint, own):
+        raise ValueError(
+            f"{folder}: the prompt's base model must be {name!r} ({fingerprint}), got "
+            f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} ({own}); force=True (--force) uses it "
+            "nevertheless"
+        )
+
+
+def one_base(folders: Iterable[Path]) -> None:
+    """Refuses folders whose prompts were tuned on several base models.
+
+    Raises:
+        ValueError: naming two of the models, and a prompt of each.
+    """
+    first: tuple[Path, str | None, str | None] | None = None
+    for folder in folders:
+        name, fingerprint = read_base(folder)
+        if name is None and fingerprint is None:
+            continue
+        if first is None:
+            first = folder, name, fingerprint
+            continue
+        known = first[2] is not None and fingerprint is not None
+        if not (same_base(str(first[2]), str(fingerprint)) if known else first[1] in (name, None) or name is None):
+            raise ValueError(
+                f"the prompts of a folder must have one base model, got {first[1]!r} ({first[0].name}) and {name!r} "
+                f"({folder.name}); move them into a folder for each model, or give --model"
+            )
+
+
+def _readable(weight: Tensor) -> bool:
+    return weight.is_floating_point() and type(weight.data) is Tensor and weight.device.type != "meta"
+
+
+@torch.no_grad()
+def _digest(vectors: list[Tensor]) -> str:
+    if not vectors:
+        return UNKNOWN
+    places = {len(v): torch.linspace(0, len(v) - 1, min(SAMPLES, len(v))).long() for v in vectors}
+    signs = [torch.signbit(v[places[len(v)].to(v.device)]) for v in vectors]
+    bits = torch.cat([sign.cpu() for sign in signs])
+    return hashlib.blake2b(bits.numpy().tobytes(), digest_size=8).hexdigest()
