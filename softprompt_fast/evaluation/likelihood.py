@@ -156,9 +156,7 @@ def encode_rows(
     if task.kind == "generation":
         targets = [encode_target(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]
         return EncodedRows(texts, targets, [], None)
-    for row in rows:
-        task.target(row)  # raises for an unknown label
-    truth = torch.tensor([task.labels.index(str(row[task.target_column])) for row in rows])
+    truth = torch.tensor([task.labels.index(task.label(row)) for row in rows])
     return EncodedRows(texts, [], label_words(task, tokenizer), truth)
 
 
