@@ -7,6 +7,7 @@ from typing import Any
 
 Messages = Sequence[Mapping[str, str]]
 """Turns, each with ``role`` and ``content``."""
+CHAT_COLUMNS = ("messages", "conversations")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -19,19 +20,19 @@ def question(messages: Messages, chat: Mapping[str, str]) -> str:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    before = list(messages)
+    if "chat_template" not in chat:
+        raise ValueError("conversations need the chat template of a tokenizer; call `task.read_chat(tokenizer)`")
+    before: list[Any] = list(messages)
     while before and before[-1]["role"] == "assistant":
         before.pop()
     if not before:
         raise ValueError("a conversation must have a turn before the answer, got none")
-    tokens = {name: value for name, value in chat.items() if name != "chat_template"}
+    given: dict[str, Any] = dict(chat)
     try:
-        rendered, _ = render_jinja_template(
-            [before], chat_template=chat["chat_template"], add_generation_prompt=True, **tokens
-        )
+        rendered: Any = render_jinja_template([[*before]], add_generation_prompt=True, **given)
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses the conversation: {error}") from error
-    text: str = rendered[0]
+    text: str = rendered[0][0]
     return text
 
 
@@ -43,7 +44,7 @@ def answer(messages: Messages, column: str) -> str:
 
 
 def chat_of(tokenizer: Any) -> dict[str, str]:
-    """What renders conversations as a tokenizer does.
+    """What renders conversations as a tokenizer does: its chat template, and its special tokens.
 
     Raises:
         ValueError: the tokenizer has no chat template.

@@ -99,3 +99,11 @@ def grouped(rows: Examples, key: Callable[[int], str]) -> dict[str, Examples]:
     for index in range(len(rows)):
         groups.setdefault(key(index), []).append(index)
     return {group: choose(rows, indices) for group, indices in groups.items()}
+
+
+def joined(*parts: Examples) -> Examples:
+    """Rows of several lists, one after the other, without the types of their files."""
+    rows = [row for part in parts for row in part]
+    if not all(isinstance(part, Rows) or not part for part in parts):
+        return rows
+    return Rows(rows, [origin for part in parts if isinstance(part, Rows) for origin in part.origins])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .csv_tables import read_csv
 from .decoding import decode, read_bytes
-from .examples import Origin, Rows
 from .json_tables import read_json, read_json_lines
+from .rows import Origin, Rows, joined
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -178,11 +178,8 @@ def _joined(parts: Sequence[Rows]) -> Rows:
         import pyarrow as pa
 
         table = pa.concat_tables(tables, promote_options="permissive")
-    return Rows(_chained(parts), _chained([part.origins for part in parts]), table)
-
-
-def _chained(lists: Iterable[Iterable[Any]]) -> list[Any]:
-    return [value for values in lists for value in values]
+    together = joined(*parts)
+    return Rows(together, [origin for part in parts for origin in part.origins], table)
 
 
 def _saved_to_disk(folder: Path, split: str | None) -> Rows:

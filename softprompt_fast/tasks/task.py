@@ -41,7 +41,8 @@ class Task:
     special_tokens: bool = True
     """Whether the tokenizer puts its special tokens (BOS) around a text; False for prompts that hold BOS themselves."""
     chat: dict[str, str] | None = None
-    """Generation from conversations: the tokenizer's ``chat_template``, and the special tokens that it names."""
+    """Generation from conversations: the tokenizer's ``chat_template``, and the special tokens that it names.
+    An empty mapping until :meth:`read_chat`. None: no conversations."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -127,6 +128,15 @@ class Task:
                 "of a model with a chat template (--chat-column)"
             )
         return chat.question(messages, self.chat)
+
+    def read_chat(self, tokenizer: Any) -> None:
+        """Takes the chat template of a tokenizer, if the task reads conversations and has none yet.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if self.chat == {}:
+            self.chat = chat.chat_of(tokenizer)
 
     def save(self, folder: PathLike[str] | str) -> None:
         (Path(folder) / TASK_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")

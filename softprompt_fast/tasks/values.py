@@ -111,7 +111,8 @@ def label_name(value: Any, column: str) -> str:
         ValueError: a list or another value that is not one label.
     """
     value = scalar(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value) and value == int(value):
+    number = isinstance(value, (int, float, decimal.Decimal)) and not isinstance(value, bool)
+    if number and math.isfinite(value) and value == int(value):
         return str(int(value))
     try:
         return text_of(value, column)
