@@ -84,7 +84,8 @@ def _rows_of(data: Mapping[str, Any], name: str) -> Any:
     if set(data) >= {"columns", "data"} and set(data) <= {"columns", "data", "index"}:
         return [dict(zip(data["columns"], values, strict=True)) for values in data["data"]]
     columns = list(data.values())
-    if columns and all(isinstance(column, list) for column in columns):
+    several_tables = len(tables) > 1 and len(tables) == len(data)
+    if columns and all(isinstance(column, list) for column in columns) and not several_tables:
         if len({len(column) for column in columns}) > 1:
             lengths = ", ".join(f"{key!r}: {len(value)}" for key, value in data.items())
             raise ValueError(f"{name} must have columns of one length, got {lengths}")

@@ -29,7 +29,10 @@ def is_missing(value: Any) -> bool:
         return not value.strip()
     if isinstance(value, numbers.Number):
         return value != value
-    return type(value).__name__ in ("NaTType", "NAType")
+    kind = type(value).__name__
+    if kind in ("datetime64", "timedelta64"):  # of numpy
+        return bool(value != value)
+    return kind in ("NaTType", "NAType")
 
 
 def scalar(value: Any) -> Any:
