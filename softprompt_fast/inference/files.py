@@ -151,7 +151,9 @@ def write_lines(
     names = answer_names(rows)
     renamed = [f"{name!r} as {new!r}" for name, new in names.items() if name != new]
     if renamed:
-        logger.warning("the rows have columns of these names already; answers are written under others: %s", renamed)
+        logger.warning(
+            "the rows have columns of these names already; answers are written under others: %s", ", ".join(renamed)
+        )
     at, errors = start, 0
     for results in answers(start):
         for row, result in zip(rows[at : at + len(results)], results, strict=True):
