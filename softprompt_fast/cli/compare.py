@@ -126,14 +126,13 @@ def compare(
     device: Device = None,
 ) -> None:
     """Compares prompt tuning with zero-shot, instruction, few-shot, PEFT, LoRA, a linear probe and full fine-tuning."""
-    data_options = data_options_of()
     names = _methods(methods)
     from ..comparison.drawing import overview_figure
     from ..comparison.run import compare as run
     from ..comparison.settings import METHODS, parse_options
     from ..comparison.tables import print_comparison
 
-    options = task_options()
+    options, data_options = task_options(), data_options_of()
     train, validation_rows, test_rows = _splits(
         rows := data_options.read(data),
         None if validation is None else data_options.read(validation),
