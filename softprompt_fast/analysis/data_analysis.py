@@ -15,6 +15,7 @@ from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.encoding import without_end, word_ids
 from ..tasks.examples import has_target, is_empty
 from ..tasks.task import Task
+from ..tasks.values import is_missing, label_name
 from .duplicates import find_duplicates
 from .recipe import suggest
 from .results import Analysis, LabelWord, Lengths, Recipe
@@ -49,13 +50,17 @@ def analyze(
     filled = [row for row in train_rows if not is_empty(task, row)]
     labelled = [row for row in filled if has_target(task, row)]
     values = [row.get(task.target_column) for row in train_rows]
-    unknown = Counter(str(v) for v in values if v is not None and task.label_words and str(v) not in task.label_words)
+    unknown = Counter(
+        label_name(row[task.target_column], task.target_column)
+        for row in train_rows
+        if task.label_words and not is_missing(row.get(task.target_column)) and not has_target(task, row)
+    )
     text = _token_counts(tokenizer, [task.text(row) for row in filled], drop_eos=not encoder_decoder)
     ends = encoder_decoder or task.kind == "generation"
     target = [n + ends for n in _token_counts(tokenizer, [task.target(row) for row in labelled], special=False)]
     words = {label: _label_word(task, tokenizer, word, encoder_decoder) for label, word in task.label_words.items()}
     usable = [row for row in held_out_rows if not is_empty(task, row) and has_target(task, row)] or labelled
-    counts = Counter(str(row[task.target_column]) for row in labelled)
+    counts = Counter(task.label(row) for row in labelled if task.label_words)
     classes = {label: counts[label] for label in task.labels}
     zero_shot, answers = _zero_shot(model, tokenizer, task, usable, sample, batch_size, seed, progress)
     analysis = Analysis(
@@ -63,7 +68,7 @@ def analyze(
         train_rows=len(train_rows),
         held_out_rows=len(held_out_rows),
         empty_rows=len(train_rows) - len(filled),
-        unlabelled_rows=sum(value is None for value in values),
+        unlabelled_rows=sum(map(is_missing, values)),
         unknown_labels=dict(unknown),
         text=Lengths.of(text),
         target=Lengths.of(target),
@@ -121,7 +126,7 @@ def _majority(
     if task.kind != "classification" or not rows or not any(classes.values()):
         return None
     label = max(classes, key=classes.__getitem__)
-    hits = sum(str(row[task.target_column]) == label for row in rows)
+    hits = sum(task.label(row) == label for row in rows)
     low, high = wilson_interval(hits, len(rows))
     return {"label": label, "accuracy": hits / len(rows), "accuracy_low": low, "accuracy_high": high}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..tasks.examples import has_target
 from ..tasks.task import Task
+from ..tasks.values import is_missing
 
 EXAMPLES = 5
 
@@ -40,7 +41,7 @@ def normalise(text: str) -> str:
 
 def row_text(task: Task, row: Mapping[str, Any]) -> str:
     """The columns that the template names, without the template."""
-    return "\n".join("" if row[name] is None else str(row[name]) for name in task.columns)
+    return "\n".join("" if is_missing(row[name]) else str(row[name]) for name in task.columns)
 
 
 def find_duplicates(
@@ -61,7 +62,7 @@ def find_duplicates(
         texts.add(text)
         known = labels.setdefault(key, set())
         if task.kind == "classification" and has_target(task, row):
-            known.add(str(row[task.target_column]))
+            known.add(task.label(row))
             of_label[key] = of_label.get(key, 0) + 1
     contradictory = [key for key, known in labels.items() if len(known) > 1]
     held_out = [row_text(task, row) for row in held_out_rows]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..base.extras import require
 from ..base.progress import progress_bar
-from .data import TaskOptions, hold_out, read_rows
+from .data import DataOptions, TaskOptions, hold_out
 from .options import (
     DATA,
     BatchSize,
@@ -21,7 +21,6 @@ from .options import (
     HeldOut,
     Model,
     Report,
-    Split,
     SplitSeed,
     Validation,
     with_options,
@@ -30,9 +29,11 @@ from .output import console, draw_figure, write_report
 
 
 @with_options("task_options", TaskOptions)
+@with_options("data_options_of", DataOptions)
 def analyze(
     model: Model,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
     validation: Validation = None,
     held_out: HeldOut = 0.1,
@@ -42,7 +43,6 @@ def analyze(
             min=0, help="Held-out rows that the model without a prompt answers; 0 skips this.", rich_help_panel=DATA
         ),
     ] = 500,
-    split: Split = "train",
     seed: SplitSeed = 0,
     output: Report = None,
     figure: Figure = None,
@@ -51,6 +51,7 @@ def analyze(
     device: Device = None,
 ) -> None:
     """Looks at data before tuning: lengths, classes, repeated texts, leaks, baselines, and a recipe."""
+    data_options = data_options_of()
     require("train", "accelerate", "datasets", "sklearn", purpose="analyze")
     if figure is not None:
         require("train", "matplotlib", purpose="--figure")
@@ -61,10 +62,11 @@ def analyze(
     from ..models.soft_prompt_model import SoftPromptModel
 
     options = task_options()
-    rows = read_rows(data, split)
+    rows = data_options.read(data)
     task = options.task(rows)
-    rows, held_out_rows = hold_out(rows, validation, held_out, split, seed)
+    rows, held_out_rows = hold_out(rows, validation, held_out, data_options, seed)
     base, tokenizer = load_base_model(model, dtype, device)
+    task.read_chat(tokenizer)
     with progress_bar(min(sample, len(held_out_rows)), console) as advance:
         analysis = analyze_data(
             SoftPromptModel(base),

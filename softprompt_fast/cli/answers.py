@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +16,13 @@ from .output import console
 from .prompts import base_model_name, folders_by_name, without_task
 
 if TYPE_CHECKING:
-    from ..inference.files import Answers
+    from ..inference.files import Answers, Written
     from ..inference.pipeline import SoftPromptPipeline
     from ..tasks.examples import Examples
     from ..tasks.task import Task
 
+SOME_FAILED = 3
+"""Status of a command that answered some rows, but not all."""
 PromptNameColumn = Annotated[
     str | None,
     typer.Option(
@@ -48,12 +49,17 @@ BatchTokens = Annotated[
 ]
 
 
-def require_for_output(output: Path | None) -> None:
-    """The packages that write the file."""
-    if output is not None and output.suffix == ".csv":
-        require("train", "pandas", purpose=f"writing {output}")
-    if output is not None and output.suffix == ".parquet":
-        require("train", "pandas", "pyarrow", purpose=f"writing {output}")
+def check_answers_file(output: Path | None, data: str, resume: bool) -> None:
+    """Checks that answers can be written: the packages for it, and a file that holds neither answers nor the rows."""
+    from ..inference.files import check_output
+
+    if output is None:
+        if resume:
+            raise ValueError("--resume cannot be used without --output")
+        return
+    check_output(output, data, resume=resume)
+    if output.suffix.lower() == ".parquet":
+        require("train", "pyarrow", purpose=f"writing {output}")
 
 
 def load_pipeline(
@@ -92,14 +98,21 @@ def names_of_rows(rows: Examples, column: str | None, known: Sequence[str]) -> l
         if len(known) != 1:
             raise ValueError(f"--prompt-name-column must be given, because there are {len(known)} prompts")
         return [known[0]] * len(rows)
-    if column not in rows[0]:
-        raise ValueError(f"no column {column!r} in the data, which has {', '.join(rows[0])}")
     from ..prompts.peft_files import safe_name
+    from ..tasks.rows import columns_of, place
+    from ..tasks.values import is_missing, label_name
 
-    names = [None if row[column] is None or row[column] == "" else str(row[column]) for row in rows]
-    return [
-        name if name is None or name in known or safe_name(name) not in known else safe_name(name) for name in names
-    ]
+    if column not in (columns := columns_of(rows)):
+        raise ValueError(f"no column {column!r} in the data, which has {', '.join(columns)}")
+    names: list[str | None] = []
+    for index, row in enumerate(rows):
+        value = row.get(column)
+        try:
+            name = None if is_missing(value) else label_name(value, column)
+        except ValueError as error:
+            raise ValueError(f"{place(rows, index)}: {error}") from error
+        names.append(name if name is None or name in known or safe_name(name) not in known else safe_name(name))
+    return names
 
 
 def answer_all(
@@ -109,24 +122,34 @@ def answer_all(
     output: Path | None,
     resume: bool,
 ) -> None:
-    """Answers rows with their prompts and writes them, to standard output if there is no file."""
-    from ..inference.files import in_chunks
+    """Answers rows with their prompts and writes them, to standard output if there is no file.
+
+    Raises:
+        typer.Exit: with status 3 if some rows got an error, 1 if all did.
+    """
+    from ..inference.files import in_chunks, write_lines
     from ..tasks.cuts import counting_cuts
 
+    answers = in_chunks(answer, rows, names)
     with counting_cuts():
         if output is not None:
-            write_file(rows, in_chunks(answer, rows, names), output, resume)
+            write_file(rows, answers, output, resume)
             return
         with progress_bar(len(rows), console) as advance:
-            results = answer(rows, names)
-            advance(len(rows))
-    for row, result in zip(rows, results, strict=True):
-        sys.stdout.write(json.dumps(row | result, ensure_ascii=False) + "\n")
+            written = write_lines(rows, answers, sys.stdout.buffer, done=advance)
+    _finish(written, "standard output")
 
 
 def write_file(rows: Examples, answers: Answers, output: Path, resume: bool) -> None:
+    """Writes answers to a file; the end as in :func:`answer_all`."""
     from ..inference.files import write_answers
 
     with progress_bar(len(rows), console) as advance:
-        errors = write_answers(rows, answers, output, resume=resume, done=advance)
-    console.print(f"wrote {len(rows)} rows, {errors} of them errors, to {output}")
+        written = write_answers(rows, answers, output, resume=resume, done=advance)
+    _finish(written, str(output))
+
+
+def _finish(written: Written, target: str) -> None:
+    console.print(f"wrote {written.rows} rows, {written.errors} of them errors, to {target}", soft_wrap=True)
+    if written.errors:
+        raise typer.Exit(1 if written.errors == written.rows else SOME_FAILED)

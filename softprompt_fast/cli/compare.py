@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from ..base.extras import require
-from .data import TaskOptions, read_rows
-from .options import DATA, MACHINE, OUTPUT, PROMPT, TRAINING, Data, Device, Dtype, Figure, Model, Split, with_options
+from .data import DataOptions, TaskOptions
+from .options import DATA, MACHINE, OUTPUT, PROMPT, TRAINING, Data, Device, Dtype, Figure, Model, with_options
 from .output import console, draw_figure
 
 if TYPE_CHECKING:
@@ -95,9 +95,11 @@ Timeout = Annotated[float | None, typer.Option(min=1.0, help="Minutes that one j
 
 
 @with_options("task_options", TaskOptions)
+@with_options("data_options_of", DataOptions)
 def compare(
     model: Model,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
     output: Output = Path("compare"),
     methods: Methods = None,
@@ -106,7 +108,6 @@ def compare(
     validation_share: ValidationShare = 0.1,
     test_share: TestShare = 0.2,
     split_seed: CommonSplitSeed = 0,
-    split: Split = "train",
     max_train: MaxTrain = None,
     max_validation: MaxValidation = None,
     max_test: MaxTest = None,
@@ -131,11 +132,11 @@ def compare(
     from ..comparison.settings import METHODS, parse_options
     from ..comparison.tables import print_comparison
 
-    options = task_options()
+    options, data_options = task_options(), data_options_of()
     train, validation_rows, test_rows = _splits(
-        rows := read_rows(data, split),
-        None if validation is None else read_rows(validation, split),
-        None if test is None else read_rows(test, split),
+        rows := data_options.read(data),
+        None if validation is None else data_options.read(validation),
+        None if test is None else data_options.read(test),
         validation_share,
         test_share,
         split_seed,

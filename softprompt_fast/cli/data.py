@@ -15,6 +15,38 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class DataOptions:
+    """How rows are read."""
+
+    split: str | None = field(
+        default=None,
+        metadata=described("Split of a Hub dataset, train by default, or of a folder with several.", group=DATA),
+    )
+    config: str | None = field(default=None, metadata=described("Configuration of a Hub dataset.", group=DATA))
+    delimiter: str | None = field(
+        default=None,
+        metadata=described(
+            r"Character between the fields of a csv or tsv file; \t is a tab. By default the file shows it.", group=DATA
+        ),
+    )
+    encoding: str | None = field(
+        default=None, metadata=described("Encoding of a text file. By default the file shows it.", group=DATA)
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def read(self, source: str) -> Examples:
+        """The rows of a file, a folder or a Hub dataset."""
+        require("train", "datasets", "pyarrow", purpose="reading data")
+        from ..tasks.tables import load_rows
+        from ..tasks.templates import unescaped
+
+        delimiter = None if self.delimiter is None else unescaped(self.delimiter)
+        return load_rows(source, self.split, config=self.config, delimiter=delimiter, encoding=self.encoding)
+
+
+@dataclass(frozen=True)
 class TaskOptions:
     """How rows of data become a task."""
 
@@ -40,8 +72,17 @@ class TaskOptions:
     template: str | None = field(
         default=None,
         metadata=described(
-            r"Text that the model reads, with columns in braces; \n is a line break. By default the text, a line break "
-            "and the label column's name (classification), or the input column (generation).",
+            r"Text that the model reads, with columns in braces; \n is a line break, \t a tab, \\ a backslash; braces "
+            "around other text are doubled. By default the text, a line break and the label column's name "
+            "(classification), or the input column (generation).",
+            group=DATA,
+        ),
+    )
+    chat_column: str | None = field(
+        default=None,
+        metadata=described(
+            "Column of conversations, for generation: the model's chat template makes the text of all turns but the "
+            "last answer. By default messages or conversations, if the data have no other text.",
             group=DATA,
         ),
     )
@@ -68,9 +109,23 @@ class TaskOptions:
     def task(self, rows: Examples, **fields: Any) -> Task:
         """The task on these rows; its labels are those that the rows have."""
         from ..tasks.task import classification_task, generation_task
+        from ..tasks.templates import unescaped
 
-        template = None if self.template is None else self.template.replace("\\n", "\n")
+        template = None if self.template is None else unescaped(self.template)
+        if self.chat_column is not None and self.kind != "generation":
+            raise ValueError("--chat-column cannot be used without --task generation")
         if self.kind == "generation":
+            if (columns := self._chat_columns(rows)) is not None:
+                if template is not None:
+                    raise ValueError("--template cannot be combined with conversations")
+                return generation_task(
+                    input_column=columns[0],
+                    output_column=columns[1],
+                    max_length=self.max_length,
+                    chat={},
+                    special_tokens=False,
+                    **fields,
+                )
             return generation_task(
                 input_column=self.input_column,
                 output_column=self.output_column,
@@ -78,9 +133,8 @@ class TaskOptions:
                 max_length=self.max_length,
                 **fields,
             )
-        labelled = [row for row in rows if row.get(self.label_column) is not None]
         return classification_task(
-            labelled or rows,
+            rows,
             text_column=self.text_column,
             label_column=self.label_column,
             template=template,
@@ -88,6 +142,26 @@ class TaskOptions:
             max_length=self.max_length,
             **fields,
         )
+
+    def _chat_columns(self, rows: Examples) -> tuple[str, str] | None:
+        """The columns of the conversation and of the answer, one column for both if it holds both; None: no chat."""
+        from ..tasks.chat import CHAT_COLUMNS, holds_conversations
+
+        def chats(column: str) -> bool:
+            return holds_conversations(row.get(column) for row in rows)
+
+        if self.chat_column is not None:
+            if not chats(self.chat_column):
+                raise ValueError(f"--chat-column must name a column of conversations, got {self.chat_column!r}")
+            return self.chat_column, self.chat_column
+        if chats(self.input_column):
+            output = self.output_column
+            if rows and output not in rows[0] and "completion" in rows[0]:
+                output = "completion"
+            return self.input_column, output
+        if rows and self.input_column not in rows[0] and self.template is None:
+            return next(((column, column) for column in CHAT_COLUMNS if chats(column)), None)
+        return None
 
 
 def label_words(values: list[str], template: str = "") -> dict[str, str]:
@@ -103,18 +177,10 @@ def label_words(values: list[str], template: str = "") -> dict[str, str]:
     return words
 
 
-def read_rows(source: str, split: str) -> Examples:
-    """The rows of a file or of a Hub dataset."""
-    require("train", "datasets", purpose="reading data")
-    from ..tasks.tables import load_rows
-
-    return load_rows(source, split)
-
-
 def hold_out(
-    rows: Examples, validation: str | None, held_out: float, split: str, seed: int
+    rows: Examples, validation: str | None, held_out: float, data_options: DataOptions, seed: int
 ) -> tuple[Examples, Examples]:
     """Rows, and held-out rows: those of ``validation``, or a part of the rows."""
     from ..tasks.examples import split_rows
 
-    return (rows, read_rows(validation, split)) if validation is not None else split_rows(rows, held_out, seed)
+    return (rows, data_options.read(validation)) if validation is not None else split_rows(rows, held_out, seed)

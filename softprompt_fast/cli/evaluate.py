@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from ..base.extras import require
 from ..base.progress import progress_bar
-from .data import read_rows
-from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, Split
+from .data import DataOptions
+from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, with_options
 from .output import console
 from .prompts import Force, TaskTemplate, TaskWords, ensemble_members, folders_by_name, given_task, load_tuned
 
 
+@with_options("data_options_of", DataOptions)
 def evaluate(
     prompt: PromptFolder,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
     force: Force = False,
     template: TaskTemplate = None,
@@ -31,29 +34,32 @@ def evaluate(
         ),
     ] = None,
     ensemble: Annotated[bool, typer.Option(help="Score the common decision of the folder's prompts.")] = False,
-    split: Split = "train",
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Scores a tuned prompt, or an ensemble, on labelled rows; prints JSON."""
+    data_options = data_options_of()
     require("train", "datasets", "sklearn", purpose="evaluate")
     from ..evaluation.ensembles import evaluate_ensemble
     from ..evaluation.predictions import evaluate as score_prompt
+    from ..tasks.examples import complete_rows
 
     folders = folders_by_name(prompt)
     given = given_task(folders, template, label_word, target_column)
-    rows = read_rows(data, split)
+    rows = data_options.read(data)
     if ensemble and given is not None:
         raise ValueError("--template cannot be combined with --ensemble")
     if ensemble:
         members, combine = ensemble_members(prompt, list(folders))
         tuned, tokenizer, task = load_tuned(folders[members[0]], model, dtype, device, force=force)
+        rows = complete_rows(task, rows)
         for name in members[1:]:
             tuned.load_prompt(folders[name], name, force=force)
         scores = evaluate_ensemble(tuned, tokenizer, task, rows, members, combine=combine, batch_size=batch_size)
     else:
         tuned, tokenizer, task = load_tuned(prompt, model, dtype, device, force=force, task=given)
+        rows = complete_rows(task, rows)
         with progress_bar(len(rows), console) as advance:
             scores = score_prompt(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance)
     print(json.dumps(scores, indent=2))

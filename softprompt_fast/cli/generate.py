@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,12 +13,12 @@ from .answers import (
     PromptNameColumn,
     Resume,
     answer_all,
+    check_answers_file,
     load_pipeline,
     names_of_rows,
-    require_for_output,
 )
-from .data import read_rows
-from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, Split
+from .data import DataOptions
+from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, with_options
 from .prompts import Force
 
 GENERATION = "Generation"
@@ -52,14 +52,15 @@ Stop = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of the drawn tokens.", rich_help_panel=GENERATION)]
 
 
+@with_options("data_options_of", DataOptions)
 def generate(
     prompt: PromptFolders,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
     force: Force = False,
     prompt_name_column: PromptNameColumn = None,
     text_column: TextColumn = "text",
-    split: Split = "train",
     max_new_tokens: MaxNewTokens = 64,
     do_sample: DoSample = False,
     temperature: Temperature = None,
@@ -74,11 +75,17 @@ def generate(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Continues each row's text, in the order of the rows."""
-    require_for_output(output)
+    """Continues each row's text, in the order of the rows.
+
+    The status is 0 if all rows are answered, 3 if some got an error, 1 if all did or nothing ran.
+    """
+    data_options = data_options_of()
+    check_answers_file(output, data, resume)
     from transformers import set_seed
 
-    rows = read_rows(data, split)
+    from ..tasks.values import text_of
+
+    rows = data_options.read(data)
     pipe = load_pipeline(
         prompt, model, batch_size=batch_size, batch_tokens=batch_tokens, dtype=dtype, device=device, force=force
     )
@@ -89,13 +96,19 @@ def generate(
     set_seed(seed)
 
     def answer(part: Sequence[dict[str, Any]], used: Sequence[str | None]) -> list[dict[str, Any]]:
-        texts: list[Any] = []
-        for row, name in zip(part, used, strict=True):
-            task = pipe.bank.task(name) if name is not None and name in pipe.bank else None
-            if task is None and text_column not in row:
+        results: list[dict[str, Any]] = [{} for _ in part]
+        texts: dict[int, Any] = {}
+        for i, (row, name) in enumerate(zip(part, used, strict=True)):
+            has_task = name is not None and name in pipe.bank and pipe.bank.task(name) is not None
+            if not has_task and text_column not in row:
                 raise ValueError(f"no column {text_column!r} in the data, which has {', '.join(row)}")
-            texts.append(row if task is not None else str(row[text_column]))
-        results = pipe.generate(texts, used, **options)
-        return [{"generated": result["text"]} if "text" in result else result for result in results]
+            try:
+                texts[i] = row if has_task else text_of(row[text_column], text_column)
+            except ValueError as error:
+                results[i] = {"error": str(error)}
+        answers = pipe.generate(list(texts.values()), [used[i] for i in texts], **options)
+        for i, answered in zip(texts, answers, strict=True):
+            results[i] = {"generated": answered["text"]} if "text" in answered else answered
+        return results
 
     answer_all(rows, names, answer, output, resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,8 @@ from rich.console import Console
 
 from ..base.extras import require
 from ..base.progress import progress_bar
-from .data import read_rows
-from .options import BatchSize, Device, Dtype, Figure, OptionalData, OptionalModel, PromptFolders, Report, Split
+from .data import DataOptions
+from .options import BatchSize, Device, Dtype, Figure, OptionalData, OptionalModel, PromptFolders, Report, with_options
 from .output import console, draw_figure, write_report
 from .prompts import Force, load_plain_prompts
 
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from ..tasks.task import Task
 
 
+@with_options("data_options_of", DataOptions)
 def interpret(
     prompt: PromptFolders,
+    data_options_of: Callable[..., DataOptions],
     data: OptionalData = None,
     model: OptionalModel = None,
     force: Force = False,
@@ -31,7 +34,6 @@ def interpret(
     neighbours: Annotated[
         int, typer.Option("--neighbours", "-k", min=1, help="Number of nearest tokens to show for each vector.")
     ] = 5,
-    split: Split = "train",
     output: Report = None,
     figure: Figure = None,
     batch_size: BatchSize = 32,
@@ -39,13 +41,14 @@ def interpret(
     device: Device = None,
 ) -> None:
     """Shows a prompt's nearest tokens, norms and, on rows, the effect of each vector. This is not an explanation."""
+    data_options = data_options_of()
     if figure is not None:
         require("train", "matplotlib", purpose="--figure")
     from ..analysis.figures import interpretation_figure
     from ..analysis.interpretation import interpret as interpret_prompts
     from ..analysis.tables import print_interpretation
 
-    rows = read_rows(data, split) if data is not None else []
+    rows = data_options.read(data) if data is not None else []
     tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     name = ablate or (next(iter(folders)) if len(folders) == 1 else None)
     task = _task_of(folders, name) if rows else None

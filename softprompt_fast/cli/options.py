@@ -30,17 +30,23 @@ OptionalModel = Annotated[
     typer.Option("--model", "-m", help="Base model. By default the one that the prompt was tuned on."),
 ]
 Data = Annotated[
-    str, typer.Option("--data", "-d", help="Rows: a jsonl, json, csv, tsv or parquet file, or a Hub dataset.")
+    str,
+    typer.Option(
+        "--data", "-d", help="Rows: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub dataset."
+    ),
 ]
 OptionalData = Annotated[
     str | None,
-    typer.Option("--data", "-d", help="Labelled rows: a jsonl, json, csv, tsv or parquet file, or a Hub dataset."),
+    typer.Option(
+        "--data",
+        "-d",
+        help="Labelled rows: a jsonl, json, csv, tsv or parquet file, a folder of them, or a Hub dataset.",
+    ),
 ]
 PromptFolder = Annotated[
     Path, typer.Option("--prompt", "-p", help="Folder of a prompt, or the output folder of a run with one prompt.")
 ]
 PromptFolders = Annotated[Path, typer.Option("--prompt", "-p", help="Folder of a prompt, or a folder of prompts.")]
-Split = Annotated[str, typer.Option(help="Split of a Hub dataset.", rich_help_panel=DATA)]
 SplitSeed = Annotated[int, typer.Option(help="Seed that splits the data.", rich_help_panel=DATA)]
 Validation = Annotated[
     str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -13,13 +14,24 @@ from .answers import (
     PromptNameColumn,
     Resume,
     answer_all,
+    check_answers_file,
     load_pipeline,
     names_of_rows,
-    require_for_output,
     write_file,
 )
-from .data import read_rows
-from .options import MACHINE, PROMPT, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, Split, completion
+from .data import DataOptions
+from .options import (
+    MACHINE,
+    PROMPT,
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    OptionalModel,
+    PromptFolders,
+    completion,
+    with_options,
+)
 from .prompts import (
     Force,
     TaskTemplate,
@@ -61,15 +73,16 @@ Workers = Annotated[
 ]
 
 
+@with_options("data_options_of", DataOptions)
 def predict(
     prompt: PromptFolders,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
     force: Force = False,
     prompt_name_column: PromptNameColumn = None,
     template: TaskTemplate = None,
     label_word: TaskWords = None,
-    split: Split = "train",
     ensemble: Ensemble = False,
     combine: Combine = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -82,7 +95,11 @@ def predict(
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Adds a prediction to each row, as its prompt's task asks, in the order of the rows."""
+    """Adds a prediction to each row, as its prompt's task asks, in the order of the rows.
+
+    The status is 0 if all rows are answered, 3 if some got an error, 1 if all did or nothing ran.
+    """
+    data_options = data_options_of()
     if engine not in ENGINES:
         raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     if ensemble and prompt_name_column is not None:
@@ -93,14 +110,14 @@ def predict(
         raise ValueError("--output must be given with --engine ray")
     if engine == "ray":
         require("ray", "ray", purpose="--engine ray")
-    require_for_output(output)
+    check_answers_file(output, data, resume)
     from ..inference.files import answer_rows
 
     folders = folders_by_name(prompt)
     if engine == "ray" and template is not None:
         raise ValueError("--template cannot be combined with --engine ray")
     task = given_task(folders, template, label_word)
-    rows = read_rows(data, split)
+    rows = data_options.read(data)
     used = set(list(folders) if ensemble else names_of_rows(rows, prompt_name_column, list(folders)))
     bare = [name for name in without_task(folders) if name in used]
     if bare and task is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ..base.extras import require
-from .data import hold_out, read_rows
+from .data import DataOptions, hold_out
 from .options import (
     DATA,
     PROMPT,
@@ -19,8 +20,8 @@ from .options import (
     Figure,
     OptionalModel,
     PromptFolder,
-    Split,
     SplitSeed,
+    with_options,
 )
 from .output import console, draw_figure
 from .prompts import Force, load_plain_prompts
@@ -46,14 +47,15 @@ Pieces = Annotated[
 ]
 
 
+@with_options("data_options_of", DataOptions)
 def prune(
     prompt: PromptFolder,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     output: Output,
     model: OptionalModel = None,
     force: Force = False,
     validation: OtherRows = None,
-    split: Split = "train",
     seed: SplitSeed = 0,
     min_tokens: MinTokens = 1,
     tolerance: Tolerance = 0.0,
@@ -65,6 +67,7 @@ def prune(
     device: Device = None,
 ) -> None:
     """Removes vectors of a prompt that do not help. Scores it on other rows before and after; nothing is retrained."""
+    data_options = data_options_of()
     if figure is not None:
         require("train", "matplotlib", purpose="--figure")
     from ..analysis.figures import pruning_figure
@@ -72,7 +75,7 @@ def prune(
     from ..analysis.tables import print_pruned
     from ..tasks.task import Task
 
-    rows, other_rows = hold_out(read_rows(data, split), validation, 0.5, split, seed)
+    rows, other_rows = hold_out(data_options.read(data), validation, 0.5, data_options, seed)
     tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     if len(folders) > 1:
         raise ValueError(f"--prompt must be the folder of one prompt, got {prompt} with {', '.join(folders)}")

@@ -10,7 +10,7 @@ import typer
 
 from ..base.extras import require
 from ..tuning.settings import TuningSettings
-from .data import TaskOptions, hold_out, read_rows
+from .data import DataOptions, TaskOptions, hold_out
 from .options import (
     DATA,
     Data,
@@ -20,7 +20,6 @@ from .options import (
     HeldOut,
     Model,
     PromptName,
-    Split,
     Validation,
     with_options,
 )
@@ -62,9 +61,11 @@ TestRows = Annotated[
 
 @with_options("task_options", TaskOptions)
 @with_options("settings_of", TuningSettings, without=NOT_SEARCHED)
+@with_options("data_options_of", DataOptions)
 def search(
     model: Model,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
     settings_of: Callable[..., TuningSettings],
     output: Output = Path("search"),
@@ -76,13 +77,13 @@ def search(
     validation: Validation = None,
     held_out: HeldOut = 0.1,
     test: TestRows = None,
-    split: Split = "train",
     name: PromptName = "prompt",
     deep: Deep = False,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Finds the shortest prompt that is not significantly worse than the best, for the cost of two runs."""
+    data_options = data_options_of()
     require("search", "optuna", purpose="a search")
     require("train", "accelerate", "datasets", "sklearn", "matplotlib", purpose="a search")
     settings = settings_of(steps=steps)
@@ -93,11 +94,12 @@ def search(
     from ..models.soft_prompt_model import SoftPromptModel
 
     options = task_options()
-    rows = read_rows(data, split)
+    rows = data_options.read(data)
     task = options.task(rows, model=model, prompt=name)
-    rows, held_out_rows = hold_out(rows, validation, held_out, split, settings.seed)
-    test_rows = [] if test is None else read_rows(test, split)
+    rows, held_out_rows = hold_out(rows, validation, held_out, data_options, settings.seed)
+    test_rows = [] if test is None else data_options.read(test)
     base, tokenizer = load_base_model(model, dtype, device)
+    task.read_chat(tokenizer)
     try:
         search_lengths(
             (DeepPromptModel if deep else SoftPromptModel)(base),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..base.extras import require
 from ..base.progress import progress_bar
-from .data import TaskOptions, read_rows
+from .data import DataOptions, TaskOptions
 from .options import (
     BatchSize,
     Device,
@@ -21,7 +21,6 @@ from .options import (
     OptionalModel,
     PromptFolders,
     Report,
-    Split,
     with_options,
 )
 from .output import console, draw_figure, write_report
@@ -32,8 +31,10 @@ if TYPE_CHECKING:
 
 
 @with_options("task_options", TaskOptions)
+@with_options("data_options_of", DataOptions)
 def similar(
     prompt: PromptFolders,
+    data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
     data: OptionalData = None,
     target: Annotated[
@@ -41,7 +42,6 @@ def similar(
     ] = None,
     model: OptionalModel = None,
     force: Force = False,
-    split: Split = "train",
     output: Report = None,
     figure: Figure = None,
     batch_size: BatchSize = 32,
@@ -49,6 +49,7 @@ def similar(
     device: Device = None,
 ) -> None:
     """Ranks stored prompts as starting points for a task. The target's task.json or the options describe the task."""
+    data_options = data_options_of()
     if figure is not None:
         require("train", "matplotlib", purpose="--figure")
     from ..analysis.figures import similarity_figure
@@ -58,7 +59,7 @@ def similar(
     from ..tasks.task import TASK_FILE, Task
 
     options = task_options()
-    rows = read_rows(data, split) if data is not None else []
+    rows = data_options.read(data) if data is not None else []
     own = None if target is None else next(iter(folders_by_name(target).values()))
     task = None
     if own is not None and (own / TASK_FILE).is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 
 from ..base.extras import require
 from ..tuning.settings import TuningSettings
-from .data import TaskOptions, read_rows
+from .data import DataOptions, TaskOptions
 from .options import (
     DATA,
     OUTPUT,
@@ -22,7 +22,6 @@ from .options import (
     HeldOut,
     Model,
     PromptName,
-    Split,
     Validation,
     with_options,
 )
@@ -55,16 +54,17 @@ TensorBoard = Annotated[
 
 @with_options("task_options", TaskOptions)
 @with_options("settings_of", TuningSettings)
+@with_options("data_options_of", DataOptions)
 def train(
     model: Model,
     data: Data,
+    data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
     settings_of: Callable[..., TuningSettings],
     output: Output = Path("prompts"),
     resume: Resume = False,
     validation: Validation = None,
     held_out: HeldOut = 0.1,
-    split: Split = "train",
     task_column: TaskColumn = None,
     shared_tokens: SharedTokens = 0,
     members: Members = 1,
@@ -76,6 +76,7 @@ def train(
     device: Device = None,
 ) -> None:
     """Tunes a soft prompt on rows of data and keeps the best checkpoint. Also tunes ensembles, or several tasks."""
+    data_options = data_options_of()
     require("train", "accelerate", "datasets", "sklearn", purpose="train")
     if tensorboard:
         require("train", "tensorboard", purpose="--tensorboard")
@@ -90,18 +91,28 @@ def train(
     from ..hf.loading import load_base_model
     from ..models.deep_prompt_model import DeepPromptModel
     from ..models.soft_prompt_model import SoftPromptModel
+    from ..tasks.examples import complete_rows, split_rows
+    from ..tasks.rows import joined
     from ..tuning.ensemble import tune_ensemble
     from ..tuning.job import TuningJob
     from ..tuning.run import tune_tasks
 
     options = task_options()
-    rows = read_rows(data, split)
-    held_out_rows = read_rows(validation, split) if validation is not None else None
-    jobs = [
-        TuningJob(options.task(own + own_held_out, model=model, prompt=own_name), own, own_held_out)
-        for own_name, own, own_held_out in _by_task(rows, held_out_rows, task_column, name, held_out, settings.seed)
-    ]
+    rows = data_options.read(data)
+    held_out_rows = data_options.read(validation) if validation is not None else None
+    groups = {name: rows} if task_column is None else _groups(rows, task_column)
+    held_out_groups = None if held_out_rows is None else _held_out_groups(groups, held_out_rows, task_column, name)
+    jobs = []
+    for own_name, group in groups.items():
+        task = options.task(joined(group, (held_out_groups or {}).get(own_name, [])), model=model, prompt=own_name)
+        own = complete_rows(task, group)
+        if held_out_groups is None:
+            jobs.append(TuningJob(task, *split_rows(own, held_out, settings.seed)))
+        else:
+            jobs.append(TuningJob(task, own, complete_rows(task, held_out_groups[own_name])))
     base, tokenizer = load_base_model(model, dtype, device)
+    for job in jobs:
+        job.task.read_chat(tokenizer)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
     common: dict[str, Any] = {
         "resume": resume,
@@ -120,39 +131,33 @@ def train(
         console.print(f"interrupted at step {results[0].steps}; run the same command with --resume to continue")
 
 
-def _by_task(
-    rows: Examples,
-    held_out_rows: Examples | None,
-    column: str | None,
-    name: str,
-    held_out: float,
-    seed: int,
-) -> list[tuple[str, Examples, Examples]]:
-    """Name, rows and held-out rows of each task. Without held-out rows, each task's rows are split."""
-    from ..tasks.examples import split_rows
-
-    groups = {name: rows} if column is None else _groups(rows, column)
-    if held_out_rows is None:
-        return [(task, *split_rows(group, held_out, seed)) for task, group in groups.items()]
+def _held_out_groups(
+    groups: Mapping[str, Examples], held_out_rows: Examples, column: str | None, name: str
+) -> dict[str, Examples]:
+    """The held-out rows of each task."""
     held_out_groups = {name: held_out_rows} if column is None else _groups(held_out_rows, column)
     if unknown := sorted(set(held_out_groups) - set(groups)):
         raise ValueError(f"the held-out rows must be of tasks in --data, got {', '.join(unknown)}")
     if missing := sorted(set(groups) - set(held_out_groups)):
         raise ValueError(f"the held-out rows must hold rows of every task, got none of {', '.join(missing)}")
-    return [(task, group, held_out_groups[task]) for task, group in groups.items()]
+    return held_out_groups
 
 
 def _groups(rows: Examples, column: str) -> dict[str, Examples]:
     """The rows of each task."""
     from ..prompts.fast_soft_prompt import check_name
+    from ..tasks.rows import grouped, place
+    from ..tasks.values import is_missing, label_name
 
-    groups: dict[str, Examples] = {}
-    for number, row in enumerate(rows):
+    def task_of(index: int) -> str:
+        row = rows[index]
         if column not in row:
             raise ValueError(f"no column {column!r} in the data, which has {', '.join(row)}")
-        if row[column] in (None, ""):
-            raise ValueError(f"column {column!r} must name each row's task, got nothing in row {number}")
-        groups.setdefault(str(row[column]), []).append(row)
+        if is_missing(row[column]):
+            raise ValueError(f"column {column!r} must name each row's task, got nothing in {place(rows, index)}")
+        return label_name(row[column], column)
+
+    groups = grouped(rows, task_of)
     for task in groups:
         check_name(task)
     return groups

@@ -62,7 +62,7 @@ def draw_shots(task: Task, rows: Examples, shots: int, seed: int) -> Examples:
     generator.shuffle(order)
     if task.kind != "classification":
         return order[:shots]
-    by_label = {label: [row for row in order if str(row[task.target_column]) == label] for label in task.labels}
+    by_label = {label: [row for row in order if task.label(row) == label] for label in task.labels}
     chosen: Examples = []
     labels = list(by_label)
     generator.shuffle(labels)

@@ -12,6 +12,7 @@ from typing import Any
 from ..base.files import write_atomically
 from ..tasks.examples import Examples, usable_rows
 from ..tasks.task import Task
+from ..tasks.values import plain
 
 SPLITS = ("train", "validation", "test")
 
@@ -21,7 +22,7 @@ def write_splits(folder: Path, splits: Mapping[str, Examples], task: Task) -> st
     digest = hashlib.sha256()
     columns = [*dict.fromkeys([*task.columns, task.target_column])]
     for name in SPLITS:
-        lines = [json.dumps({c: row[c] for c in columns}, ensure_ascii=False, default=str) for row in splits[name]]
+        lines = [json.dumps({c: plain(row.get(c)) for c in columns}, ensure_ascii=False) for row in splits[name]]
         text = "".join(line + "\n" for line in lines)
         write_atomically(folder / f"{name}.jsonl", text)
         digest.update(f"{name}\n{text}".encode())
@@ -59,7 +60,7 @@ def clean_splits(
 
 def truth(task: Task, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """[rows], the labels or responses."""
-    return [str(row[task.target_column]) for row in rows]
+    return [task.label(row) if task.kind == "classification" else task.target(row) for row in rows]
 
 
 def label_counts(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -158,9 +158,7 @@ def encode_rows(
         if task.kind == "generation":
             targets = encode_targets(task, rows, tokenizer, encoder_decoder=encoder_decoder)
             return EncodedRows(texts, targets, [], None)
-    for row in rows:
-        task.target(row)  # raises for an unknown label
-    truth = torch.tensor([task.labels.index(str(row[task.target_column])) for row in rows])
+    truth = torch.tensor([task.labels.index(task.label(row)) for row in rows])
     return EncodedRows(texts, [], label_words(task, tokenizer, encoder_decoder=encoder_decoder), truth)
 
 

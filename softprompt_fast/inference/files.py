@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from ..tasks.examples import Examples
+from ..tasks.rows import columns_of
+from ..tasks.values import plain
+from .answer_tables import FORMATS, write_table
 from .pipeline import SoftPromptPipeline
 from .requests import Result
 
+logger = logging.getLogger("softprompt_fast")
+
 Answers = Callable[[int], Iterator[list[Result]]]
 """Called with the index of a row; gives the results of that row and all after it, in order, in lists of any lengths."""
-FORMATS = (".jsonl", ".csv", ".parquet")
+COLUMNS = ("prediction", "scores", "agreement", "generated", "error")
+"""Columns that answers add. Those that the rows have already keep their values: the answers' get a number (_2)."""
+
+
+class Written(NamedTuple):
+    """What a run has done; rows that an earlier run has answered do not count."""
+
+    rows: int
+    errors: int
+    """Rows that got an error instead of an answer."""
 
 
 def answer_rows(
@@ -53,6 +68,31 @@ def in_chunks(
     return answers
 
 
+def check_output(output: Path, source: str | None = None, *, resume: bool = False) -> None:
+    """Checks that answers can be written, before any work.
+
+    Args:
+        source: the file or folder that the rows come from.
+
+    Raises:
+        FileExistsError: there are answers already, and ``resume`` is False.
+        ValueError: an unknown format, or the file of the rows.
+    """
+    if output.suffix.lower() not in FORMATS:
+        raise ValueError(f"`output` must end in {', '.join(FORMATS)}, got {output.name!r}")
+    rows = None if source is None else Path(source)
+    if rows is not None and rows.exists():
+        for file in (output, _lines_of(output)):
+            if file.exists() and file.samefile(rows):
+                raise ValueError(f"`output` must be another file than the one of the rows, got {output}")
+        if rows.is_dir() and output.parent.exists() and output.parent.samefile(rows):
+            raise ValueError(f"`output` must not be in the folder of the rows, got {output}")
+    if output.is_dir():
+        raise ValueError(f"`output` must be a file, got the folder {output}")
+    if not resume and (output.exists() or _lines_of(output).exists()):
+        raise FileExistsError(f"{output} already holds answers; resume, or choose another file")
+
+
 def write_answers(
     rows: Examples,
     answers: Answers,
@@ -60,7 +100,7 @@ def write_answers(
     *,
     resume: bool = False,
     done: Callable[[int], None] = lambda count: None,
-) -> int:
+) -> Written:
     """Writes each row's columns and its answer, in the order of rows, as answers come.
 
     Args:
@@ -71,81 +111,110 @@ def write_answers(
         done: called with numbers of rows.
 
     Returns:
-        How many rows got an error instead of an answer.
+        How many rows this run has answered, and how many of them got an error instead of an answer.
 
     Raises:
         FileExistsError: there are answers already, and ``resume`` is False.
         ValueError: the written rows are not those of ``rows``.
     """
-    if output.suffix not in FORMATS:
-        raise ValueError(f"`output` must end in {', '.join(FORMATS)}, got {output.name!r}")
-    lines = output if output.suffix == ".jsonl" else output.with_name(output.name + ".partial.jsonl")
-    if not resume and (output.exists() or lines.exists()):
-        raise FileExistsError(f"{output} already holds answers; resume, or choose another file")
+    check_output(output, resume=resume)
+    lines = _lines_of(output)
     if resume and lines != output and output.exists():
-        return 0
+        return Written(0, 0)
+    output.parent.mkdir(parents=True, exist_ok=True)
     finished = _finished(lines, rows)
     done(finished)
     with lines.open("ab") as file:
-        at = finished
-        for results in answers(at):
-            for row, result in zip(rows[at : at + len(results)], results, strict=True):
-                file.write(json.dumps(row | result, ensure_ascii=False, default=_plain).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-            done(len(results))
-            at += len(results)
-    errors = sum("error" in json.loads(line) for line in lines.open(encoding="utf-8"))
+        written = write_lines(rows, answers, file, start=finished, sync=True, done=done)
     if lines != output:
-        _convert(lines, output)
-    return errors
+        names = list(answer_names(rows).values())
+        write_table(rows, [{name: row[name] for name in names if name in row} for row in _read(lines)], output)
+        lines.unlink()
+    return written
+
+
+def write_lines(
+    rows: Examples,
+    answers: Answers,
+    file: IO[bytes],
+    *,
+    start: int = 0,
+    sync: bool = False,
+    done: Callable[[int], None] = lambda count: None,
+) -> Written:
+    """Writes rows with their answers as JSON lines, as answers come; NaN is null.
+
+    Args:
+        start: index of the first row.
+        sync: after each list of results, wait until it is on the disk.
+    """
+    names = answer_names(rows)
+    renamed = [f"{name!r} as {new!r}" for name, new in names.items() if name != new]
+    if renamed:
+        logger.warning(
+            "the rows have columns of these names already; answers are written under others: %s", ", ".join(renamed)
+        )
+    at, errors = start, 0
+    for results in answers(start):
+        for row, result in zip(rows[at : at + len(results)], results, strict=True):
+            errors += "error" in result
+            file.write(_line(row | {names.get(name, name): value for name, value in result.items()}))
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+        done(len(results))
+        at += len(results)
+    return Written(at - start, errors)
+
+
+def answer_names(rows: Examples) -> dict[str, str]:
+    """The name under which each of :data:`COLUMNS` is written: its own, or one that the rows do not have."""
+    taken = set(columns_of(rows))
+    names = {}
+    for name in COLUMNS:
+        new, number = name, 1
+        while new in taken:
+            number += 1
+            new = f"{name}_{number}"
+        names[name] = new
+    return names
+
+
+def _lines_of(output: Path) -> Path:
+    """The file that answers are written to line by line."""
+    return output if output.suffix.lower() == ".jsonl" else output.with_name(output.name + ".partial.jsonl")
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    values = plain(row)
+    try:
+        return json.dumps(values, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair can be written as an escape only
+        return json.dumps(values, allow_nan=False).encode() + b"\n"
 
 
 def _finished(lines: Path, rows: Examples) -> int:
     """Number of rows that an earlier run has written completely; the rest of a line that was cut off is removed."""
     if not lines.exists():
         return 0
-    whole = 0
+    whole = count = 0
     with lines.open("rb+") as file:
-        for count, line in enumerate(file):
+        for line in file:
             if not line.endswith(b"\n"):
                 break
-            written = json.loads(line)
-            expected = json.loads(json.dumps(dict(rows[count]), default=_plain)) if count < len(rows) else None
-            if expected is None or any(written.get(key) != value for key, value in expected.items()):
+            written = plain(json.loads(line))
+            expected = plain(rows[count]) if count < len(rows) else None
+            if expected is None or any(name not in written or written[name] != expected[name] for name in expected):
                 raise ValueError(
                     f"cannot resume: {lines} holds answers to other rows, its line {count + 1} is another row"
                 )
             whole += len(line)
+            count += 1
         file.truncate(whole)
-    with lines.open("rb") as file:
-        return sum(1 for _ in file)
-
-
-def _convert(lines: Path, output: Path) -> None:
-    """Writes all lines as one table; a row's scores become text in csv."""
-    import pandas as pd
-
-    table = pd.DataFrame(list(_read(lines)))
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    if output.suffix == ".csv":
-        for column in table:
-            table[column] = [
-                json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v for v in table[column]
-            ]
-        table.to_csv(partial, index=False)
-    else:
-        table.to_parquet(partial, index=False)
-    os.replace(partial, output)
-    lines.unlink()
+    return count
 
 
 def _read(lines: Path) -> Iterator[dict[str, Any]]:
     with lines.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)
-
-
-def _plain(value: Any) -> Any:
-    """Numpy arrays as lists, and other values (such as dates) as text, for JSON."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)

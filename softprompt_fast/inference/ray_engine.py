@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..prompts.peft_files import prompt_folders, read_prompt
+from ..prompts.peft_files import DEEP, peft_type, prompt_folders, read_prompt
 from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
+from ..tasks.values import plain
 from .files import answer_rows
 from .requests import Result
 
@@ -64,6 +65,9 @@ class RayAnswers:
         workers: number of workers; each gets a GPU if the cluster has some.
         options: generation options.
         settings: ``batch_size``, ``batch_tokens``, ``dtype``, ``device``.
+
+    Raises:
+        ValueError: a deep prompt: workers get vectors, and a deep prompt has keys and values.
     """
 
     def __init__(
@@ -79,7 +83,11 @@ class RayAnswers:
         self.rows, self.names, self.base, self.workers = rows, names, base, workers
         self.options, self.settings = dict(options), dict(settings)
         self.prompts = {}
-        for folder in prompt_folders(prompts):
+        folders = prompt_folders(prompts)
+        deep = [folder.resolve().name for folder in folders if peft_type(folder) == DEEP]
+        if deep:
+            raise ValueError(f"--engine ray cannot be combined with deep prompts, got {', '.join(deep)}")
+        for folder in folders:
             task = asdict(Task.load(folder)) if (folder / TASK_FILE).is_file() else None
             self.prompts[folder.resolve().name] = (read_prompt(folder)[0].numpy(), task)
 
@@ -96,7 +104,7 @@ class RayAnswers:
         cores = ray.cluster_resources().get("CPU", 1)
         threads = None if gpus else max(1, int(cores // self.workers))
         items = [
-            {"index": i, "row": json.dumps(self.rows[i], default=str), "prompt": json.dumps(self.names[i])}
+            {"index": i, "row": json.dumps(plain(self.rows[i])), "prompt": json.dumps(self.names[i])}
             for i in range(start, len(self.rows))
         ]
         blocks = -(-len(items) // BATCH)

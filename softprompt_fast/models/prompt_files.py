@@ -102,7 +102,7 @@ class PromptFiles(ModelInterface):
         if state is not None:
             tuned.prompts.load_state_dict(state)
             for name in set(stored) - set(stored if names is None else names):
-                tuned.remove_prompt(name)
+                tuned.prompts.remove_prompt(name)
         for name, folder in folders.items():
             if names is None or name in names:
                 tuned.load_prompt(folder, name, force=force)

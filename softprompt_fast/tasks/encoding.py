@@ -11,8 +11,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import templates
 from .cuts import counting_cuts, current_cuts
-from .examples import Examples
+from .examples import Examples, lacks
 from .task import Task
 from .words import begins_another, same_tokens
 
@@ -227,8 +228,8 @@ def check_label_words(
         )
     if encoder_decoder or task.encoding == 1:
         return
-    some = [row for row in rows[:CHECKED_ROWS] if str(row.get(task.target_column)) in words]
-    joined = sum(not _follows(task, row, tokenizer, words[str(row[task.target_column])]) for row in some)
+    some = [row for row in rows[:CHECKED_ROWS] if lacks(task, row) is None]
+    joined = sum(not _follows(task, row, tokenizer, words[task.label(row)]) for row in some)
     if joined:
         logger.warning(
             "the tokens of label words depend on the end of the text in %d of %d rows: all rows use the tokens after "
@@ -326,14 +327,15 @@ def _column_tokens(
         return []
     places = []
     at = 0
-    names = task.columns
+    names = [name for _, name in templates.parse(task.template) if name is not None]
     for i, name in enumerate(names):
         at += len(literals[i])
         if len(names) == 1:
             end = len(task.text(row)) - len(literals[-1])
         else:
-            alone = task.text(dict.fromkeys(names, "") | {name: row[name]})
-            end = at + (len(alone) - sum(map(len, literals))) // names.count(name)
+            alone = task.text(dict.fromkeys(names, MARK) | {name: row[name]})
+            own = names.count(name)
+            end = at + (len(alone) - sum(map(len, literals)) - (len(names) - own) * len(MARK)) // own
         places.append((at, min(end, len(text))))
         at = end
     if getattr(tokenizer, "is_fast", False):

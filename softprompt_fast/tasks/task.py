@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from . import chat, templates
+from .rows import place
+from .values import is_missing, label_name, label_names, matching_label, messages_of, text_of
 from .words import spaced
 
 TASK_FILE = "task.json"
@@ -42,12 +44,17 @@ class Task:
     encoding: int = 2
     """Rules by which rows become tokens. 2: answers as in running text, label words with an end token where one begins
     another, long texts without the beginning of their columns. 1: the rules of prompts saved without this field."""
+    chat: dict[str, str] | None = None
+    """Generation from conversations: the tokenizer's ``chat_template``, and the special tokens that it names.
+    An empty mapping until :meth:`read_chat`. None: no conversations."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if not self.columns:
             raise ValueError(f"`template` must name at least one column in braces, got {self.template!r}")
+        if self.target_column in self.columns and not (self.kind == "generation" and self.chat is not None):
+            raise ValueError(f"`template` must not name the column of the answer, got {self.target_column!r}")
         if self.kind == "classification" and len(set(self.label_words.values())) < 2:
             raise ValueError(f"`label_words` must give at least two different words, got {self.label_words}")
         empty = [label for label, word in self.label_words.items() if not word]
@@ -61,32 +68,81 @@ class Task:
     @property
     def columns(self) -> list[str]:
         """The columns that the template names."""
-        try:
-            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name]
-        except ValueError as error:
-            raise ValueError(f"`template` must be a format string, got {self.template!r}: {error}") from error
+        return list(dict.fromkeys(name for _, name in templates.parse(self.template) if name is not None))
 
     @property
     def labels(self) -> list[str]:
         return list(self.label_words)
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """The text that the model reads for a row."""
-        try:
-            return self.template.format_map({name: row[name] for name in self.columns})
-        except KeyError as error:
-            raise ValueError(f"the template names column {error}, but the data has {list(row)}") from error
+        """The text that the model reads for a row. A missing value is an empty text.
+
+        Raises:
+            ValueError: no such column, no text in any column, or a value that is no text.
+        """
+        values = {}
+        for name in self.columns:
+            if name not in row:
+                raise ValueError(
+                    f"the template names column {name!r}, but the data has {list(row)}; "
+                    "a column is named as it is called, and braces around other text are doubled: {{ and }}"
+                )
+            values[name] = self._cell(row[name], name)
+        if not any(value.strip() for value in values.values()):
+            raise ValueError("the text is empty")
+        return templates.render(self.template, values)
+
+    def label(self, row: Mapping[str, Any]) -> str:
+        """The label of a row, by the name that the task has for it.
+
+        Raises:
+            ValueError: no label, more than one, or one that the task does not know.
+        """
+        name = label_name(self._target_value(row), self.target_column)
+        label = matching_label(name, self.label_words)
+        if label is None:
+            raise ValueError(f"label {name!r} is not among the task's labels {self.labels}")
+        return label
 
     def target(self, row: Mapping[str, Any]) -> str:
-        """The text that the model should say for a row."""
+        """The text that the model should say for a row.
+
+        Raises:
+            ValueError: no label or response, or one that is no text or no label of the task.
+        """
+        if self.kind == "classification":
+            return self.label_words[self.label(row)]
+        value = self._target_value(row)
+        messages = messages_of(value) if self.chat is not None else None
+        return text_of(value, self.target_column) if messages is None else chat.answer(messages, self.target_column)
+
+    def _target_value(self, row: Mapping[str, Any]) -> Any:
         if self.target_column not in row:
             raise ValueError(f"no column {self.target_column!r} in the data, which has {list(row)}")
-        value = row[self.target_column]
-        if self.kind == "generation":
-            return str(value)
-        if str(value) not in self.label_words:
-            raise ValueError(f"label {value!r} is not among the task's labels {self.labels}")
-        return self.label_words[str(value)]
+        if is_missing(row[self.target_column]):
+            raise ValueError(f"the row has no {self.target_column!r}")
+        return row[self.target_column]
+
+    def _cell(self, value: Any, column: str) -> str:
+        """The text of a column; a conversation is written as the model's chat template says."""
+        messages = messages_of(value)
+        if messages is None:
+            return text_of(value, column)
+        if self.chat is None:
+            raise ValueError(
+                f"column {column!r} must hold text, got a conversation; conversations are read in generation tasks "
+                "of a model with a chat template (--chat-column)"
+            )
+        return chat.question(messages, self.chat)
+
+    def read_chat(self, tokenizer: Any) -> None:
+        """Takes the chat template of a tokenizer, if the task reads conversations and has none yet.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if self.chat == {}:
+            self.chat = chat.chat_of(tokenizer)
 
     def save(self, folder: PathLike[str] | str) -> None:
         (Path(folder) / TASK_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
@@ -115,19 +171,32 @@ def classification_task(
     Args:
         template: None: the text, a line break and the label column's name with a colon.
     """
-    template = template or f"{{{text_column}}}\n{label_column.capitalize()}:"
+    name = label_column.capitalize().replace("{", "{{").replace("}", "}}")
+    template = template or f"{templates.field(text_column)}\n{name}:"
     if label_words is None:
         if rows and label_column not in rows[0]:
             raise ValueError(f"no column {label_column!r} in the data, which has {list(rows[0])}")
-        labels = sorted({str(row[label_column]) for row in rows if row.get(label_column) is not None})
+        labels = label_names(_names_in(rows, label_column))
         if len(labels) > 100:
             raise ValueError(f"column {label_column!r} holds {len(labels)} different values; is it a label?")
         label_words = {label: spaced(label.strip(), template) for label in labels}
     return Task("classification", template, label_column, dict(label_words), **fields)
 
 
+def _names_in(rows: Sequence[Mapping[str, Any]], column: str) -> set[str]:
+    """The label of each row that has one."""
+    names = set()
+    for i, row in enumerate(rows):
+        if not is_missing(row.get(column)):
+            try:
+                names.add(label_name(row[column], column))
+            except ValueError as error:
+                raise ValueError(f"{place(rows, i)}: {error}") from error
+    return names
+
+
 def generation_task(
     *, input_column: str = "prompt", output_column: str = "response", template: str | None = None, **fields: Any
 ) -> Task:
     """A task in which the model continues the input column's text with the output column's."""
-    return Task("generation", template or f"{{{input_column}}}", output_column, **fields)
+    return Task("generation", template or templates.field(input_column), output_column, **fields)

@@ -32,7 +32,6 @@ ROWS = ["-d", "no-such-file.jsonl"]
         (["search", "-m", "m", *ROWS], "optuna", r"a search needs Optuna: .*softprompt_fast\[search\]"),
         (["compare", "-m", "m", *ROWS], "peft", r"compare needs PEFT: .*softprompt_fast\[compare\]"),
         (["predict", "-p", "p", *ROWS, "-o", "a.csv", "--engine", "ray"], "ray", r"Ray: .*softprompt_fast\[ray\]"),
-        (["predict", "-p", "p", *ROWS, "-o", "a.csv"], "pandas", "writing a.csv needs pandas"),
         (["generate", "-p", "p", *ROWS, "-o", "a.parquet"], "pyarrow", "writing a.parquet needs pyarrow"),
         (["predict", "-p", "p", *ROWS], "datasets", "reading data needs datasets"),
         (["demo"], "gguf", r"the demo needs gguf: .*softprompt_fast\[demo\]"),

@@ -61,9 +61,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     return frame.to_dict("records")  # type: ignore[no-any-return]
 
 
-def run(*arguments: str | Path) -> str:
+def run(*arguments: str | Path, status: int = 0) -> str:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    assert result.exit_code == status, f"{result.output}\n{result.exception!r}"
     return result.stdout
 
 
@@ -87,7 +87,7 @@ def test_generate_marks_rows_it_cannot_answer(folders: dict[str, Path], tmp_path
     rows[2]["task"], rows[5]["text"] = "unknown", ""
     data, output = write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
     common = ("-p", folders["prompts"], "-d", data, "--prompt-name-column", "task", "--dtype", "float32")
-    run("generate", *common, "-o", output, "--max-new-tokens", "3")
+    run("generate", *common, "-o", output, "--max-new-tokens", "3", status=3)
     found = read(output)
     errors = {i for i, row in enumerate(found) if "error" in row}
     assert errors == {2, 5} and all("generated" in row for i, row in enumerate(found) if i not in errors)
@@ -115,10 +115,10 @@ def test_a_run_is_resumed_without_losing_or_repeating_rows(tmp_path: Path) -> No
         with lines.open("ab") as file:  # a line that was being written
             file.write(b'{"id": 8, "predic')
         asked.extend([-1] * 4)  # no interruption any more
-        assert write_answers(ROWS, answers, output, resume=True) == 0
+        assert write_answers(ROWS, answers, output, resume=True) == (12, 0)
         assert [n for n in asked if n >= 0] == list(range(20))
         assert [row["prediction"] for row in read(output)] == [2 * i for i in range(20)]
-        assert write_answers(ROWS, answers, output, resume=True) == 0 and len(asked) == 24
+        assert write_answers(ROWS, answers, output, resume=True) == (0, 0) and len(asked) == 24
         if output.suffix == ".jsonl":
             with pytest.raises(ValueError, match="line 1 is another row"):
                 write_answers(ROWS[1:], answers, output, resume=True)

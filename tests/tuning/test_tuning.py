@@ -214,7 +214,7 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> Non
 
 def test_a_file_that_cannot_be_read_is_an_error_of_one_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"\n{"text"')
-    with pytest.raises(ValueError, match=r"rows.jsonl could not be read"):
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: not JSON"):
         load_rows(str(tmp_path / "rows.jsonl"))
 
 

@@ -171,7 +171,7 @@ def test_a_refused_run_adds_no_prompt(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", [{"text": "", "label": "no"}, {"text": "film", "label": None}])
 def test_rows_without_text_or_label_are_refused(tmp_path: Path, row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="`train_rows` must hold text and 'label' in each row, row 64 of 'p' lacks"):
+    with pytest.raises(ValueError, match="in each row of 'p', 1 of 65 lack one: row 64 has no"):
         tuned(tmp_path, rows=[*reviews(), row])
 
 
