@@ -309,7 +309,6 @@ class SoftPromptModel(nn.Module):
         check_inputs(self.base_model)
         with torch.no_grad():
             if self._traits.encoder_decoder:
-                architecture.check_encoder_generates(self.base_model)
                 batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "right")
                 return self.base_model.generate(**batch, **options)
             batch = self._padded.assemble(bank, input_ids, attention_mask, prompt_ids, None, "left")
