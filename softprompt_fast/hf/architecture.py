@@ -72,17 +72,6 @@ def check_supported(model: Any) -> None:
         )
 
 
-def check_encoder_generates(model: Any) -> None:
-    """Refuses text generation by an encoder-decoder whose encoder cannot do without ids (FSMT).
-
-    Raises:
-        TypeError: with the model's class.
-    """
-    ids = inspect.signature(model.get_encoder().forward).parameters.get("input_ids")
-    if ids is not None and ids.default is inspect.Parameter.empty:
-        raise TypeError(f"{type(model).__name__} cannot generate text after a prompt: its encoder takes token ids only")
-
-
 def forward_parameters(model: Any) -> set[str]:
     return set(inspect.signature(without_adapters(model).forward).parameters)
 

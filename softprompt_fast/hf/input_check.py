@@ -125,7 +125,7 @@ def _other_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     if getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids
+        inputs["decoder_input_ids"] = torch.arange(3, 3 + ids.shape[1], device=ids.device)[None]
     return inputs
 
 

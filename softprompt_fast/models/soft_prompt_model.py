@@ -362,7 +362,6 @@ class SoftPromptModel(PromptFiles):
         bank = self.prompts if prompts is None else prompts
         check_inputs(self.base_model)
         if self._traits.encoder_decoder:
-            architecture.check_encoder_generates(self.base_model)
             options = generation.checked_options(self.base_model, options, generation.REFUSED_WITH_ENCODER)
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)

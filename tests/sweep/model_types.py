@@ -86,6 +86,9 @@ SMALL: dict[str, Any] = {
     "shape_embed_dim": 16,
     "hidden_size_global": 32,
     # parts that read images and sounds
+    "image_token_id": 190,
+    "video_token_id": 191,
+    "audio_token_id": 192,
     "image_size": 16,
     "patch_size": 8,
     "depth": 2,
@@ -144,7 +147,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_next": LINEAR,
-    "qwen4_exp_text": LINEAR,
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "xlnet": {"max_position_embeddings": DROPPED, "n_ctx": DROPPED},
     "xlstm": {"v_head_dim": DROPPED, "head_dim": DROPPED},

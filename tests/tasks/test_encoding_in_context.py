@@ -112,7 +112,7 @@ def test_cutting_keeps_bos_and_the_templates_words(make: Any) -> None:
     task = two_labels("Is this good? {text}\nAnswer:", max_length=16)
     row = {"text": " ".join(FILLER)}
     ids = encode_text(task, row, tokenizer)
-        fixed = list(tokenizer(task.template.replace("{text}", "")).input_ids)
+    fixed = list(tokenizer(task.template.replace("{text}", "")).input_ids)
     kept = tokenizer.decode(ids, skip_special_tokens=True).replace("▁", " ").split()
     assert ids[0] == 1 and len(ids) == 16
     assert kept[:3] == ["Is", "this", "good?"] and kept[-1] == "Answer:"
