@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -138,10 +139,15 @@ class TaskOptions:
             text_column=self.text_column,
             label_column=self.label_column,
             template=template,
-            label_words=label_words(self.label_word, template or "") if self.label_word else None,
+            label_words=self._label_words(rows, template or ""),
             max_length=self.max_length,
             **fields,
         )
+
+    def _label_words(self, rows: Examples, template: str) -> dict[str, str] | None:
+        from ..tasks.task import names_in
+
+        return label_words(self.label_word, template, names_in(rows, self.label_column)) if self.label_word else None
 
     def _chat_columns(self, rows: Examples) -> tuple[str, str] | None:
         """The columns of the conversation and of the answer, one column for both if it holds both; None: no chat."""
@@ -164,8 +170,12 @@ class TaskOptions:
         return None
 
 
-def label_words(values: list[str], template: str = "") -> dict[str, str]:
-    """The word of each label from LABEL=WORD; a word begins with a space where it needs one after the template."""
+def label_words(values: list[str], template: str = "", labels: Collection[str] = ()) -> dict[str, str]:
+    """The word of each label from LABEL=WORD; a word begins with a space where it needs one after the template.
+
+    Args:
+        labels: labels of the data. One of them may hold "="; else the first "=" ends the label.
+    """
     from ..tasks.words import spaced
 
     words = {}
@@ -173,6 +183,10 @@ def label_words(values: list[str], template: str = "") -> dict[str, str]:
         label, equals, word = value.partition("=")
         if not equals or not word:
             raise ValueError(f"--label-word must be LABEL=WORD, got {value!r}")
+        known = [name for name in labels if value.startswith(f"{name}=") and len(value) > len(name) + 1]
+        if known:
+            label = max(known, key=len)
+            word = value[len(label) + 1 :]
         words[label] = spaced(word, template)
     return words
 

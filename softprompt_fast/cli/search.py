@@ -92,10 +92,12 @@ def search(
     from ..length_search.run import search as search_lengths
     from ..models.deep_prompt_model import DeepPromptModel
     from ..models.soft_prompt_model import SoftPromptModel
+    from ..tasks.examples import complete_rows
 
     options = task_options()
     rows = data_options.read(data)
     task = options.task(rows, model=model, prompt=name)
+    rows = complete_rows(task, rows)
     rows, held_out_rows = hold_out(rows, validation, held_out, data_options, settings.seed)
     test_rows = [] if test is None else data_options.read(test)
     base, tokenizer = load_base_model(model, dtype, device)

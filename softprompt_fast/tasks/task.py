@@ -176,15 +176,19 @@ def classification_task(
     if label_words is None:
         if rows and label_column not in rows[0]:
             raise ValueError(f"no column {label_column!r} in the data, which has {list(rows[0])}")
-        labels = label_names(_names_in(rows, label_column))
+        labels = label_names(names_in(rows, label_column))
         if len(labels) > 100:
             raise ValueError(f"column {label_column!r} holds {len(labels)} different values; is it a label?")
         label_words = {label: spaced(label.strip(), template) for label in labels}
     return Task("classification", template, label_column, dict(label_words), **fields)
 
 
-def _names_in(rows: Sequence[Mapping[str, Any]], column: str) -> set[str]:
-    """The label of each row that has one."""
+def names_in(rows: Sequence[Mapping[str, Any]], column: str) -> set[str]:
+    """The label of each row that has one.
+
+    Raises:
+        ValueError: a list or another value that is not one label, with its row.
+    """
     names = set()
     for i, row in enumerate(rows):
         if not is_missing(row.get(column)):

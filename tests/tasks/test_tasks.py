@@ -244,3 +244,9 @@ def test_conversations_that_cannot_be_read() -> None:
         TaskOptions(chat_column="text").task([{"text": "x"}])
     with pytest.raises(ValueError, match=r"must not name the column of the answer"):
         TaskOptions(kind="generation", input_column="text", output_column="text").task([{"text": "x"}])
+
+
+def test_a_label_with_an_equals_sign_has_a_word() -> None:
+    rows = [{"text": "x", "label": label} for label in ("a=b", "a", "c")]
+    task = TaskOptions(label_word=["a=b=eq", "a=first", "c=d=e"]).task(rows)
+    assert task.label_words == {"a=b": " eq", "a": " first", "c": " d=e"}
