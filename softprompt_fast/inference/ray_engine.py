@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..prompts.peft_files import prompt_folders, read_prompt
+from ..prompts.peft_files import prompts_by_name, read_prompt
 from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
 from .files import answer_rows
@@ -79,9 +79,9 @@ class RayAnswers:
         self.rows, self.names, self.base, self.workers = rows, names, base, workers
         self.options, self.settings = dict(options), dict(settings)
         self.prompts = {}
-        for folder in prompt_folders(prompts):
+        for name, folder in prompts_by_name(prompts).items():
             task = asdict(Task.load(folder)) if (folder / TASK_FILE).is_file() else None
-            self.prompts[folder.resolve().name] = (read_prompt(folder)[0].numpy(), task)
+            self.prompts[name] = (read_prompt(folder)[0].numpy(), task)
 
     def __call__(self, start: int) -> Iterator[list[Result]]:
         import ray

@@ -391,10 +391,10 @@ class SoftPromptModel(nn.Module):
         """
         folders = prompts_by_name(directory)
         if names is not None:
-            missing = set(names) - set(folders)
+            missing = set(names) - set(folders) - {folder.name for folder in folders.values()}
             if missing:
                 raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
-            folders = {name: folder for name, folder in folders.items() if name in names}
+            folders = {name: folder for name, folder in folders.items() if {name, folder.name} & set(names)}
         tuned = cls(model, **options)
         for name, folder in folders.items():
             tuned.load_prompt(folder, name, force=force)
