@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..prompts.peft_files import DEEP, peft_type, prompt_folders, read_prompt
+from ..prompts.peft_files import DEEP, peft_type, prompts_by_name, read_prompt
 from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
 from ..tasks.values import plain
@@ -83,13 +83,13 @@ class RayAnswers:
         self.rows, self.names, self.base, self.workers = rows, names, base, workers
         self.options, self.settings = dict(options), dict(settings)
         self.prompts = {}
-        folders = prompt_folders(prompts)
-        deep = [folder.resolve().name for folder in folders if peft_type(folder) == DEEP]
+        folders = prompts_by_name(prompts)
+        deep = [name for name, folder in folders.items() if peft_type(folder) == DEEP]
         if deep:
             raise ValueError(f"--engine ray cannot be combined with deep prompts, got {', '.join(deep)}")
-        for folder in folders:
+        for name, folder in folders.items():
             task = asdict(Task.load(folder)) if (folder / TASK_FILE).is_file() else None
-            self.prompts[folder.resolve().name] = (read_prompt(folder)[0].numpy(), task)
+            self.prompts[name] = (read_prompt(folder)[0].numpy(), task)
 
     def __call__(self, start: int) -> Iterator[list[Result]]:
         import ray

@@ -95,7 +95,7 @@ class PromptFiles(ModelInterface):
         state = read_checkpoint(directory)
         folders = prompts_by_name(directory) if state is None else {}
         stored = list(folders) if state is None else prompt_names(state)
-        missing = set(names or ()) - set(stored)
+        missing = set(names or ()) - set(stored) - {folder.name for folder in folders.values()}
         if missing:
             raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
         tuned = cls(model, **options)
@@ -104,6 +104,6 @@ class PromptFiles(ModelInterface):
             for name in set(stored) - set(stored if names is None else names):
                 tuned.prompts.remove_prompt(name)
         for name, folder in folders.items():
-            if names is None or name in names:
+            if names is None or {name, folder.name} & set(names):
                 tuned.load_prompt(folder, name, force=force)
         return tuned

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from support.running_text import byte_bpe
 from support.serving import LABELS, NAMES, TEXTS, pipeline
 from support.tiny_models import build
@@ -141,3 +142,16 @@ def test_pipeline_and_evaluation_score_the_same_ends(arch: str) -> None:
         assert list(mine["scores"].values()) == pytest.approx(list(other["scores"].values()), abs=1e-5)
     given = SoftPromptPipeline(bank, tokenizer).classify(rows, "p", labels=words)
     assert [result["scores"] for result in given] == [result["scores"] for result in answers]
+
+
+def test_a_generated_answer_does_not_begin_with_the_templates_space() -> None:
+    tokenizer = byte_bpe(" neg", " pos", "x")
+    base = build("llama")
+    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    found = {}
+    for template in ("{text}:", "{text}: "):
+        bank = PromptBank(base)
+        bank.add("p", torch.zeros(2, bank.model.prompts.embedding_dim), task=Task("generation", template, "answer"))
+        (result,) = SoftPromptPipeline(bank, tokenizer).generate(["x"], "p", max_new_tokens=3, do_sample=False)
+        found[template] = result["text"]
+    assert found["{text}: "] == found["{text}:"].removeprefix(" ")

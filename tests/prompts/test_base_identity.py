@@ -118,6 +118,9 @@ def test_any_folder_name_gives_a_name(tmp_path: Path, caplog: pytest.LogCaptureF
     bank = PromptBank(build("llama"))
     assert bank.add_directory(tmp_path) == list(found)
     assert SoftPromptModel(build("llama")).load_prompt(tmp_path / "v1.0").shape == (2, 32)
+    assert list(SoftPromptModel.from_pretrained(build("llama"), tmp_path, ["v1.0"]).prompts) == [
+        name for name, folder in found.items() if folder.name == "v1.0"
+    ]
 
 
 # --- commands ---
