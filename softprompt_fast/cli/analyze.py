@@ -64,7 +64,7 @@ def analyze(
     rows = read_rows(data, split)
     task = options.task(rows)
     rows, held_out_rows = hold_out(rows, validation, held_out, split, seed)
-    base, tokenizer = load_base_model(model, dtype, device)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
     with progress_bar(min(sample, len(held_out_rows)), console) as advance:
         analysis = analyze_data(
             SoftPromptModel(base),

@@ -63,7 +63,7 @@ def load_pipeline(
     from ..inference.pipeline import SoftPromptPipeline
     from ..inference.prompt_bank import PromptBank
 
-    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device)
+    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, console=console)
     bank = PromptBank(base)
     bank.add_directory(prompt)
     return SoftPromptPipeline(bank, tokenizer, max_batch_rows=batch_size, max_batch_tokens=batch_tokens)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .output import console
+
 if TYPE_CHECKING:
     from ..models.soft_prompt_model import SoftPromptModel
     from ..tasks.task import Task
@@ -44,7 +46,7 @@ def load_tuned(prompt: Path, model: str | None, dtype: str, device: str | None) 
 
     task = Task.load(prompt)
     folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
-    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device)
+    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
     tuned = (DeepPromptModel if peft_type(folder) == DEEP else SoftPromptModel)(base)
     tuned.load_prompt(folder, task.prompt)
     return tuned, tokenizer, task
@@ -68,7 +70,7 @@ def load_plain_prompts(
         raise ValueError(
             f"--prompt must hold plain prompts (vectors like those of tokens), got deep prompts: {', '.join(deep)}"
         )
-    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device)
+    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, console=console)
     tuned = SoftPromptModel(base)
     for name, folder in folders.items():
         tuned.load_prompt(folder, name)

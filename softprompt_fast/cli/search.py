@@ -97,7 +97,7 @@ def search(
     task = options.task(rows, model=model, prompt=name)
     rows, held_out_rows = hold_out(rows, validation, held_out, split, settings.seed)
     test_rows = [] if test is None else read_rows(test, split)
-    base, tokenizer = load_base_model(model, dtype, device)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
     try:
         search_lengths(
             (DeepPromptModel if deep else SoftPromptModel)(base),

@@ -101,7 +101,7 @@ def train(
         TuningJob(options.task(own + own_held_out, model=model, prompt=own_name), own, own_held_out)
         for own_name, own, own_held_out in _by_task(rows, held_out_rows, task_column, name, held_out, settings.seed)
     ]
-    base, tokenizer = load_base_model(model, dtype, device)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
     common: dict[str, Any] = {
         "resume": resume,

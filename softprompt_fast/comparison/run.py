@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..base.files import write_atomically, write_json
+from ..hf.loading import resolve_dtype
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .pool import run_jobs
@@ -98,6 +99,10 @@ def compare(
     splits, left_out = clean_splits(task, train_rows, validation_rows, test_rows)
     for reason, count in left_out.items():
         console.print(f"[yellow]{count} rows are left out of {escape(reason)}[/yellow]", highlight=False)
+    choice = resolve_dtype(model, dtype, device)  # here, not in jobs that run beside each other
+    if choice is not None:
+        dtype = str(choice.dtype).removeprefix("torch.")
+        console.print(choice.reason, highlight=False)
     shared = {
         "model": model,
         "dtype": dtype,
