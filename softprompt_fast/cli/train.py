@@ -11,6 +11,7 @@ import typer
 from ..base.extras import require
 from ..tuning.settings import TuningSettings
 from .data import TaskOptions, read_rows
+from .next_steps import after_training, given_options
 from .options import (
     DATA,
     OUTPUT,
@@ -51,11 +52,14 @@ MemberInit = Annotated[
 TensorBoard = Annotated[
     bool, typer.Option(help="Write TensorBoard logs to --output/checkpoints/runs.", rich_help_panel=OUTPUT)
 ]
+PURPOSES = ("score it on rows with labels", "label new rows", "continue training")
+"""What the commands at the end are for."""
 
 
 @with_options("task_options", TaskOptions)
 @with_options("settings_of", TuningSettings)
 def train(
+    context: typer.Context,
     model: Model,
     data: Data,
     task_options: Callable[..., TaskOptions],
@@ -118,6 +122,11 @@ def train(
         results = tune_tasks(tuned, tokenizer, jobs, output, settings, shared_tokens=shared_tokens, **common)
     if results[0].interrupted:
         console.print(f"interrupted at step {results[0].steps}; run the same command with --resume to continue")
+    more = {"--ensemble": several != 1, "--prompt-name-column": task_column}
+    folder = output if several != 1 or task_column is not None else results[0].folder
+    commands = after_training(given_options(context), results, prompt=str(folder), more=more)
+    for purpose, command in zip(PURPOSES, commands, strict=True):
+        console.print(f"{purpose}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _by_task(
