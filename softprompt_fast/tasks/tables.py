@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .examples import Examples
@@ -31,7 +33,8 @@ def load_rows(source: str, split: str = "train") -> Examples:
             raise FileNotFoundError(f"no such file: {source}")
         builder, options = READERS[path.suffix]
         try:
-            data = load_dataset(builder, data_files=str(path), split="train", **options)
+            with _without_bars():
+                data = load_dataset(builder, data_files=str(path), split="train", **options)
         except DatasetsError as error:
             raise ValueError(f"{source} could not be read: {error.__cause__ or error}") from error
     elif path.exists():
@@ -42,3 +45,17 @@ def load_rows(source: str, split: str = "train") -> Examples:
     if not rows:
         raise ValueError(f"{source} holds no rows")
     return rows
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides the bars of datasets, which say nothing useful about a local file."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
