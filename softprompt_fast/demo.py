@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from .base.files import write_atomically
+from .base.progress import progress_bar
 from .evaluation.predictions import evaluate
 from .evaluation.scores import describe_scores
 from .hf.loading import SMOLLM2, load_base_model
@@ -114,7 +115,8 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
         console=console,
     )
     console.print(f"scoring {len(test)} held-out reviews", highlight=False)
-    after = evaluate(tuned, tokenizer, task, test)
+    with progress_bar(len(test), console) as advance:
+        after = evaluate(tuned, tokenizer, task, test, progress=advance)
     metrics = {
         "accuracy_before": result.before["accuracy"],
         "accuracy_after": after["accuracy"],

@@ -14,7 +14,7 @@ from support.tiny_models import build
 from support.tiny_reviews import reviews, tiny_tokenizer
 
 from softprompt_fast import demo
-from softprompt_fast.tuning import progress
+from softprompt_fast.base import progress
 
 
 @pytest.fixture

@@ -131,6 +131,9 @@ def prepare(
         _check_context(model, jobs, longest)
     before = []
     for job in jobs:
+        console.print(
+            f"{line_prefix(job, jobs)}scoring {len(job.held_out_rows)} held-out rows without a prompt", highlight=False
+        )
         before.append(
             evaluate_bare(model, tokenizer, job.task, job.held_out_rows, settings.batch_size)
             if job.scorer is None

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-LINE_SECONDS = 5.0
-"""Time between two lines where the output is not a terminal."""
+from ..base import progress
 
 
 class RichProgress(TrainerCallback):
@@ -53,7 +52,7 @@ class RichProgress(TrainerCallback):
         speed = f"{self._tokens_seen() / max(seconds - self._evaluating, 1e-9):,.0f} tokens/s"
         facts = ", ".join(part for part in (self._loss, self._score, speed) if part)
         self._bar.update(self._task, completed=state.global_step, facts=facts)
-        if not self._console.is_terminal and now - self._line >= LINE_SECONDS:
+        if not self._console.is_terminal and now - self._line >= progress.LINE_SECONDS:
             self._line = now
             left = (state.max_steps - state.global_step) * seconds / (state.global_step - self._first_step)
             facts = ", ".join(part for part in (self._loss, speed, f"{clock(left)} left") if part)

@@ -12,8 +12,8 @@ from support.tiny_models import build
 from support.tiny_reviews import reviews, tiny_tokenizer
 
 import softprompt_fast as spf
+from softprompt_fast.base import progress
 from softprompt_fast.tasks.task import classification_task
-from softprompt_fast.tuning import progress
 from softprompt_fast.tuning.progress import clock
 from softprompt_fast.tuning.run import tune
 
@@ -40,11 +40,11 @@ def lines_of_a_run(folder: Path) -> list[str]:
 def test_lines_show_step_loss_speed_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     lines = [line for line in lines_of_a_run(tmp_path) if line.startswith("step ")]
-    number = r"step (\d)/4: loss \d\.\d{3}, [\d,]+ tokens/s, \d+ s left"
+    number = r"step (\d)/4: loss \d\.\d{3}, [\d,]+ tokens/s, (\d+ min )?\d+ s left"
     steps = [match[1] for line in lines if (match := re.fullmatch(number, line))]
     # The loss is logged after the line of its step.
     assert steps == ["2", "3", "4"]
-    assert re.fullmatch(r"step 1/4: [\d,]+ tokens/s, \d+ s left", lines[0])
+    assert re.fullmatch(r"step 1/4: [\d,]+ tokens/s, (\d+ min )?\d+ s left", lines[0])
     assert lines[-2].endswith(" 0 s left")
     assert sum("held-out accuracy" in line for line in lines) == 2
 
