@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,8 +99,9 @@ def _choose(config: Any) -> DtypeChoice:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Hides the bars that transformers shows while it reads weights."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
+
+    gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
     shown, gguf_bar = logging.is_progress_bar_enabled(), gguf.tqdm
     logging.disable_progress_bar()
