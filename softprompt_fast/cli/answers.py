@@ -84,7 +84,7 @@ def load_pipeline(
     from ..inference.prompt_bank import PromptBank
 
     folders = folders_by_name(prompt)
-    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device)
+    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, console=console)
     bank = PromptBank(base)
     bare = without_task(folders)
     for name, folder in folders.items():

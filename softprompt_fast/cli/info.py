@@ -8,6 +8,8 @@ import subprocess
 from ..base.machine import gpu_names, package_versions
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "ninja", "pybind11", "safetensors")
+TYPICAL_SIZES = (576, 1536)
+"""Hidden and intermediate size that are measured if no model has been loaded on this machine: SmolLM2-135M's."""
 
 
 def info() -> None:
@@ -37,7 +39,15 @@ def report() -> dict[str, str]:
     if state.info is not None and state.module is not None:
         facts["extension"] = str(state.module.__file__)
         facts["built with"] = ", ".join(f"{name}: {value}" for name, value in state.info.items())
-    return facts
+    return facts | _dtypes()
+
+
+def _dtypes() -> dict[str, str]:
+    """The dtype that "auto" means on this CPU, for each size of model that was measured."""
+    from ..hf.dtype import layer_speed, remembered
+
+    measured = remembered() or {TYPICAL_SIZES: layer_speed(*TYPICAL_SIZES)}
+    return {f"auto {hidden}x{intermediate}": speed.describe() for (hidden, intermediate), speed in measured.items()}
 
 
 def _first_line(program: str | None, argument: str) -> str:

@@ -75,7 +75,7 @@ BatchSize = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Type of the model's numbers. auto: as stored on a GPU; on a CPU, bfloat16 if it computes in it.",
+        help="Type of the model's numbers. auto: as stored on a GPU; on a CPU, the faster of float32 and bfloat16.",
         metavar="|".join(DTYPES),
         autocompletion=completion(DTYPES),
         rich_help_panel=MACHINE,

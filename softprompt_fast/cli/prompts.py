@@ -10,6 +10,7 @@ import typer
 
 from .data import label_words
 from .options import DATA, PROMPT
+from .output import console
 
 if TYPE_CHECKING:
     from ..models.soft_prompt_model import SoftPromptModel
@@ -127,7 +128,7 @@ def load_tuned(
     else:
         task = Task.load(prompt)
         folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
-    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device)
+    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
     tuned = (DeepPromptModel if peft_type(folder) == DEEP else SoftPromptModel)(base)
     tuned.load_prompt(folder, task.prompt, force=force)
     return tuned, tokenizer, task
@@ -151,7 +152,7 @@ def load_plain_prompts(
         raise ValueError(
             f"--prompt must hold plain prompts (vectors like those of tokens), got deep prompts: {', '.join(deep)}"
         )
-    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device)
+    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, console=console)
     tuned = SoftPromptModel(base)
     for name, folder in folders.items():
         tuned.load_prompt(folder, name, force=force)

@@ -100,7 +100,7 @@ def search(
     rows = complete_rows(task, rows)
     rows, held_out_rows = hold_out(rows, validation, held_out, data_options, settings.seed)
     test_rows = [] if test is None else data_options.read(test)
-    base, tokenizer = load_base_model(model, dtype, device)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
     task.read_chat(tokenizer)
     try:
         search_lengths(

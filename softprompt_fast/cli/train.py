@@ -11,6 +11,7 @@ import typer
 from ..base.extras import require
 from ..tuning.settings import TuningSettings
 from .data import DataOptions, TaskOptions
+from .next_steps import after_training, given_options
 from .options import (
     DATA,
     OUTPUT,
@@ -50,12 +51,15 @@ MemberInit = Annotated[
 TensorBoard = Annotated[
     bool, typer.Option(help="Write TensorBoard logs to --output/checkpoints/runs.", rich_help_panel=OUTPUT)
 ]
+PURPOSES = ("score it on rows with labels", "label new rows", "continue training")
+"""What the commands at the end are for."""
 
 
 @with_options("task_options", TaskOptions)
 @with_options("settings_of", TuningSettings)
 @with_options("data_options_of", DataOptions)
 def train(
+    context: typer.Context,
     model: Model,
     data: Data,
     data_options_of: Callable[..., DataOptions],
@@ -110,7 +114,7 @@ def train(
             jobs.append(TuningJob(task, *split_rows(own, held_out, settings.seed)))
         else:
             jobs.append(TuningJob(task, own, complete_rows(task, held_out_groups[own_name])))
-    base, tokenizer = load_base_model(model, dtype, device)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
     for job in jobs:
         job.task.read_chat(tokenizer)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
@@ -129,6 +133,11 @@ def train(
         results = tune_tasks(tuned, tokenizer, jobs, output, settings, shared_tokens=shared_tokens, **common)
     if results[0].interrupted:
         console.print(f"interrupted at step {results[0].steps}; run the same command with --resume to continue")
+    more = {"--ensemble": several != 1, "--prompt-name-column": task_column}
+    folder = output if several != 1 or task_column is not None else results[0].folder
+    commands = after_training(given_options(context), results, prompt=str(folder), more=more)
+    for purpose, command in zip(PURPOSES, commands, strict=True):
+        console.print(f"{purpose}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _held_out_groups(

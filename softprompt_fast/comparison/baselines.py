@@ -14,7 +14,7 @@ from torch import Tensor
 from ..base.extras import require
 from ..base.files import size_of
 from ..evaluation.likelihood import Backend
-from ..hf.loading import cpu_has_bfloat16
+from ..hf.dtype import choose_dtype
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tuning.objective import choose_loss
 from .backends import Packed, PeftPrompt, Plain
@@ -75,7 +75,7 @@ def full(work: Work) -> Ready:
     dtype = model.dtype
     _cast_weights(model, torch.float32)
     model.requires_grad_(True)
-    autocast = torch.bfloat16 if dtype != torch.float32 and _has_bfloat16(model.device) else None
+    autocast = torch.bfloat16 if dtype != torch.float32 and _computes_in_bfloat16(model) else None
     work.artifacts.mkdir(parents=True, exist_ok=True)
     best = work.artifacts / BEST
     torch.manual_seed(work.job.seed)
@@ -177,7 +177,8 @@ def _cast_weights(model: Any, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cpu":
-        return cpu_has_bfloat16()
-    return device.type != "cuda" or torch.cuda.is_bf16_supported()
+def _computes_in_bfloat16(model: Any) -> bool:
+    """Whether the device has bfloat16; a CPU, whether it is the faster dtype there."""
+    if model.device.type == "cpu":
+        return choose_dtype(model.config).dtype == torch.bfloat16
+    return model.device.type != "cuda" or torch.cuda.is_bf16_supported()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..base.files import write_atomically, write_json
+from ..hf.loading import resolve_dtype
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .pool import run_jobs
@@ -98,6 +99,7 @@ def compare(
     splits, left_out = clean_splits(task, train_rows, validation_rows, test_rows)
     for reason, count in left_out.items():
         console.print(f"[yellow]{count} rows are left out of {escape(reason)}[/yellow]", highlight=False)
+    dtype = _same_dtype(model, dtype, device, console)
     shared = {
         "model": model,
         "dtype": dtype,
@@ -145,6 +147,15 @@ def write_files(comparison: Comparison) -> None:
     write_json(comparison.folder / "results.json", comparison.to_json())
     write_atomically(comparison.folder / "results.csv", comparison.to_csv())
     write_atomically(comparison.folder / "report.html", html(comparison))
+
+
+def _same_dtype(model: str, dtype: str, device: str | None, console: Console) -> str:
+    """The dtype of all jobs. "auto" on a CPU is measured here, because jobs in parallel would disturb each other."""
+    choice = resolve_dtype(model, dtype, device)
+    if choice is None:
+        return dtype
+    console.print(choice.reason, highlight=False)
+    return str(choice.dtype).removeprefix("torch.")
 
 
 def _check(seeds: Sequence[int], **counts: int) -> None:

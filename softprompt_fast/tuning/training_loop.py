@@ -15,11 +15,12 @@ from ..tasks.collation import Collator, pad_token_id
 from ..tasks.cuts import counting_cuts
 from .best import BestPrompts
 from .preparation import Prepared, lengths_of
+from .progress import RichProgress
 from .record import seconds_in, step_of
 from .results import Outcome
 from .sampler import TaskSampler
 from .settings import DEFAULT_STEPS
-from .trainer import GracefulStop, PromptTrainer, RichProgress
+from .trainer import GracefulStop, PromptTrainer
 
 
 def run(prepared: Prepared, report_to: Sequence[str], callbacks: Sequence[Any]) -> Outcome:
@@ -175,6 +176,7 @@ def training_arguments(prepared: Prepared, report_to: Sequence[str], rows_per_ep
         greater_is_better=metric == "accuracy",
         remove_unused_columns=False,
         disable_tqdm=True,
+        logging_first_step=True,
         logging_steps=max(1, min(10, total // 10)),
         report_to=list(report_to) or "none",
         seed=settings.seed,
