@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.deep_rows_alone import LENGTHS, deep_alone, deep_model
 from support.rows_alone import ROWS, relative
-from support.tiny_models import batch, build
+from support.tiny_models import DECODERS, batch, build, own_attention
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -264,7 +264,7 @@ def test_texts_of_no_or_few_tokens() -> None:
         tuned.next_token_logits(ids, mask, ROWS)
 
 
-@pytest.mark.parametrize("name", ["bloom", "gptj", "falcon", "t5", "bert"])
+@pytest.mark.parametrize("name", [*filter(own_attention, DECODERS), "t5", "bert"])
 def test_models_that_cannot_run_packed_are_refused(name: str) -> None:
     with pytest.raises(TypeError, match="cannot run deep prompts: "):
         spf.DeepPromptModel(build(name))

@@ -147,7 +147,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_next": LINEAR,
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
     "xlnet": {"max_position_embeddings": DROPPED, "n_ctx": DROPPED},
     "xlstm": {"v_head_dim": DROPPED, "head_dim": DROPPED},
