@@ -27,6 +27,7 @@ class RichProgress(TrainerCallback):
         self._start = self._line = 0.0
         self._evaluating = 0.0
         self._first_step = 0
+        self._first_end = 0.0
         self._step_end = 0.0
         self._bar = Progress(
             TextColumn("tuning"),
@@ -49,13 +50,13 @@ class RichProgress(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now = self._step_end = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
+        self._first_end = self._first_end or now
         speed = f"{self._tokens_seen() / max(seconds - self._evaluating, 1e-9):,.0f} tokens/s"
         facts = ", ".join(part for part in (self._loss, self._score, speed) if part)
         self._bar.update(self._task, completed=state.global_step, facts=facts)
         if not self._console.is_terminal and now - self._line >= progress.LINE_SECONDS:
             self._line = now
-            left = (state.max_steps - state.global_step) * seconds / (state.global_step - self._first_step)
-            facts = ", ".join(part for part in (self._loss, speed, f"{clock(left)} left") if part)
+            facts = ", ".join(part for part in (self._loss, speed, self._time_left(state)) if part)
             self._print(f"step {state.global_step}/{state.max_steps}: {facts}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -71,6 +72,13 @@ class RichProgress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.stop()
+
+    def _time_left(self, state: Any) -> str:
+        """Not after the first step, which is no measure: it also checks the packed layout."""
+        done = state.global_step - self._first_step - 1
+        if done < 1:
+            return ""
+        return f"{clock((state.max_steps - state.global_step) * (self._step_end - self._first_end) / done)} left"
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)
