@@ -113,11 +113,11 @@ def predict(
     check_answers_file(output, data, resume)
     from ..inference.files import answer_rows
 
-    folders = folders_by_name(prompt)
     if engine == "ray" and template is not None:
         raise ValueError("--template cannot be combined with --engine ray")
-    task = given_task(folders, template, label_word)
     rows = data_options.read(data)
+    folders = folders_by_name(prompt)
+    task = given_task(folders, template, label_word)
     used = set(list(folders) if ensemble else names_of_rows(rows, prompt_name_column, list(folders)))
     bare = [name for name in without_task(folders) if name in used]
     if bare and task is None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .architecture import context_length, forward_parameters
+from .architecture import forward_parameters
 
 TOKENIZER_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
 """What tokenizers return beside ids and mask; nothing of it has an effect on generated text."""
@@ -152,22 +152,6 @@ def checked_rows(
     if unknown.numel():
         raise ValueError(f"`input_ids` must be 0 to {vocabulary - 1}, got {unknown[0].item()}")
     return ids, real.long()
-
-
-def check_context(model: Any, attention_mask: Tensor, prompt_lengths: Sequence[int]) -> None:
-    """Refuses rows that leave no position for a new token.
-
-    Raises:
-        ValueError: a prompt and its text [T] of the mask [B, T] need more positions than the model has.
-    """
-    limit = context_length(model.config)
-    if limit is None or limit < 1:
-        return
-    for row, (virtual, real) in enumerate(zip(prompt_lengths, (attention_mask != 0).sum(1).tolist(), strict=True)):
-        if virtual + real > limit:
-            raise ValueError(
-                f"row {row} must have at most {limit} positions, got {virtual} of its prompt and {real} of its text"
-            )
 
 
 def end_token_ids(model: Any, token: int | None) -> list[int] | None:

@@ -174,7 +174,8 @@ class DeepPromptModel(SoftPromptModel):
         bank = self.prompts if prompts is None else prompts
         _check_no_empty_row(ids, mask)
         selection = bank.select(prompt_ids, len(ids))
-        generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
+        virtual = [count for _, count in selection.prefixes]
+        architecture.check_room(virtual, (mask != 0).sum(1).tolist(), self._traits.context_length)
         self._check_first(bank, ids, mask, prompt_ids)
         compiled = self.runner.compiled(selection)
         if compiled is None:

@@ -366,7 +366,8 @@ class SoftPromptModel(PromptFiles):
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)
         selection = bank.select(prompt_ids, len(ids))
-        generation.check_context(self.base_model, mask, [count for _, count in selection.prefixes])
+        virtual = [count for _, count in selection.prefixes]
+        architecture.check_room(virtual, (mask != 0).sum(1).tolist(), self._traits.context_length)
         if self._generator.can_compile(selection, mask, options):
             self._check_first(bank, ids, mask, prompt_ids)
         return self._generator.generate(self._padded, bank, selection, ids, mask, prompt_ids, options)

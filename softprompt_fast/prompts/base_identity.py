@@ -69,7 +69,7 @@ def check_base(folder: PathLike[str] | str, model: Any, *, force: bool = False) 
     own = base_fingerprint(model)
     if not same_base(fingerprint, own):
         raise ValueError(
-            f"{folder}: the prompt's base model must be {name!r} ({fingerprint}), got "
+            f"{folder}: the prompt's base model must be {name or 'unnamed'!r} ({fingerprint}), got "
             f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} ({own}); force=True (--force) uses it "
             "nevertheless"
         )

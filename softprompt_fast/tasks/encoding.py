@@ -226,7 +226,7 @@ def check_label_words(
             f"the words of labels must have different tokens, got the same for {', '.join(map(repr, group))}; "
             "merge these labels, or give them other words"
         )
-    if encoder_decoder or task.encoding == 1:
+    if encoder_decoder or task.encoding == 1 or not words:
         return
     some = [row for row in rows[:CHECKED_ROWS] if lacks(task, row) is None]
     joined = sum(not _follows(task, row, tokenizer, words[task.label(row)]) for row in some)

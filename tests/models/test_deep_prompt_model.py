@@ -292,7 +292,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`peft_type` must be 'PROMPT_TUNING', got 'PREFIX_TUNING'"):
         spf.SoftPromptModel(build("llama")).load_prompt(tmp_path / "long")
     with pytest.raises(ValueError, match=r"must be for .* = \[3, 4, 32\] like the model, got \[3, 2, 16\]"):
-        spf.DeepPromptModel(build("gpt2")).load_prompt(tmp_path / "long")
+        spf.DeepPromptModel(build("gpt2")).load_prompt(tmp_path / "long", force=True)
     plain = spf.SoftPromptModel(build("llama"))
     plain.add_prompt("plain", 2)
     plain.save_pretrained(tmp_path)

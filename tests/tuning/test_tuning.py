@@ -237,7 +237,7 @@ def test_features_mark_only_the_answer_and_long_texts_keep_their_end() -> None:
         ({"--text-column": "body"}, "the template names column 'body', but the data has"),
         ({"--label-column": "class"}, "no column 'class' in the data"),
         ({"--template": "no columns"}, "`template` must name at least one column"),
-        ({"--template": "{text"}, "`template` must be a format string"),
+        ({"--template": "{text"}, "`template` must have columns in braces"),
         ({"--label-word": "yes"}, "must be LABEL=WORD, got 'yes'"),
         ({"--held-out": "64"}, "`held_out` must leave rows on both sides of 64"),
         ({"--init": "nonsense"}, "`init` must be"),
