@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.tiny_models import build
-from support.tiny_reviews import reviews
+from support.tiny_reviews import reviews, tiny_tokenizer
 from typer.testing import CliRunner
 
 import softprompt_fast as spf
@@ -227,14 +227,19 @@ def train(model: Path, data: Path, output: Path, *arguments: str) -> Any:
     return CliRunner().invoke(app, ["train", "-m", str(model), "-d", str(data), "-o", str(output), *words, *arguments])
 
 
-def test_train_leaves_out_rows_by_line(model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = tmp_path / "data.csv"
+def test_train_leaves_out_rows_by_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, data = tmp_path / "model", tmp_path / "data.csv"
+    build("llama").save_pretrained(model)
+    tiny_tokenizer("None", "Support").save_pretrained(model)
     lines = [f"{row['text']},{('None', 'Support')[i % 2]}" for i, row in enumerate(reviews(12))]
     data.write_text("text,label\n" + "\n".join([*lines, ",None", "film,"]) + "\n")
-    result = train(model_folder, data, tmp_path / "run")
+    result = train(model, data, tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert f"2 of 14 rows are left out: no text ({data}, line 14); no 'label' ({data}, line 15)" in caplog.text
     assert Task.load(tmp_path / "run").label_words == {"None": " None", "Support": " Support"}
+
+
+WORDS = ("--label-word", "a=yes", "--label-word", "b=no")
 
 
 @pytest.mark.parametrize(
@@ -243,8 +248,8 @@ def test_train_leaves_out_rows_by_line(model_folder: Path, tmp_path: Path, caplo
         ({"text": "x", "label": ["joy", "anger"]}, (), "data.jsonl, line 1: column 'label' must hold one label in each row"),
         ({"text": "x", "label": {"name": "a"}}, (), "got dict {'name': 'a'}"),
         ({"text": "x", "label": "a"}, ("--template", "{text} {label} :"), "must not name the column of the answer"),
-        ({"text": "x", "label": "a"}, ("--template", '{text} {"a": 1}'), "braces around other text are doubled"),
-        ({"text": ["x"], "label": "a"}, (), "column 'text' must hold text, got list"),
+        ({"text": "x", "label": "a"}, ("--template", '{text} {"a": 1}', *WORDS), "braces around other text are doubled"),
+        ({"text": ["x"], "label": "a"}, WORDS, "column 'text' must hold text, got list"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ("--task", "generation"), "whose tokenizer has a chat template"),
         ({"prompt": ["a"], "response": "b"}, ("--task", "generation"), "column 'prompt' must hold text, got list"),
         ({"prompt": "a", "response": {"x": 1}}, ("--task", "generation"), "column 'response' must hold text, got dict"),
@@ -272,8 +277,6 @@ def test_train_on_columns_of_any_name(model_folder: Path, tmp_path: Path) -> Non
 
 
 def test_train_and_predict_on_conversations(tmp_path: Path) -> None:
-    from support.tiny_reviews import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} : {% endfor %}"
     model, data = tmp_path / "model", tmp_path / "data.jsonl"

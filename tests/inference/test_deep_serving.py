@@ -79,7 +79,7 @@ def test_a_bank_too_small_and_models_without_compiled_prompts_refuse(tmp_path: P
     with pytest.raises(ValueError, match="prompt 'x' is a deep prompt, which runs only compiled: the budget of 0"):
         bare.add("x", tmp_path / "short")
     with pytest.raises(ValueError, match=r"is a deep prompt, which this model cannot run: .* ignores"):
-        PromptBank(build("bloom")).add("x", tmp_path / "short")
+        PromptBank(build("bloom")).add("x", tmp_path / "short", force=True)
 
 
 def test_compiled_files_and_a_model_of_deep_prompts(tmp_path: Path) -> None:

@@ -53,7 +53,10 @@ def test_a_bad_row_gets_an_error_and_the_others_their_answers(call: str, name: s
     pipe = tasked()
     texts = ["fine film", *(text for text, _ in BAD), "no plot"]
     found = CALLS[call](pipe, texts, name)
-    assert [result.get("error") for result in found] == [None, *(error for _, error in BAD), None]
+    errors = [error for _, error in BAD]
+    if name == "tasked":  # its template names the column
+        errors[-1] = "column 'text' must hold valid Unicode text, got half a surrogate pair in 'dull \\ud83d'"
+    assert [result.get("error") for result in found] == [None, *errors, None]
     alone = CALLS[call](pipe, ["no plot"], name)[0]
     for key, value in alone.items():
         if key in ("prediction", "text"):

@@ -14,9 +14,9 @@ GOOD, BAD = ["fine", "great", "lovely"], ["dull", "awful", "poor"]
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *GOOD, *BAD, "film", "plot", "Label", ":", "yes", "no", "very"]
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+def tiny_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """One token per word; `more` words than the usual ones."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*WORDS, *more])}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
