@@ -239,7 +239,7 @@ def test_train_leaves_out_rows_by_line(tmp_path: Path, caplog: pytest.LogCapture
     assert Task.load(tmp_path / "run").label_words == {"None": " None", "Support": " Support"}
 
 
-WORDS = ("--label-word", "a=yes", "--label-word", "b=no")
+A_AND_B = ("--label-word", "a=yes", "--label-word", "b=no")
 
 
 @pytest.mark.parametrize(
@@ -248,8 +248,8 @@ WORDS = ("--label-word", "a=yes", "--label-word", "b=no")
         ({"text": "x", "label": ["joy", "anger"]}, (), "data.jsonl, line 1: column 'label' must hold one label in each row"),
         ({"text": "x", "label": {"name": "a"}}, (), "got dict {'name': 'a'}"),
         ({"text": "x", "label": "a"}, ("--template", "{text} {label} :"), "must not name the column of the answer"),
-        ({"text": "x", "label": "a"}, ("--template", '{text} {"a": 1}', *WORDS), "braces around other text are doubled"),
-        ({"text": ["x"], "label": "a"}, WORDS, "column 'text' must hold text, got list"),
+        ({"text": "x", "label": "a"}, ("--template", '{text} {"a": 1}', *A_AND_B), "braces around other text are doubled"),
+        ({"text": ["x"], "label": "a"}, A_AND_B, "column 'text' must hold text, got list"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, ("--task", "generation"), "whose tokenizer has a chat template"),
         ({"prompt": ["a"], "response": "b"}, ("--task", "generation"), "column 'prompt' must hold text, got list"),
         ({"prompt": "a", "response": {"x": 1}}, ("--task", "generation"), "column 'response' must hold text, got dict"),
