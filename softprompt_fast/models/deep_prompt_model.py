@@ -82,8 +82,9 @@ class DeepPromptModel(SoftPromptModel):
     def _after_error(self, error: Exception, padded: Callable[[], Any]) -> NoReturn:
         """Tells a bad call from a model that cannot run packed texts, by a batch that is known to be good."""
         ids = torch.ones(2, 2, dtype=torch.int64, device=self.device)
+        bank = FastSoftPrompt(self.prompts.embedding_dim, {"any": 1}, device=self.device)
         try:
-            self.runner.logits_after(FastSoftPrompt(self.prompts.embedding_dim), ids, None, None)
+            self.runner.logits_after(bank, ids, None, None)
         except Exception as failure:
             cause = failure.__cause__ or failure
             self._fallback(f"the packed layout failed: {type(cause).__name__}: {cause}")
