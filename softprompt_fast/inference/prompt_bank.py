@@ -354,6 +354,15 @@ class PromptBank:
         except Unsupported as error:
             self.stop_compiling(str(error))
             return
+        except Exception:
+            # A small batch that is known to be good tells whether the model, and not these prompts, is at fault.
+            any_prompt = FastSoftPrompt(self.model.prompts.embedding_dim, {"any": 1}, device=self.model.device)
+            ids = torch.ones(1, 2, dtype=torch.int64, device=self.model.device)
+            self.model.next_token_logits(ids, prompts=any_prompt)
+            if runner.unsupported is None:
+                raise
+            self.stop_compiling(runner.unsupported)
+            return
         with self._lock:
             if values is not None:
                 self._store(plain, values)
