@@ -305,10 +305,10 @@ def outcome_of(entry: Callable[[TypeUnderTest], str | None], case: TypeUnderTest
         last = traceback.extract_tb(error.__traceback__)[-1]
         if LIBRARY in Path(last.filename).parents:
             return f"refused: {error}"
-        return f"wrong: {type(error).__name__} at {last.filename}:{last.lineno}: {error}"
+        return f"wrong: {type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}"
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        return f"wrong: {type(error).__name__} at {last.filename}:{last.lineno}: {error}"
+        return f"wrong: {type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {error}"
     return f"exact ({how})" if how else "exact"
 
 
