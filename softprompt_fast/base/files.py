@@ -18,13 +18,27 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save_tensors_atomically(path: Path, tensors: dict[str, Any], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file of contiguous tensors on the host."""
+    """Writes a safetensors file of contiguous tensors on the host. Equal contents give equal bytes."""
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     save_file(tensors, scratch, metadata=metadata)
+    if len(metadata) > 1:
+        _sort_metadata(scratch)
     scratch.replace(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the entries of a safetensors file's metadata, which the library writes in a random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
 
 
 def write_json(path: Path, values: Any) -> None:
