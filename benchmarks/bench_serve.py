@@ -4,6 +4,7 @@ PEFT holds one prompt-tuning adapter per task and runs one batch per task after 
 interleaved in one process; medians are compared. Usage::
 
     python benchmarks/bench_serve.py --model DIR [--output benchmarks/results/serve_cpu.csv]
+    python benchmarks/bench_serve.py --model llama-1b --dtype bfloat16 --device cuda --tasks 64 --requests 64
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import Row, add_model_arguments, argument_parser, environment, interleaved, load, write_rows
+from common import add_model_arguments, append_rows, argument_parser, environment, interleaved, load
 
 from softprompt_fast.inference.engine import Engine
 from softprompt_fast.inference.prompt_bank import PromptBank
 
-TASKS = 16
 NEW_TOKENS = 32
+JOBS = ["classify", "generate"]
+MOST_GENERATED = 64
+"""Texts are not generated for more requests: minutes, and nothing new."""
 
 
 def requests(count: int, vocabulary: int) -> list[list[int]]:
@@ -35,7 +38,7 @@ def prompts(count: int, virtual: int, table: torch.Tensor) -> dict[str, torch.Te
     """Prompts of random tokens' embeddings, like the initial values of tuned ones."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, len(table), (count, virtual), generator=generator)
-    return {f"task{i}": table[row].clone().float() for i, row in enumerate(ids)}
+    return {f"task{i}": table[row.to(table.device)].clone().float() for i, row in enumerate(ids)}
 
 
 def left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -69,7 +72,8 @@ class Peft:
         for name in dict.fromkeys(names):
             mine = [i for i, used in enumerate(names) if used == name]
             self.model.set_adapter(name)
-            for i, result in zip(mine, run(left_padded([rows[i] for i in mine])), strict=True):
+            batch = {key: value.to(self.model.device) for key, value in left_padded([rows[i] for i in mine]).items()}
+            for i, result in zip(mine, run(batch), strict=True):
                 results[i] = result
         return results
 
@@ -115,27 +119,28 @@ def agreeing(some: list[torch.Tensor], others: list[torch.Tensor]) -> int:
     return sum(torch.equal(answer(x), answer(y)) for x, y in zip(some, others, strict=True))
 
 
-def against_peft(arguments: argparse.Namespace) -> list[Row]:
-    rows: list[Row] = []
-    for virtual in (20, 100):
-        model = load(arguments.model, arguments.dtype)
-        bank = prompts(TASKS, virtual, model.get_input_embeddings().weight.detach())
-        peft, ours = Peft(load(arguments.model, arguments.dtype), bank), Ours(model, bank)
-        for count in (16, 64, 256):
+def against_peft(arguments: argparse.Namespace) -> None:
+    device = arguments.device
+    for virtual in arguments.virtual_tokens:
+        model = load(arguments.model, arguments.dtype, device)
+        bank = prompts(arguments.tasks, virtual, model.get_input_embeddings().weight.detach())
+        peft, ours = Peft(load(arguments.model, arguments.dtype, device), bank), Ours(model, bank)
+        for count in arguments.requests:
             texts = requests(count, model.config.vocab_size)
-            names = [f"task{i % TASKS}" for i in range(count)]
-            for job in ("classify", "generate"):
-                if job == "generate" and count > 64:
-                    continue  # minutes, and nothing new
+            names = [f"task{i % arguments.tasks}" for i in range(count)]
+            for job in arguments.jobs:
+                if job == "generate" and count > MOST_GENERATED:
+                    continue
                 a, b = getattr(peft, job), getattr(ours, job)
                 same = agreeing(a(texts, names), b(texts, names))
                 rounds = max(1, arguments.rounds * 16 // count)
-                times = interleaved({"peft": partial(a, texts, names), "ours": partial(b, texts, names)}, rounds)
+                runs = {"peft": partial(a, texts, names), "ours": partial(b, texts, names)}
+                times = interleaved(runs, rounds, device=device)
                 row = {
-                    **environment(),
+                    **environment(device),
                     "dtype": arguments.dtype,
                     "job": job,
-                    "tasks": TASKS,
+                    "tasks": arguments.tasks,
                     "P": virtual,
                     "requests": count,
                     "peft_s": round(times["peft"], 3),
@@ -144,13 +149,14 @@ def against_peft(arguments: argparse.Namespace) -> list[Row]:
                     "same_answers": f"{same}/{count}",
                 }
                 print(json.dumps(row), flush=True)
-                rows.append(row)
-    return rows
+                if arguments.output:
+                    append_rows(arguments.output, [row])  # at once: a run may be cut short
 
 
 def resident(arguments: argparse.Namespace) -> None:
     """Prints what 1,024 resident prompts cost a mixed batch of 32, and a long prompt the first token of a text."""
-    model = load(arguments.model, arguments.dtype)
+    device = arguments.device
+    model = load(arguments.model, arguments.dtype, device)
     table = model.get_input_embeddings().weight.detach()
     texts = requests(32, model.config.vocab_size)
     few, many = Ours(model, prompts(32, 20, table)), Ours(model, prompts(1024, 20, table))
@@ -159,7 +165,9 @@ def resident(arguments: argparse.Namespace) -> None:
     spread = [f"task{i * 32}" for i in range(32)]
     few.classify(texts, names), many.classify(texts, spread)
     times = interleaved(
-        {"32": lambda: few.classify(texts, names), "1024": lambda: many.classify(texts, spread)}, 4 * arguments.rounds
+        {"32": lambda: few.classify(texts, names), "1024": lambda: many.classify(texts, spread)},
+        4 * arguments.rounds,
+        device=device,
     )
     per_prompt = many.bank.stats()["compiled_bytes"] / 1024
     print(
@@ -171,6 +179,7 @@ def resident(arguments: argparse.Namespace) -> None:
     times = interleaved(
         {"prompt": lambda: long.classify(one, ["task0"]), "none": lambda: long.classify(one, [None])},  # type: ignore[list-item]
         20 * arguments.rounds,
+        device=device,
     )
     print(f"first token with a compiled prompt of 100 over none: {times['prompt'] / times['none']:.3f}")
 
@@ -178,11 +187,17 @@ def resident(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argument_parser(__doc__)
     add_model_arguments(parser, dtype="float32", rounds=5)
+    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--virtual-tokens", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
+    parser.add_argument("--skip-resident", action="store_true", help="leave out the cost of 1,024 resident prompts")
     arguments = parser.parse_args()
-    resident(arguments)
-    rows = against_peft(arguments)
     if arguments.output:
-        write_rows(arguments.output, rows)
+        arguments.output.unlink(missing_ok=True)
+    if not arguments.skip_resident:
+        resident(arguments)
+    against_peft(arguments)
 
 
 if __name__ == "__main__":

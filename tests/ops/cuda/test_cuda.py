@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from support.devices import DEVICE, NEEDS_STREAMS, ON_GPU
 from support.op_cases import (
     Case,
     assert_same,
@@ -27,8 +28,7 @@ from softprompt_fast.ops.assemble.checks import FLOATS, LAYOUTS
 from softprompt_fast.ops.extension import backend, build
 from softprompt_fast.ops.extension.contract import AssembleCall
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-DEVICE = "cuda"
+pytestmark = ON_GPU
 DIMS = (7, 1, 2, 4, 8, 16, 33, 64, 264, 2056)
 OFFSETS, PROMPT_IDS = [0, 5, 8], [1, -1, 0, 1]
 
@@ -36,7 +36,7 @@ OFFSETS, PROMPT_IDS = [0, 5, 8], [1, -1, 0, 1]
 @pytest.fixture(scope="module")
 def ops(native: backend.Ops) -> backend.Ops:
     """The native ops; where a toolkit is there, they must have their CUDA part."""
-    if build.cuda_toolkit() is None:
+    if DEVICE == "cuda" and build.cuda_toolkit() is None:
         pytest.skip("no CUDA toolkit to compile the kernels")
     assert backend.ops_for(torch.device(DEVICE)) is native
     return native
@@ -132,6 +132,7 @@ def test_a_bad_id_is_reported(ops: backend.Ops) -> None:
     assert not unchecked.inputs_embeds.flatten(0, 1)[unchecked.token_slots[2, 5]].any()
 
 
+@NEEDS_STREAMS
 def test_padded_can_be_captured(ops: backend.Ops) -> None:
     """With everything on the GPU a graph replays the call on new values."""
     batch = Batch()
@@ -155,6 +156,7 @@ def test_padded_can_be_captured(ops: backend.Ops) -> None:
         assert_same(captured, run())
 
 
+@NEEDS_STREAMS
 @pytest.mark.parametrize("options", [{"layout": "packed"}, {"max_prompt_length": 5}], ids=LAYOUTS[::-1])
 def test_never_waits_for_the_gpu(ops: backend.Ops, options: dict[str, Any]) -> None:
     """Given what it needs on the host: not in the forward pass, nor in the backward pass."""
@@ -166,11 +168,16 @@ def test_never_waits_for_the_gpu(ops: backend.Ops, options: dict[str, Any]) -> N
     batch.assemble(**options).inputs_embeds.sum().backward()  # memory and libraries are ready after this
     expected = batch.assemble(**options, check=True)
     with no_synchronisation():
+        torch.cuda._sleep(1_000_000_000)
+        slept = torch.cuda.Event()
+        slept.record()
         result = batch.assemble(**options)
         result.inputs_embeds.sum().backward()
+        assert not slept.query()  # the debug mode does not see every wait
     assert_same(result, expected)
 
 
+@NEEDS_STREAMS
 def test_runs_on_the_current_stream(ops: backend.Ops) -> None:
     batch = Batch()
     expected = batch.assemble()

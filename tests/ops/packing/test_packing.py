@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.devices import DEVICE, ON_GPU
 from support.segments import table
 
 from softprompt_fast.ops.extension import backend
@@ -23,33 +24,45 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["native", "emulated"])
-def ops(request: pytest.FixtureRequest, native: backend.Ops) -> backend.Ops:
-    if request.param == "native":
-        return native
-    emulated: backend.Ops = request.getfixturevalue("emulated")
-    return emulated
+@pytest.fixture(params=["native", "emulated", pytest.param("gpu", marks=ON_GPU)])
+def place(request: pytest.FixtureRequest, native: backend.Ops) -> tuple[backend.Ops, str]:
+    """The ops to test and the device of their tensors."""
+    if request.param == "emulated":
+        return request.getfixturevalue("emulated"), "cpu"
+    return native, DEVICE if request.param == "gpu" else "cpu"
 
 
 @pytest.mark.parametrize("size", [(2, 8), (3, 5), (1, 1)])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_equal_the_twin(
-    ops: backend.Ops, case: str, dtypes: tuple[torch.dtype, torch.dtype], size: tuple[int, int]
+    place: tuple[backend.Ops, str],
+    case: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    size: tuple[int, int],
 ) -> None:
+    ops, device = place
     dtype, out = dtypes
     rows, width, slots = CASES[case]
+    rows_there = rows.to(device)
     heads, length = size
-    key = torch.randn(slots, heads, length).to(dtype)
-    value = torch.randn(heads, slots, 2 * length).to(dtype).transpose(0, 1)[..., ::2]  # strides, odd alignment
+    key = torch.randn(slots, heads, length).to(device, dtype)
+    value = torch.randn(heads, slots, 2 * length).to(device, dtype).transpose(0, 1)[..., ::2]  # odd alignment
     for got, expected in zip(
-        ops.unpack([key, value], rows, width, out), reference.unpack([key, value], rows, width, out), strict=True
+        ops.unpack([key, value], rows_there, width, out),
+        reference.unpack([key.cpu(), value.cpu()], rows, width, out),
+        strict=True,
     ):
-        assert got.dtype == out and torch.equal(got, expected)
-    grads = [torch.randn(len(rows), heads, width, length).to(dtype).transpose(1, 2) for _ in range(2)]
-    for got, expected in zip(ops.pack(grads, rows, slots, out), reference.pack(grads, rows, slots, out), strict=True):
+        assert got.dtype == out and torch.equal(got.cpu(), expected)
+    grads = [torch.randn(len(rows), heads, width, length).to(device, dtype).transpose(1, 2) for _ in range(2)]
+    for got, expected in zip(
+        ops.pack(grads, rows_there, slots, out),
+        reference.pack([grad.cpu() for grad in grads], rows, slots, out),
+        strict=True,
+    ):
         assert got.dtype == out
-        assert torch.allclose(got.double(), expected.double(), rtol=1e-2 if out.itemsize == 2 else 1e-6, atol=1e-6)
+        tolerance = 1e-2 if out.itemsize == 2 else 1e-6
+        assert torch.allclose(got.cpu().double(), expected.double(), rtol=tolerance, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)

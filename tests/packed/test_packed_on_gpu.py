@@ -1,0 +1,82 @@
+"""Models on a GPU: packed batches, compiled prompts and generation equal each row alone on the same device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.devices import DEVICE, ON_GPU
+from support.rows_alone import ROWS, alone, relative, tuned_model
+from support.tiny_models import batch
+
+import softprompt_fast as spf
+from softprompt_fast.inference import PromptBank
+
+pytestmark = ON_GPU
+MODELS = ["llama", "mistral-window", "gpt2", "gemma2", "gemma3"]
+TOLERANCE = 1e-4
+"""float32 products may be summed in another order for another number of rows."""
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def on_device(name: str) -> spf.SoftPromptModel:
+    tuned = tuned_model(name)
+    tuned.base_model.to(DEVICE)
+    return tuned.to(DEVICE)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_equal_each_row_alone(name: str) -> None:
+    tuned = on_device(name)
+    ids, mask = (x.to(DEVICE) for x in batch())
+    output = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS, return_logits=True)
+    assert tuned.execution_report().execution == "shared"
+    output.logits.float().pow(2).sum().backward()
+    total, parts = 0.0, []
+    for row, prompt in enumerate(ROWS):
+        real = mask[row].bool()
+        expected, used = alone_on_device(tuned, ids[row][real], prompt)
+        assert relative(output.logits[row][real], expected.logits[0, len(used) :]) < TOLERANCE
+        total = total + expected.logits[0, len(used) :].float().pow(2).sum()
+        parts.append((prompt, used))
+    assert isinstance(total, torch.Tensor)
+    total.backward()
+    for prompt in ("short", "long"):
+        wanted = sum(used.grad for owner, used in parts if owner == prompt)
+        got = tuned.prompts[prompt].grad
+        assert ((got - wanted).norm() / wanted.norm()).item() < TOLERANCE
+
+
+def alone_on_device(tuned: spf.SoftPromptModel, ids: torch.Tensor, prompt: str | None) -> tuple[Any, torch.Tensor]:
+    with torch.device(DEVICE):
+        return alone(tuned, ids, prompt)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_generated_tokens_equal_each_row_alone(name: str) -> None:
+    tuned = on_device(name)
+    ids, mask = (x.to(DEVICE) for x in batch(padding="left"))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = tuned.generate(ids, mask, ROWS, **options)[:, ids.shape[1] :]
+    for row, prompt in enumerate(ROWS):
+        expected = tuned.generate(ids[row][mask[row].bool()][None], None, [prompt], **options)[0, -6:]
+        assert torch.equal(found[row], expected)
+
+
+def test_compiled_prompts_give_the_logits_of_the_prompts() -> None:
+    tuned = on_device("llama")
+    ids, mask = (x.to(DEVICE) for x in batch())
+    expected = tuned.next_token_logits(ids, mask, ROWS)
+    bank = PromptBank(tuned)
+    with bank.use(ROWS) as view:
+        from softprompt_fast.inference.engine import Engine
+
+        rows = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
+        last = torch.tensor([(row, len(text) - 1) for row, text in enumerate(rows)])
+        found = torch.stack(list(Engine(bank).logits_at(view, rows, ROWS, last)))
+    assert relative(found, expected.detach()) < TOLERANCE
