@@ -18,6 +18,7 @@ from ..base.errors import Unsupported
 from ..hf.attention import check_keywords
 from ..ops.packing.functional import pack, unpack
 from ..ops.segment_attention import functional as segment_attention
+from ..ops.segment_attention import varlen
 
 if TYPE_CHECKING:
     from .layout import PackedLayout, RowGroup
@@ -52,18 +53,10 @@ def packed_attention(
         layout.store_captured(module, packed[1], packed[2])
     prefix = layout.compiled_states(module, packed[1], packed[2])
     with torch.autocast(device, enabled=False):
-        if segment_attention.available(query) and not dropout and softcap is None and s_aux is None:
-            out = segment_attention.segment_attention(
-                packed[0],
-                packed[1],
-                packed[2],
-                layout.table,
-                scale=scaling,
-                window=sliding_window,
-                prefix_key=prefix[0] if prefix else None,
-                prefix_value=prefix[1] if prefix else None,
-            )
-            return out[None], None
+        if not dropout and softcap is None and s_aux is None:
+            out = _segments(layout, packed, prefix, scaling, sliding_window)
+            if out is not None:
+                return out[None], None
         compiled_slots = 0
         if prefix is not None:  # one sequence of compiled and own slots
             compiled_slots = prefix[0].shape[0]
@@ -83,6 +76,36 @@ def packed_attention(
             if group.slots
         ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+
+
+def _segments(
+    layout: PackedLayout,
+    packed: list[Tensor],
+    prefix: tuple[Tensor, Tensor] | None,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor | None:
+    """[K, H, E'] in one call over all segments; None: nothing can do that for these tensors."""
+    prefix_key, prefix_value = prefix or (None, None)
+    if segment_attention.available(packed[0]):
+        return segment_attention.segment_attention(
+            *packed,
+            layout.table,
+            scale=scaling,
+            window=window,
+            prefix_key=prefix_key,
+            prefix_value=prefix_value,
+        )
+    if not varlen.libraries(*packed) or layout.ragged is None:
+        return None
+    return varlen.varlen_attention(
+        *packed,
+        layout.ragged,
+        scale=packed[0].shape[-1] ** -0.5 if scaling is None else float(scaling),
+        window=int(window or 0),
+        prefix_key=prefix_key,
+        prefix_value=prefix_value,
+    )
 
 
 def _attend(

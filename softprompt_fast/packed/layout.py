@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE
+from ..ops.segment_attention.ragged import Line, RaggedPlan
 from .attention import packed_attention
 
 
@@ -33,8 +34,8 @@ class RowGroup:
     """Longest own part."""
     keys: int
     """Longest prefix + own part."""
-    prefixes: list[int]
-    """Prefix lengths, on the host."""
+    lines: list[Line]
+    """``table`` on the host."""
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
     _shifted: tuple[int, Tensor] | None = None
 
@@ -45,16 +46,16 @@ class RowGroup:
         """Rows of these lengths, one after the other from `first_slot` on; a prefix is (first slot, length)."""
         starts = list(accumulate(lengths, initial=0))
         slots = starts.pop()
-        lines = [
+        tables = [
             [(first_slot + s, n, *prefix) for s, n, prefix in zip(starts, lengths, prefixes, strict=True)],
             [(first_slot + s, n, 0, 0) for s, n in zip(starts, lengths, strict=True)],
             [(s, n, 0, 0) for s, n in zip(starts, lengths, strict=True)],
         ]
-        tables = torch.tensor(lines, dtype=torch.int64).view(3, -1, 4)
+        moved = torch.tensor(tables, dtype=torch.int64).view(3, -1, 4)
         if device.type == "cuda":
-            tables = tables.pin_memory()
+            moved = moved.pin_memory()
         keys = max((n + prefix[1] for n, prefix in zip(lengths, prefixes, strict=True)), default=0)
-        table, query_table, result_table = tables.to(device, non_blocking=True).unbind()
+        table, query_table, result_table = moved.to(device, non_blocking=True).unbind()
         return cls(
             table=table,
             query_table=query_table,
@@ -63,8 +64,13 @@ class RowGroup:
             slots=slots,
             queries=max(lengths, default=0),
             keys=keys,
-            prefixes=[length for _, length in prefixes],
+            lines=tables[0],
         )
+
+    @property
+    def prefixes(self) -> list[int]:
+        """Prefix lengths, on the host."""
+        return [length for *_, length in self.lines]
 
     def shifted(self, slots: int) -> Tensor:
         """The table for keys and values that begin with `slots` other slots, which contain the prefixes."""
@@ -125,6 +131,11 @@ class PackedLayout:
     def table(self) -> Tensor:
         """[prompts + rows, 4], all segments, for :func:`segment_attention`."""
         return torch.cat([self.prompts.table, self.rows.table])
+
+    @cached_property
+    def ragged(self) -> RaggedPlan | None:
+        """All segments, for :func:`varlen_attention`."""
+        return RaggedPlan.of([*self.prompts.lines, *self.rows.lines], self.rows.table.device)
 
     def compiled_states(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys [R, H', E] and values of compiled prompts in a module's layer."""

@@ -1,7 +1,8 @@
 """Causal attention of many segments in one pass over packed queries, keys and values.
 
 Each segment attends to a prefix and to itself; prefixes are shared. The native kernel, for CPUs only, reads them in
-place: nothing is gathered or padded. Elsewhere the reference runs, which is slow.
+place: nothing is gathered or padded. On a GPU a library's variable-length attention reads a copy of keys and values in
+which each segment's prefix precedes its own (``varlen.py``). Elsewhere the reference runs, which is slow.
 """
 
 from __future__ import annotations
