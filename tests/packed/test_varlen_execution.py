@@ -6,17 +6,17 @@ import pytest
 import torch
 from support.rows_alone import ROWS, alone, relative, tuned_model
 from support.tiny_models import DECODERS, batch, changes_mask, own_attention
-from support.varlen_stand_in import use_stand_in
+from support.varlen_stand_in import path_of_a_gpu
 
 SHARED = [name for name in DECODERS if not own_attention(name) and not changes_mask(name)]
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_logits_and_gradients_equal_each_row_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = use_stand_in(monkeypatch)
+def test_logits_and_gradients_equal_each_row_alone(name: str) -> None:
     tuned = tuned_model(name)
     ids, mask = batch()
-    output = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS, return_logits=True)
+    with path_of_a_gpu() as calls:
+        output = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS, return_logits=True)
     assert tuned.execution_report().execution == "shared" and calls
     output.logits.pow(2).sum().backward()
     total, parts = torch.zeros(()), []

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -29,15 +33,18 @@ def stand_in(query: Tensor, key: Tensor, value: Tensor, plan: RaggedPlan, scale:
     return torch.cat(parts)
 
 
-def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Packed batches take the path of a GPU; returns a list that gets an entry per call."""
+@contextmanager
+def path_of_a_gpu() -> Iterator[list[str]]:
+    """Packed batches take the path of a GPU; the list gets an entry per call."""
     calls: list[str] = []
 
-    def counted(*arguments: object) -> Tensor:
+    def counted(*arguments: Any) -> Tensor:
         calls.append(NAME)
-        return stand_in(*arguments)  # type: ignore[arg-type]
+        return stand_in(*arguments)
 
-    monkeypatch.setattr(functional, "available", lambda query: False)
-    monkeypatch.setattr(varlen, "libraries", lambda *tensors: [NAME])
-    monkeypatch.setitem(varlen.LIBRARIES, NAME, counted)
-    return calls
+    with (
+        mock.patch.object(functional, "available", lambda query: False),
+        mock.patch.object(varlen, "libraries", lambda *tensors: [NAME]),
+        mock.patch.dict(varlen.LIBRARIES, {NAME: counted}),
+    ):
+        yield calls

@@ -14,11 +14,13 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
+from support.varlen_stand_in import path_of_a_gpu
 
 from . import model_types
 from .outcomes import outcomes
@@ -60,6 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("types", nargs="*", help='such as "llama"; all if none is given')
     parser.add_argument("--json", type=Path, help="where to write the outcomes")
+    parser.add_argument("--gpu-path", action="store_true", help="packed batches attend as on a GPU, through a stand-in")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -68,7 +71,8 @@ def main() -> int:
     if arguments.types:
         names = [name for name in names if name.split(":")[1] in arguments.types or name in arguments.types]
     started = time.perf_counter()
-    found = sweep(names)
+    with path_of_a_gpu() if arguments.gpu_path else nullcontext():
+        found = sweep(names)
     numbers = counted(found)
     print(f"{len(found)} types in {time.perf_counter() - started:.0f} s:", numbers)
     wrong = [f"{name} {e}: {o}" for name, entries in found.items() for e, o in entries.items() if o.startswith("wrong")]

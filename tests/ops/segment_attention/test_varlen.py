@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.devices import DEVICE, ON_GPU
 from support.segments import table
-from support.varlen_stand_in import stand_in, use_stand_in
+from support.varlen_stand_in import stand_in, path_of_a_gpu
 from torch import Tensor
 
 from softprompt_fast.ops.segment_attention import reference, varlen
@@ -26,6 +26,12 @@ CASES = {
     "an empty prompt": torch.cat([table([(0, 0)], [0], 0), table([(0, 0)], [3], 0)]),
 }
 SIZES = {"equal heads": (2, 2, 8, 8), "grouped": (6, 2, 8, 4), "one key head": (3, 1, 5, 5)}
+
+
+@pytest.fixture
+def gpu_path() -> Iterator[list[str]]:
+    with path_of_a_gpu() as calls:
+        yield calls
 
 
 def plan_of(lines: Tensor) -> RaggedPlan:
@@ -43,10 +49,8 @@ def leaves(slots: int, size: tuple[int, int, int, int]) -> list[Tensor]:
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", CASES)
-def test_results_and_gradients_equal_the_reference(
-    case: str, size: str, window: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_stand_in(monkeypatch)
+@pytest.mark.usefixtures("gpu_path")
+def test_results_and_gradients_equal_the_reference(case: str, size: str, window: int | None) -> None:
     lines = CASES[case]
     tensors = leaves(int(lines[:, 1].sum()), SIZES[size])
     arguments: dict[str, Any] = {"prefix_key": None, "prefix_value": None, "scale": 0.3, "window": window or 0}
@@ -60,9 +64,9 @@ def test_results_and_gradients_equal_the_reference(
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_prefixes_of_another_tensor(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("gpu_path")
+def test_prefixes_of_another_tensor(window: int | None) -> None:
     """Compiled prompts: rows only, and prefixes in any order among slots that nobody uses."""
-    use_stand_in(monkeypatch)
     lines = table([(7, 3), (0, 0), (1, 5), (7, 3)], [2, 3, 1, 4], 0)
     tensors, before = leaves(10, SIZES["grouped"]), leaves(12, SIZES["grouped"])[1:]
     names = dict(zip(("prefix_key", "prefix_value"), before, strict=True))
@@ -74,11 +78,10 @@ def test_prefixes_of_another_tensor(window: int | None, monkeypatch: pytest.Monk
         torch.testing.assert_close(one, other)
 
 
-def test_a_batch_without_slots_calls_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = use_stand_in(monkeypatch)
+def test_a_batch_without_slots_calls_no_library(gpu_path: list[str]) -> None:
     options: dict[str, Any] = {"prefix_key": None, "prefix_value": None, "scale": 1.0, "window": 0}
     out = varlen.varlen_attention(*leaves(0, SIZES["grouped"]), plan_of(table([], [], 0)), **options)
-    assert out.shape == (0, 6, 4) and not calls
+    assert out.shape == (0, 6, 4) and not gpu_path
 
 
 def test_segments_that_do_not_follow_one_another_have_no_plan() -> None:
