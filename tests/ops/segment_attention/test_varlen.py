@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.devices import DEVICE, ON_GPU
 from support.segments import table
-from support.varlen_stand_in import stand_in, path_of_a_gpu
+from support.varlen_stand_in import path_of_a_gpu, stand_in
 from torch import Tensor
 
 from softprompt_fast.ops.segment_attention import reference, varlen
