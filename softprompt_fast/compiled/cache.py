@@ -18,7 +18,7 @@ from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE, check_keywords
 from ..ops.packing.functional import unpack
 from ..ops.segment_attention.functional import available, cached_attention
-from ..packed.attention import compute_dtype, explicit_attention
+from ..packed.attention import compute_dtype, explicit_attention, masked_attention
 
 GROWTH = 64
 """Slots for later tokens that a layer allocates when it grows."""
@@ -88,7 +88,11 @@ class RowPlaces:
 
 
 class Layer(CacheLayerMixin):
-    """The text's keys and values of one layer, stored as ``[B, room, H', E]``."""
+    """The text's keys and values of one layer, stored as ``[B, front + room, H', E]``.
+
+    Where attention reads prompts in place, `front` is 0. Elsewhere it is the longest prompt's length: each row begins
+    with its prompt, which is copied there once.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -96,12 +100,12 @@ class Layer(CacheLayerMixin):
     def __init__(self, rows: RowPlaces, index: int) -> None:
         super().__init__()
         self.rows, self.index = rows, index
-        self.length = 0
+        self.length = self.front = 0
         self.was_read = True
         """Whether attention has read what was stored last."""
         self._new = 0
         self._stored: list[Tensor] = []
-        self._prefix: tuple[Tensor, Tensor] | None = None
+        self._holds_prompts = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -113,26 +117,27 @@ class Layer(CacheLayerMixin):
         if len(self.rows.padding) != len(key_states):
             self.batch_repeat_interleave(len(key_states) // len(self.rows.padding))
         new = key_states.shape[2]
-        if not self._stored or self.length + new > self._stored[0].shape[1]:
-            self._grow(key_states, value_states)
+        end = self.front + self.length
+        if not self._stored or end + new > self._stored[0].shape[1]:
+            self._stored = [self._larger(i, x.transpose(1, 2)) for i, x in enumerate((key_states, value_states))]
         for stored, states in zip(self._stored, (key_states, value_states), strict=True):
-            stored[:, self.length : self.length + new] = states.transpose(1, 2)
+            stored[:, end : end + new] = states.transpose(1, 2)
         self.length += new
         self._new = new
         self.is_initialized = True
-        self.keys, self.values = (stored[:, : self.length].transpose(1, 2) for stored in self._stored)
+        text = slice(self.front, self.front + self.length)
+        self.keys, self.values = (stored[:, text].transpose(1, 2) for stored in self._stored)
         setattr(self.keys, CARRIER_ATTRIBUTE, self)
         return self.keys, self.values
 
-    def _grow(self, *states: Tensor) -> None:
-        before = self._stored
-        self._stored = []
-        for i, x in enumerate(states):
-            rows, heads, new, size = x.shape
-            larger = x.new_empty(rows, self.length + new + GROWTH, heads, size)
-            if before:
-                larger[:, : self.length] = before[i][:, : self.length]
-            self._stored.append(larger)
+    def _larger(self, index: int, states: Tensor) -> Tensor:
+        """What is stored, with room for states [B, new, H', E] and later ones."""
+        rows, new, heads, size = states.shape
+        end = self.front + self.length
+        larger = states.new_empty(rows, end + new + GROWTH, heads, size)
+        if self._stored:
+            larger[:, :end] = self._stored[index][:, :end]
+        return larger
 
     def attend(
         self,
@@ -155,7 +160,7 @@ class Layer(CacheLayerMixin):
         if dropout or new != self._new or self.rows.compiled.shape[3:] != keys.shape[2:] or keys.shape != values.shape:
             raise Unsupported(f"its attention has dropout, {new} queries for {self._new} new keys, or other heads")
         self.was_read = True
-        if softcap is not None or s_aux is not None or not available(query):
+        if softcap is not None or s_aux is not None or self._holds_prompts or not available(query):
             return self._attend_gathered(query, scaling, sliding_window, softcap, s_aux), None
         table, queries = self.rows.tables(self.length, keys.shape[1], new)
         prefix_key, prefix_value = self.rows.compiled[self.index].to(query.dtype).unbind(0)
@@ -176,19 +181,28 @@ class Layer(CacheLayerMixin):
         self, query: Tensor, scaling: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """[B, new, H, E], on one sequence of keys per row: its prompt, then its text."""
-        if self._prefix is None or len(self._prefix[0]) != len(query):
-            self._prefix = gather_prefixes(self.rows.compiled[self.index], self.rows.prefixes)
+        if not self._holds_prompts:
+            self._copy_prompts()
         dtype = compute_dtype(query)
-        own = [stored[:, : self.length].transpose(1, 2) for stored in self._stored]
         q = query.to(dtype)
-        k, v = (torch.cat([a.to(dtype), b.to(dtype)], 2) for a, b in zip(self._prefix, own, strict=True))
+        k, v = (stored[:, : self.front + self.length].transpose(1, 2).to(dtype) for stored in self._stored)
         mask = self.rows.mask(self.length, self._new, window or 0, q)
         if softcap is not None or sinks is not None:
             out = explicit_attention(q, k, v, mask, scaling, 0.0, softcap, sinks)
         else:
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+            out = masked_attention(q, k, v, mask, scaling)
         return out.transpose(1, 2).to(query.dtype)
+
+    def _copy_prompts(self) -> None:
+        """Puts each row's prompt before its text; zeros follow a prompt shorter than the longest one."""
+        compiled, prefixes = self.rows.compiled[self.index], self.rows.prefixes
+        two, slots, heads, size = compiled.shape
+        width = int(prefixes[:, 1].max())
+        table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)
+        (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), table, width)
+        prompts = rows.view(len(prefixes), width, two, heads, size).to(self._stored[0].dtype).unbind(2)
+        self._stored = [torch.cat([prompt, stored], 1) for prompt, stored in zip(prompts, self._stored, strict=True)]
+        self.front, self._holds_prompts = width, True
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens of text and its padding; prompts do not count."""
@@ -212,7 +226,7 @@ class Layer(CacheLayerMixin):
         self.length = max(keep, 0)
 
     def reset(self) -> None:
-        self.length, self._stored = 0, []
+        self.length, self.front, self._stored, self._holds_prompts = 0, 0, [], False
         self.was_read = True
 
     def offload(self) -> None:
@@ -228,24 +242,12 @@ class Layer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.rows = self.rows.repeated(repeats)
         self._stored = [stored.repeat_interleave(repeats, 0) for stored in self._stored]
-        self._prefix = None
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.rows = self.rows.selected(indices)
         self._stored = [stored[indices] for stored in self._stored]
-        self._prefix = None
 
 
 def compiled_cache(rows: RowPlaces) -> Cache:
     """A cache with a layer for each layer of the compiled prompts."""
     return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])
-
-
-def gather_prefixes(compiled: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer's [2, R, H', E] -> each row's keys and values [B, H', W, E]; zeros after a prompt shorter than W."""
-    two, slots, heads, size = compiled.shape
-    width = int(prefixes[:, 1].max())
-    table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)
-    (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), table, width)
-    keys, values = rows.view(len(prefixes), width, two, heads, size).permute(2, 0, 3, 1, 4)
-    return keys, values

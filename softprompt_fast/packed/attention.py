@@ -133,9 +133,7 @@ def _attend(
     plain = not any(group.prefixes) and (not window or window >= group.keys)
     mask = None if plain and softcap is None and sinks is None else group.mask(window, dtype)
     if softcap is None and sinks is None:
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, **_grouped(q, k)
-        )
+        out = masked_attention(q, k, v, mask, scaling, dropout)
     else:
         assert mask is not None
         out = explicit_attention(q, k, v, mask, scaling, dropout, softcap, sinks)
@@ -150,8 +148,32 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float32 if query.device.type == "cpu" and query.dtype.itemsize == 2 else query.dtype
 
 
-def _grouped(query: Tensor, key: Tensor) -> dict[str, bool]:
-    return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, dropout: float = 0.0
+) -> Tensor:
+    """SDPA of [B, H, q, E] queries with [B, H', k, E] keys. Without a mask it is causal.
+
+    With ``enable_gqa`` and a mask PyTorch would take its slow path on a GPU. So a single query per head becomes a row
+    of its key head's queries; for several queries keys are repeated there.
+    """
+    rows, heads, queries, _ = query.shape
+    groups = heads // key.shape[1]
+    folded = groups > 1 and queries == 1 and mask is not None
+    if folded:
+        query = query.reshape(rows, key.shape[1], groups, -1)
+    elif groups > 1 and mask is not None and query.device.type != "cpu":
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.reshape(rows, heads, queries, -1) if folded else out
 
 
 def explicit_attention(

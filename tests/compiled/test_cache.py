@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softprompt_fast.base.errors import Unsupported
-from softprompt_fast.compiled.cache import Layer, RowPlaces, compiled_cache, gather_prefixes
+from softprompt_fast.compiled.cache import Layer, RowPlaces, compiled_cache
 
 COMPILED = torch.randn(3, 2, 9, 2, 8)
 PREFIXES = torch.tensor([[2, 3], [0, 0], [5, 4]])
@@ -30,23 +30,43 @@ def attend(layer: Layer, rows: int, new: int, **options: float) -> torch.Tensor:
     return layer.attend(Attention(), torch.randn(rows, 4, new, 8), layer.keys, layer.values, **options)[0]
 
 
-def test_gathered_prefixes_are_those_of_the_table() -> None:
-    keys, values = gather_prefixes(COMPILED[1], PREFIXES)
-    assert keys.shape == (3, 2, 4, 8)
-    assert torch.equal(keys[0, :, :3], COMPILED[1, 0, 2:5].transpose(0, 1)) and not keys[0, :, 3].any()
-    assert torch.equal(values[2], COMPILED[1, 1, 5:9].transpose(0, 1)) and not values[1].any()
+@pytest.fixture(params=["in place", "copied"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How attention reads prompts: in the table, or copied before each row's text as on a GPU."""
+    if request.param == "copied":
+        monkeypatch.setattr("softprompt_fast.compiled.cache.available", lambda query: False)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_in_place_equals_gathered(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer(places(), 1)
-    layer.update(*states(3, 5))
+def test_reading_in_place_equals_reading_copies(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"sliding_window": window} if window else {}
-    found = attend(layer, 3, 5, **options)
-    monkeypatch.setattr("softprompt_fast.compiled.cache.available", lambda query: False)
-    gathered = attend(layer, 3, 5, **options)
+    steps = [states(3, 5), *(states(3, 1) for _ in range(70)), states(3, 2)]  # more than a layer has room for at first
+    found = []
+    for in_place in (True, False):
+        if not in_place:
+            monkeypatch.setattr("softprompt_fast.compiled.cache.available", lambda query: False)
+        layer, results = Layer(places(), 1), []
+        for step in steps:
+            layer.update(*step)
+            results.append(attend(layer, 3, step[0].shape[2], **options))
+        assert layer.front == (0 if in_place else 4)
+        found.append(torch.cat(results, 1))
     for row, padding in enumerate(PADDING.tolist()):
-        assert torch.allclose(found[row, padding:], gathered[row, padding:], atol=1e-5)
+        assert torch.allclose(found[0][row, padding:], found[1][row, padding:], atol=1e-5)
+
+
+def test_each_row_begins_with_a_copy_of_its_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("softprompt_fast.compiled.cache.available", lambda query: False)
+    layer = Layer(places(), 1)
+    text = states(3, 5)
+    layer.update(*text)
+    attend(layer, 3, 5)
+    layer.update(*states(3, 1))
+    keys, values = layer._stored
+    assert torch.equal(keys[0, :3], COMPILED[1, 0, 2:5]) and not keys[0, 3].any()
+    assert torch.equal(values[2, :4], COMPILED[1, 1, 5:9]) and not values[1, :4].any()
+    assert torch.equal(layer.keys[:, :, :5], text[0]) and torch.equal(keys[:, 4:9].transpose(1, 2), text[0])
 
 
 def test_length_counts_text_and_a_mask_is_for_text() -> None:
@@ -60,7 +80,7 @@ def test_length_counts_text_and_a_mask_is_for_text() -> None:
     assert cache.is_croppable and not any(cache.is_sliding)
 
 
-def test_removed_tokens_are_not_read() -> None:
+def test_removed_tokens_are_not_read(reading: str) -> None:
     layer, other = Layer(places(), 0), Layer(places(), 0)
     first, guessed, last = states(3, 5), states(3, 3), states(3, 1)
     layer.update(*first)
@@ -80,7 +100,7 @@ def test_removed_tokens_are_not_read() -> None:
     assert layer.get_seq_length() == 0
 
 
-def test_rows_are_repeated_and_selected() -> None:
+def test_rows_are_repeated_and_selected(reading: str) -> None:
     first, last = states(3, 5), states(3, 1)
     plain = Layer(places(), 0)
     plain.update(*first)
