@@ -12,6 +12,8 @@ from ..base.compiling import constant_when_compiled
 
 LOOKUP_SCALE = "_softprompt_fast_lookup_scale"
 """Attribute of an embedding module: the factor that its model, not the module, applies to looked-up vectors."""
+CHECKED_SCALE = "_softprompt_fast_checked_scale"
+"""Attribute of an embedding module: its own factor, what it was checked with, and its value."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,16 @@ def _hooks(embedding: nn.Module) -> list[Any]:
 
 @constant_when_compiled
 def _scale_of(embedding: nn.Embedding) -> float:
-    """The constant a subclass multiplies by; a few rows verify that its forward does nothing else."""
+    """The constant a subclass multiplies by; a few rows verify that its forward does nothing else. Waits once."""
     weight = embedding.weight.detach()
-    scale = getattr(embedding, "embed_scale", None)
-    if isinstance(scale, Tensor):  # Gemma rounds it to the weight's dtype first
-        scale = scale.to(weight.dtype).item()
-    scale = 1.0 if scale is None else float(scale)
-    known = getattr(embedding, "_softprompt_fast_scale", None)
-    if known == (scale, weight.dtype, weight.data_ptr()):
-        return scale
+    factor = getattr(embedding, "embed_scale", None)
+    key = (factor._version if isinstance(factor, Tensor) else factor, weight.dtype, weight.data_ptr())
+    known = getattr(embedding, CHECKED_SCALE, None)
+    if known is not None and known[0] is factor and known[1] == key:
+        return float(known[2])
+    scale = 1.0 if factor is None else float(factor)
+    if isinstance(factor, Tensor):  # Gemma rounds it to the weight's dtype first
+        scale = factor.to(weight.dtype).item()
     # The last ids are where models keep special tokens, which some embed in their own way.
     count = weight.shape[0]
     ids = torch.unique(torch.tensor([0, 1, 2, count // 2, count - 2, count - 1]).clamp(0, count - 1)).to(weight.device)
@@ -93,5 +96,5 @@ def _scale_of(embedding: nn.Embedding) -> float:
             f"`embedding` must be a look-up times a constant, but {type(embedding).__name__} is not: "
             "its output differs from weight[ids] * embed_scale"
         )
-    embedding._softprompt_fast_scale = (scale, weight.dtype, weight.data_ptr())  # type: ignore[assignment]
+    setattr(embedding, CHECKED_SCALE, (factor, key, scale))
     return scale
