@@ -86,22 +86,27 @@ def _segments(
     window: int | None,
 ) -> Tensor | None:
     """[K, H, E'] in one call over all segments; None: nothing can do that for these tensors."""
+    query, key, value = packed
     prefix_key, prefix_value = prefix or (None, None)
-    if segment_attention.available(packed[0]):
+    if segment_attention.available(query):
         return segment_attention.segment_attention(
-            *packed,
+            query,
+            key,
+            value,
             layout.table,
             scale=scaling,
             window=window,
             prefix_key=prefix_key,
             prefix_value=prefix_value,
         )
-    if not varlen.libraries(*packed) or layout.ragged is None:
+    if not varlen.libraries(query, key, value) or layout.ragged is None:
         return None
     return varlen.varlen_attention(
-        *packed,
+        query,
+        key,
+        value,
         layout.ragged,
-        scale=packed[0].shape[-1] ** -0.5 if scaling is None else float(scaling),
+        scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=int(window or 0),
         prefix_key=prefix_key,
         prefix_value=prefix_value,

@@ -69,15 +69,19 @@ class RaggedPlan:
         if device.type == "cuda":  # one copy, which does not wait
             moved = moved.pin_memory()
         moved = moved.to(device, non_blocking=True)
-        cu_queries, cu_keys, *rest = moved.split([part.size for part in parts])
+        cu_queries, cu_keys, own_places, prefix_places, prefix_slots, prefix_rows, prefix_table = moved.split(
+            [part.size for part in parts]
+        )
         return cls(
-            cu_queries.to(torch.int32),
-            cu_keys.to(torch.int32),
-            int(length.max(initial=0)),
-            int((length + before).max(initial=0)),
-            *rest[:3],
-            rest[3].view(rows.shape),
-            rest[4].view(tables.shape),
+            cu_queries=cu_queries.to(torch.int32),
+            cu_keys=cu_keys.to(torch.int32),
+            max_queries=int(length.max(initial=0)),
+            max_keys=int((length + before).max(initial=0)),
+            own=own_places,
+            prefix_places=prefix_places,
+            prefix_slots=prefix_slots,
+            prefix_rows=prefix_rows.view(rows.shape),
+            prefix_table=prefix_table.view(tables.shape),
         )
 
 

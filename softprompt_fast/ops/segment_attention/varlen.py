@@ -76,11 +76,12 @@ def works(name: str, device: torch.device, dtype: torch.dtype, heads: int, key_h
             ours, expected = ([x.clone().requires_grad_() for x in given] for _ in range(2))
             keys, values = (ragged_keys(plan, x, None) for x in ours[1:])
             out = LIBRARIES[name](ours[0], keys, values, plan, scale, window)
-            wanted = reference.segment_attention(*expected, table, None, None, None, scale, window)
-            for result in (out, wanted):
-                result.float().pow(2).sum().backward()
-            pairs = [(out, wanted), *((a.grad, b.grad) for a, b in zip(ours, expected, strict=True))]
-            for a, b in pairs:
+            query, key, value = expected
+            wanted = reference.segment_attention(query, key, value, table, None, None, None, scale, window)
+            found, right = (
+                torch.autograd.grad(x.float().pow(2).sum(), xs) for x, xs in ((out, ours), (wanted, expected))
+            )
+            for a, b in [(out, wanted), *zip(found, right, strict=True)]:
                 torch.testing.assert_close(a.float(), b.float(), rtol=TOLERANCE, atol=TOLERANCE)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         logger.warning("%s is not used for packed batches: %s", name, " ".join(str(error).split())[:300])
