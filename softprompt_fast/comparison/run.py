@@ -154,7 +154,7 @@ def _same_dtype(model: str, dtype: str, device: str | None, console: Console) ->
     choice = resolve_dtype(model, dtype, device)
     if choice is None:
         return dtype
-    console.print(choice.reason, highlight=False)
+    console.print(f"the model runs in {choice.reason}", highlight=False, soft_wrap=True)
     return str(choice.dtype).removeprefix("torch.")
 
 

@@ -44,7 +44,7 @@ def load_base_model(
             return DTYPES.get(dtype, "auto")
         choice = _choose(config)
         if console is not None:
-            console.print(choice.reason, highlight=False)
+            console.print(f"the model runs in {choice.reason}", highlight=False, soft_wrap=True)
         return choice.dtype
 
     with _without_bars():

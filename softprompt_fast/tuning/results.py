@@ -58,7 +58,8 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
             )
         )
         prefix = line_prefix(job, prepared.jobs)
-        prepared.console.print(f"{prefix}with the prompt: {describe_scores(after)}; saved in {folder}", highlight=False)
+        line = f"{prefix}with the prompt: {describe_scores(after)}; saved in {folder}"
+        prepared.console.print(line, highlight=False, soft_wrap=True)
     if outcome.main_process:
         _write_metrics(prepared, results)
     return results
