@@ -43,11 +43,11 @@ const char* embedding_backward(const EmbeddingBackwardParams& params, void* stre
   return launch([](const auto& p, const auto& go) { run_embedding_backward(p, go); }, params, stream);
 }
 
-const char* unpack(const PackingParams& params, void* stream) {
+const char* unpack(const UnpackParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_unpack(p, go); }, params, stream);
 }
 
-const char* pack(const PackingParams& params, void* stream) {
+const char* pack(const PackParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_pack(p, go); }, params, stream);
 }
 

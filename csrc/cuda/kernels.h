@@ -8,7 +8,7 @@ namespace softprompt_fast::cuda {
 const char* assemble(const AssembleParams& params, void* stream);
 const char* prompt_backward(const PromptBackwardParams& params, void* stream);
 const char* embedding_backward(const EmbeddingBackwardParams& params, void* stream);
-const char* unpack(const PackingParams& params, void* stream);
-const char* pack(const PackingParams& params, void* stream);
+const char* unpack(const UnpackParams& params, void* stream);
+const char* pack(const PackParams& params, void* stream);
 
 }  // namespace softprompt_fast::cuda

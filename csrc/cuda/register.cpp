@@ -21,8 +21,8 @@ struct Cuda {
   };
   static Kernels kernels() {
     return {launch<AssembleParams, cuda::assemble>, launch<PromptBackwardParams, cuda::prompt_backward>,
-            launch<EmbeddingBackwardParams, cuda::embedding_backward>, launch<PackingParams, cuda::unpack>,
-            launch<PackingParams, cuda::pack>};
+            launch<EmbeddingBackwardParams, cuda::embedding_backward>, launch<UnpackParams, cuda::unpack>,
+            launch<PackParams, cuda::pack>};
   }
 };
 

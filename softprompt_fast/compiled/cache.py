@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE, check_keywords
-from ..ops.packing.functional import unpack
+from ..ops.packing.functional import RowTable, unpack
 from ..ops.segment_attention.functional import available, cached_attention
 from ..packed.attention import compute_dtype, explicit_attention
 
@@ -246,6 +246,6 @@ def gather_prefixes(compiled: Tensor, prefixes: Tensor) -> tuple[Tensor, Tensor]
     two, slots, heads, size = compiled.shape
     width = int(prefixes[:, 1].max())
     table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)
-    (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), table, width)
+    (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), RowTable(table, width))
     keys, values = rows.view(len(prefixes), width, two, heads, size).permute(2, 0, 3, 1, 4)
     return keys, values

@@ -65,8 +65,8 @@ def unpack(packed: list[Tensor], table: Tensor, width: int, dtype: torch.dtype) 
     return [x.new_empty((table.shape[0], width, *x.shape[1:]), dtype=dtype) for x in packed]
 
 
-def pack(rows: list[Tensor], table: Tensor, slots: int, dtype: torch.dtype) -> list[Tensor]:
-    return [x.new_empty((slots, *x.shape[2:]), dtype=dtype) for x in rows]
+def pack(rows: list[Tensor], places: Tensor, starts: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [x.new_empty((starts.shape[0] - 1, *x.shape[2:]), dtype=dtype) for x in rows]
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
