@@ -15,17 +15,21 @@
 #include <stdexcept>
 #include <vector>
 
+// What the sanitizers are told of a switch from a thread to the scheduler, in the function that switches.
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
+#define SPF_LEAVE(block, saved) __sanitizer_start_switch_fiber(saved, (block).main_, (block).main_size_)
 #elif defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
+#define SPF_LEAVE(block, saved) __tsan_switch_to_fiber((block).main_, __tsan_switch_to_fiber_no_sync)
+#else
+#define SPF_LEAVE(block, saved)
 #endif
 
 #define __global__
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(...)
-#define SPF_INLINE inline __attribute__((always_inline))  // a fiber must end in the function that it began in
 
 namespace cuda_on_cpu {
 
@@ -73,10 +77,9 @@ class Block {
     Fiber& fiber = fibers_[running_];
     const unsigned round = round_;
     before_barrier(round);
-    leave(&fiber.saved);
+    SPF_LEAVE(*this, &fiber.saved);
     swapcontext(&fiber.context, &scheduler_);
-    arrive(fiber.saved);
-    after_barrier(round);
+    arrive(fiber.saved, round);
   }
 
   static Block*& current() {
@@ -94,14 +97,18 @@ class Block {
     void *saved = nullptr, *identity = nullptr;  // of the sanitizers
   };
 
-  static void enter() {
+  // Not instrumented: it begins as this thread and ends as the scheduler.
+  static __attribute__((no_sanitize_thread)) void enter() {
     Block& block = *current();
-    block.arrive(nullptr);
-    block.after_barrier(block.round_ - 1);
+    block.arrive(nullptr, block.round_ - 1);
     (*block.code_)();
-    block.before_barrier(block.round_);
-    block.fibers_[block.running_].ended = true;  // uc_link leads back to the scheduler
-    block.leave(nullptr);
+    block.end();
+    SPF_LEAVE(block, nullptr);  // uc_link leads back to the scheduler
+  }
+
+  void end() {
+    fibers_[running_].ended = true;
+    before_barrier(round_);
   }
 
   void resume(Fiber& fiber) {
@@ -118,26 +125,20 @@ class Block {
 #endif
   }
 
-  // What the sanitizers are told on a thread's side of a switch; `saved`: null at a thread's end and beginning.
-  SPF_INLINE void leave([[maybe_unused]] void** saved) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(saved, main_, main_size_);
-#elif defined(__SANITIZE_THREAD__)
-    __tsan_switch_to_fiber(main_, __tsan_switch_to_fiber_no_sync);
-#endif
-  }
-  SPF_INLINE void arrive([[maybe_unused]] void* saved) {
+  // A thread goes on after a switch, at its beginning (`saved`: null) or after a barrier.
+  void arrive([[maybe_unused]] void* saved, unsigned round) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(saved, &main_, &main_size_);
 #endif
+    after_barrier(round);
   }
   // Two objects in turn: who comes from one barrier must not see who is at the next one already.
-  SPF_INLINE void before_barrier([[maybe_unused]] unsigned round) {
+  void before_barrier([[maybe_unused]] unsigned round) {
 #if defined(__SANITIZE_THREAD__)
     __tsan_release(&barriers_[round % 2]);
 #endif
   }
-  SPF_INLINE void after_barrier([[maybe_unused]] unsigned round) {
+  void after_barrier([[maybe_unused]] unsigned round) {
 #if defined(__SANITIZE_THREAD__)
     __tsan_acquire(&barriers_[round % 2]);
 #endif

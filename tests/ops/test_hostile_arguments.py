@@ -17,6 +17,7 @@ from support.segments import table
 from torch import Tensor
 
 from softprompt_fast.ops.extension import backend
+from softprompt_fast.ops.extension.contract import Status
 from softprompt_fast.ops.packing import RowTable
 
 CALLS = int(os.environ.get("FUZZ_CALLS", "1500"))
@@ -220,8 +221,8 @@ def test_raises_or_gives_a_defined_result(native: backend.Ops, case: str) -> Non
     assert 0 < defined < CALLS // len(CASES)
 
 
-NAN, LARGE = float("nan"), 2**63 - 1
-CONTENTS = torch.tensor([[0, 1], [1, 1]])
+LARGE = 2**63 - 1
+ASKING = torch.tensor([[0, 2], [1, 1]])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ CONTENTS = torch.tensor([[0, 1], [1, 1]])
         ("attention", {"query": torch.randn(11, 0, 8)}, "query must be"),
         ("attention", {"prefix_key": torch.randn(1, 5, 2, 8)}, "must have 3 dimensions"),
         ("attention", {"table": torch.tensor([[0, 3, 0, 0], [2, 3, 0, 0]]), "queries": None}, "must not overlap"),
-        ("attention", {"table": torch.tensor([[0, 2, 0, 0]] * 2), "queries": CONTENTS}, "must not overlap"),
+        ("attention", {"table": torch.tensor([[0, 2, 0, 0]] * 2), "queries": ASKING}, "must not overlap"),
         ("attention_backward", {"log_sums": torch.randn(11)}, "log_sums must be 44 adjacent float32"),
         ("attention_backward", {"log_sums": torch.randn(11, 4).double()}, "log_sums must be 44 adjacent float32"),
         ("attention_backward", {"out": torch.randn(11, 4, 3), "grad": torch.randn(11, 4, 3)}, "grad and out must be"),
@@ -257,10 +258,30 @@ def test_is_refused(native: backend.Ops, case: str, changes: Arguments, message:
         getattr(native, name)(*(make() | changes).values())
 
 
-@pytest.mark.parametrize("ops", ["native", "emulated"])
+ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+class OnGpu:
+    """The ops for arguments that are copied to the GPU."""
+
+    def __init__(self, ops: backend.Ops) -> None:
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def moved(value: Any) -> Any:
+            if isinstance(value, list):
+                return [moved(x) for x in value]
+            return value.cuda() if isinstance(value, Tensor) else value
+
+        return lambda *arguments: getattr(self._ops, name)(*(moved(value) for value in arguments))
+
+
+@pytest.mark.parametrize("ops", ["native", "emulated", pytest.param("cuda", marks=ON_GPU)])
 def test_what_contents_ask_for_beyond_the_tensors_is_left_out(ops: str, request: pytest.FixtureRequest) -> None:
     """Contents are not refused: on a GPU only the kernels see them."""
-    used: backend.Ops = request.getfixturevalue(ops)
+    on_gpu = ops == "cuda"
+    fixture: backend.Ops = request.getfixturevalue("native" if on_gpu else ops)
+    used = OnGpu(fixture) if on_gpu else fixture
     ones = prompt_backward() | {"grad": torch.ones(4, 8), "use_ids": None, "prompt_offsets": torch.tensor([0, 5])}
     result = used.prompt_backward(*(ones | {"prompt_slots": torch.tensor([2, LARGE, -5, 0])}).values())
     assert result[:, 0].tolist() == [2, 2, 1, 1, 0]  # slots 2 and 3, and 0 to 3
@@ -285,3 +306,8 @@ def test_what_contents_ask_for_beyond_the_tensors_is_left_out(ops: str, request:
     visible = padded() | {"window": LARGE, "causal": False, "mask_format": 2}
     wide = padded() | {"window": 0, "causal": False, "mask_format": 2}
     assert torch.equal(used.assemble(*visible.values())[1], used.assemble(*wide.values())[1])
+
+    outside = [[-4, 3, 0, 0], [LARGE, 2, 1, 0], [0, 2, 0, LARGE], [7, LARGE, 1, 2], [11, -3, -1, 0]]
+    if on_gpu:  # on a CPU the op looks at the plan
+        status = used.assemble(*(packed() | {"plan": torch.tensor(outside)}).values())[-1]
+        assert status[Status.BAD_LENGTH] == 0

@@ -132,7 +132,7 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
     cuda_cflags: list[str] = []
     if architectures:
         sources += [root / "cuda" / "register.cpp", root / "cuda" / "kernels.cu"]
-        cflags += [f'-DSOFTPROMPT_FAST_CUDA="{torch.version.cuda}"']
+        cflags += [f"-DSOFTPROMPT_FAST_CUDA={torch.version.cuda}"]
         cuda_cflags = ["-O3"]
     digest = hashlib.sha256()
     beside = {path for source in extra_sources for path in source.parent.iterdir()}  # their headers

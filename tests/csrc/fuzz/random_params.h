@@ -126,10 +126,9 @@ class Arguments {
     x.head_stride = transposed ? slots * inner : inner;
     x.slot_stride = transposed ? inner : heads * inner;
     x.row_stride = slots * heads * inner;
-    const int64_t elements =
-        rows * slots * heads == 0
-            ? 0
-            : (rows - 1) * x.row_stride + (slots - 1) * x.slot_stride + (heads - 1) * x.head_stride + size;
+    const int64_t elements = rows * slots * heads == 0 ? 0
+                                                       : (rows - 1) * x.row_stride + (slots - 1) * x.slot_stride +
+                                                             (heads - 1) * x.head_stride + size;
     void* data = bytes(elements * size_of(type));
     fill(data, type, elements);
     x.data = data;
@@ -137,8 +136,13 @@ class Arguments {
   }
 
   HeadsRef<void> output_heads(Scalar type, int64_t rows, int64_t slots, int64_t heads, int64_t size) {
-    return {output(rows * slots * heads * size * size_of(type)), type,  slots * heads * size, heads * size, size,
-            heads,  size};
+    return {output(rows * slots * heads * size * size_of(type)),
+            type,
+            slots * heads * size,
+            heads * size,
+            size,
+            heads,
+            size};
   }
 
   // [rows, columns] of words that hold first..last.

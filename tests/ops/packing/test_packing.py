@@ -10,6 +10,7 @@ from softprompt_fast.ops.extension import backend
 from softprompt_fast.ops.packing import RowTable, pack, reference, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 PAIRS = sorted({(a, b) for d in DTYPES for a, b in ((d, d), (d, torch.float32), (torch.float32, d))}, key=str)
 
 
@@ -23,9 +24,9 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["native", "emulated"])
+@pytest.fixture(params=["native", "emulated", pytest.param("cuda", marks=ON_GPU)])
 def ops(request: pytest.FixtureRequest, native: backend.Ops) -> backend.Ops:
-    if request.param == "native":
+    if request.param != "emulated":
         return native
     emulated: backend.Ops = request.getfixturevalue("emulated")
     return emulated
@@ -35,18 +36,24 @@ def ops(request: pytest.FixtureRequest, native: backend.Ops) -> backend.Ops:
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_equal_the_twin(
-    ops: backend.Ops, case: str, dtypes: tuple[torch.dtype, torch.dtype], size: tuple[int, int]
+    ops: backend.Ops,
+    request: pytest.FixtureRequest,
+    case: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    size: tuple[int, int],
 ) -> None:
+    device = "cuda" if "cuda" in request.node.callspec.id.split("-") else "cpu"
     dtype, out = dtypes
     rows, width, slots = CASES[case]
+    rows = rows.to(device)
     heads, length = size
-    key = torch.randn(slots, heads, length).to(dtype)
-    value = torch.randn(heads, slots, 2 * length).to(dtype).transpose(0, 1)[..., ::2]  # strides, odd alignment
+    key = torch.randn(slots, heads, length).to(device, dtype)
+    value = torch.randn(heads, slots, 2 * length).to(device, dtype).transpose(0, 1)[..., ::2]  # strides, odd alignment
     for got, expected in zip(
         ops.unpack([key, value], rows, width, out), reference.unpack([key, value], rows, width, out), strict=True
     ):
         assert got.dtype == out and torch.equal(got, expected)
-    grads = [torch.randn(len(rows), heads, width, length).to(dtype).transpose(1, 2) for _ in range(2)]
+    grads = [torch.randn(len(rows), heads, width, length).to(device, dtype).transpose(1, 2) for _ in range(2)]
     held = RowTable(rows, width).holders(slots)
     for got, expected in zip(ops.pack(grads, *held, out), reference.pack(grads, rows, slots, out), strict=True):
         assert got.dtype == out
