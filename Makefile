@@ -5,6 +5,8 @@ STEPS ?=
 GPU ?=
 TESTS ?= tests
 BENCH ?=
+CALLS ?= 1000000
+SANITIZED_TESTS ?= tests/ops
 SHELL := /bin/bash
 
 BIN := .venv/bin
@@ -19,7 +21,7 @@ AGES := oldest newest
 CORE := tests/hf tests/models tests/packed tests/inference
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 
-.PHONY: help demo test sweep versions lint format docs bench gpu gpu-rehearsal clean
+.PHONY: help demo test sweep versions lint format docs bench sanitize gpu gpu-rehearsal clean
 
 help:
 	@echo "make demo              tune a prompt on movie reviews, on the CPU"
@@ -30,6 +32,7 @@ help:
 	@echo "make format            fix what ruff and clang-format can fix"
 	@echo "make docs              build the documentation into site/"
 	@echo "make bench             measure the op into benchmarks/results/op_cpu.csv"
+	@echo "make sanitize          the native code under sanitizers; CALLS=$(CALLS)"
 	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmarks; STEPS=build,smoke runs some of them"
 	@echo "make gpu-rehearsal     the same steps on the CPU with tiny sizes"
 	@echo "make clean             remove build files and caches"
@@ -74,6 +77,38 @@ docs: $(DEV)
 
 bench: $(TEST)
 	$(BIN)/python benchmarks/bench_op.py --csv benchmarks/results/op_cpu.csv $(BENCH)
+
+# The kernels with CALLS random and hostile arguments, and the op tests with a sanitized extension. First the sanitizers
+# themselves: each must report a known mistake.
+SANITIZE := -O1 -g -fno-sanitize-recover=all
+SANITIZE_address := $(SANITIZE) -fsanitize=address,undefined -fno-sanitize=vptr
+SANITIZE_thread := $(SANITIZE) -fsanitize=thread
+FUZZERS := build/sanitize/address/fuzz build/sanitize/thread/fuzz
+# Leaks are not looked for: the interpreter keeps memory until it ends. What does not fit into memory is torch's error.
+# libasan needs the C++ library beside it, because the interpreter itself is C.
+UNDER_ASAN = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: $(FUZZERS) $(if $(SANITIZED_TESTS),$(TEST))
+	@for fault in overflow shift; do ! build/sanitize/address/fuzz $$fault 2> /dev/null || { echo "$$fault: not found"; exit 1; }; done
+	@for fault in race barrier; do ! build/sanitize/thread/fuzz $$fault 2> /dev/null || { echo "$$fault: not found"; exit 1; }; done
+	build/sanitize/address/fuzz $$(( $(CALLS) * 9 / 10 )) 1
+	build/sanitize/thread/fuzz $$(( $(CALLS) / 10 )) 2
+ifneq ($(SANITIZED_TESTS),)
+	export SOFTPROMPT_FAST_CACHE=$(CURDIR)/build/sanitize/cache FUZZ_CALLS=20000 \
+	  SOFTPROMPT_FAST_CXXFLAGS="$(SANITIZE_address)"; \
+	$(BIN)/python -c 'from softprompt_fast.ops.extension import build; build.ensure(retry=True)' && \
+	$(UNDER_ASAN) $(BIN)/python -m pytest -p no:cacheprovider $(SANITIZED_TESTS)
+endif
+
+vpath %.cpp tests/csrc/fuzz csrc/cpu
+$(FUZZERS): build/sanitize/%/fuzz: $(foreach part,fuzz attention kernels packing,build/sanitize/%/$(part).o)
+	$(CXX) $(SANITIZE_$*) -pthread -o $@ $^
+FUZZ_OBJECT = mkdir -p $(@D) && $(CXX) -std=c++20 -march=native $(1) -Itests/csrc/fuzz -Icsrc -c -o $@ $<
+build/sanitize/address/%.o: %.cpp $(NATIVE)
+	$(call FUZZ_OBJECT,$(SANITIZE_address))
+build/sanitize/thread/%.o: %.cpp $(NATIVE)
+	$(call FUZZ_OBJECT,$(SANITIZE_thread))
 
 $(BIN)/python:
 	@echo "Creating .venv"

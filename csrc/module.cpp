@@ -6,6 +6,10 @@
 
 #include "params.h"
 
+// The value of a macro as text: the flag is a bare number, because quotes do not survive every shell.
+#define SPF_QUOTE(value) #value
+#define SPF_TEXT(value) SPF_QUOTE(value)
+
 namespace {
 
 const char* vector_extension() {
@@ -70,7 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     info["openmp"] = false;
 #endif
 #ifdef SOFTPROMPT_FAST_CUDA
-    info["cuda"] = SOFTPROMPT_FAST_CUDA;
+    info["cuda"] = SPF_TEXT(SOFTPROMPT_FAST_CUDA);
 #else
     info["cuda"] = pybind11::none();
 #endif

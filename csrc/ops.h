@@ -15,8 +15,8 @@ struct Kernels {
   void (*assemble)(const AssembleParams&);
   void (*prompt_backward)(const PromptBackwardParams&);
   void (*embedding_backward)(const EmbeddingBackwardParams&);
-  void (*unpack)(const PackingParams&);
-  void (*pack)(const PackingParams&);
+  void (*unpack)(const UnpackParams&);
+  void (*pack)(const PackParams&);
 };
 
 using Assembled =
@@ -40,8 +40,8 @@ at::Tensor embedding_backward(const Kernels& kernels, const at::Tensor& grad, co
 std::vector<at::Tensor> unpack(const Kernels& kernels, at::TensorList packed, const at::Tensor& table, int64_t width,
                                at::ScalarType dtype);
 
-std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const at::Tensor& table, int64_t slots,
-                             at::ScalarType dtype);
+std::vector<at::Tensor> pack(const Kernels& kernels, at::TensorList rows, const at::Tensor& places,
+                             const at::Tensor& starts, at::ScalarType dtype);
 
 // The kernel alone differs between devices; one that has none does not register the op.
 std::tuple<at::Tensor, at::Tensor> attention(void (*kernel)(const AttentionForwardParams&), const at::Tensor& query,

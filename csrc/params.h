@@ -81,8 +81,8 @@ struct PromptBackwardParams {
   int64_t dim, uses, prompt_count;
   MatrixRef<const void> grad;    // [slots, D]
   MatrixRef<void> grad_prompts;  // [R, D]
-  const int64_t* slots;          // [uses], ascending rows
-  const int64_t* use_ids;        // [uses]; null: prompt 0 everywhere
+  const int64_t* sorted_ids;     // [uses] ascending: the prompt of each use; null: prompt 0 everywhere
+  const int64_t* sorted_slots;   // [uses]: slot of a use's first vector, -1: none; ascending rows within a prompt
   const int64_t* prompt_offsets;
 };
 
@@ -113,14 +113,23 @@ struct HeadsRef {
 
 constexpr int32_t kMaxTensors = 4;
 
-// Packed [slots, heads, size] <-> rows [rows, width, heads, size], for several tensors with one table. `unpack` reads
-// packed tensors and writes rows, `pack` the other way.
+// Packed [slots, heads, size] <-> rows [rows, width, heads, size], for several tensors at once. `unpack` reads packed
+// tensors and writes rows, `pack` the other way.
 struct PackingParams {
   int64_t rows, width, slots;
   int32_t tensors;
-  const int64_t* table;
   HeadsRef<const void> from[kMaxTensors];
   HeadsRef<void> to[kMaxTensors];  // contiguous
+};
+
+struct UnpackParams : PackingParams {
+  const int64_t* table;
+};
+
+struct PackParams : PackingParams {
+  int64_t held;           // entries of places
+  const int64_t* places;  // [held], row * width + place, by the slot that is there, then ascending: the order of sums
+  const int64_t* starts;  // [slots + 1]: where each slot's places begin
 };
 
 // Causal attention of segments over packed vectors: row r of the table holds a segment's own slots, which are its

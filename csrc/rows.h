@@ -144,6 +144,12 @@ SPF_HOST_DEVICE Segment segment_at(const AssembleParams& p, int64_t index) {
   segment.position = line[kPlanPosition];
   segment.text_row = index < p.prompt_segments ? -1 : index - p.prompt_segments;
   segment.use = index < p.prompt_segments ? index : -1;
+  // The host does not see a plan on a GPU: here a segment that leaves the output loses its slots.
+  if (segment.slot < 0 || segment.length < 0 || segment.length > p.slots - segment.slot || segment.position < 0 ||
+      segment.position > INT64_MAX - segment.length) {
+    report(p.status, kBadLength, segment.text_row < 0 ? 0 : segment.text_row);
+    segment.slot = segment.length = segment.position = 0;
+  }
   // A text segment names its prompt for `first_update`; the prompt's vectors have a segment of their own.
   find_prompt(p, segment.text_row < 0 ? line[kPlanPrompt] : -1, index, segment);
   return segment;
@@ -230,23 +236,78 @@ SPF_HOST_DEVICE Range visible_keys(const AssembleParams& p, const Layout& layout
   if (p.window > 0) {
     const int64_t first = p.causal ? q - p.window + 1 : q - p.window;
     if (first > range.first) range.first = first;
-    if (!p.causal && q + p.window + 1 < range.last) range.last = q + p.window + 1;
+    if (!p.causal && p.window < range.last - q - 1) range.last = q + p.window + 1;
   }
   return range;
 }
 
-// The slot at place `place` of a row that a line of a rows table describes, -1 after its end.
-SPF_HOST_DEVICE int64_t slot_at(const int64_t* line, int64_t place) {
-  const int64_t own = place - line[kPrefixLength];
-  if (own < 0) return line[kPrefixSlot] + place;
-  return own < line[kOwnLength] ? line[kOwnSlot] + own : -1;
+// The prompt of row `row` of the prompts, -1 if the offsets give it to none.
+SPF_HOST_DEVICE int64_t prompt_holding(const PromptBackwardParams& p, int64_t row) {
+  int64_t low = 0, high = p.prompt_count;  // the first prompt that ends after the row
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (p.prompt_offsets[middle + 1] <= row) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < p.prompt_count && p.prompt_offsets[low] >= 0 && p.prompt_offsets[low] <= row ? low : -1;
 }
 
-// The other way: the place of a slot in a row, -1 if the row does not hold it.
-SPF_HOST_DEVICE int64_t place_of(const int64_t* line, int64_t slot) {
-  const int64_t in_prefix = slot - line[kPrefixSlot], own = slot - line[kOwnSlot];
-  if (in_prefix >= 0 && in_prefix < line[kPrefixLength]) return in_prefix;
-  return own >= 0 && own < line[kOwnLength] ? line[kPrefixLength] + own : -1;
+// The uses of a prompt: [first, last).
+SPF_HOST_DEVICE Range uses_of(const PromptBackwardParams& p, int64_t prompt) {
+  if (prompt < 0) return {0, 0};
+  if (p.sorted_ids == nullptr) return {0, prompt == 0 ? p.uses : 0};
+  Range range{0, 0};
+  for (int end = 0; end < 2; ++end) {
+    int64_t low = range.first, high = p.uses;  // the first use of this prompt, then of a later one
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (p.sorted_ids[middle] < prompt + end) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    (end == 0 ? range.first : range.last) = low;
+  }
+  return range;
+}
+
+// Row of the gradient for place `place` of the prompt in a use, -1 if the prompt is not there.
+SPF_HOST_DEVICE int64_t gradient_row(const PromptBackwardParams& p, int64_t use, int64_t place) {
+  const int64_t slot = p.sorted_slots[use];
+  return slot >= 0 && slot < p.grad.count - place ? slot + place : -1;
+}
+
+// first + offset if that is a slot, -1 if not; offset >= 0.
+SPF_HOST_DEVICE int64_t slot_after(int64_t first, int64_t offset, int64_t slots) {
+  return first >= -offset && first < slots - offset ? first + offset : -1;
+}
+
+// The slot at place `place` of a row that a line of a rows table describes, -1 if there is none.
+SPF_HOST_DEVICE int64_t slot_at(const int64_t* line, int64_t place, int64_t slots) {
+  const int64_t prefix = line[kPrefixLength] > 0 ? line[kPrefixLength] : 0;
+  if (place < prefix) return slot_after(line[kPrefixSlot], place, slots);
+  return place - prefix < line[kOwnLength] ? slot_after(line[kOwnSlot], place - prefix, slots) : -1;
+}
+
+// The places that hold slot `slot`: [first, last) of p.places.
+SPF_HOST_DEVICE Range holders_of(const PackParams& p, int64_t slot) {
+  const int64_t first = p.starts[slot], last = p.starts[slot + 1];
+  return {first > 0 ? first : 0, last < p.held ? last : p.held};
+}
+
+// A holder's row and place in the row, -1 if there is no such place.
+struct Place {
+  int64_t row, place;
+};
+
+SPF_HOST_DEVICE Place place_at(const PackParams& p, int64_t holder) {
+  const int64_t at = p.places[holder];
+  if (at < 0 || at >= p.rows * p.width) return {-1, -1};
+  return {at / p.width, at % p.width};
 }
 
 }  // namespace softprompt_fast

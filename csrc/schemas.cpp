@@ -52,7 +52,7 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
     ScalarType dtype
   ) -> Tensor)");
   library.def("unpack(Tensor[] packed, Tensor table, SymInt width, ScalarType dtype) -> Tensor[]");
-  library.def("pack(Tensor[] rows, Tensor table, SymInt slots, ScalarType dtype) -> Tensor[]");
+  library.def("pack(Tensor[] rows, Tensor places, Tensor starts, ScalarType dtype) -> Tensor[]");
   library.def(R"(attention(
     Tensor query,
     Tensor key,

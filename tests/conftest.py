@@ -16,6 +16,7 @@ NAMESPACE = "softprompt_fast_emulated"
 SOURCE = Path(__file__).parent / "csrc" / "cuda_on_cpu.cpp"
 # A GPU faults at a misaligned access; so do these, and at an index outside an array.
 SANITIZE = ("-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error")
+COUNT = "-fsanitize-coverage=trace-pc"
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -58,7 +59,7 @@ def emulated() -> backend.Ops:
     if build.compiler() is None:
         pytest.skip("no C++ compiler")
     plan = build.plan(cuda=False, extra_sources=(SOURCE,), namespace=NAMESPACE)
-    plan = replace(plan, cflags=(*plan.cflags, *SANITIZE), key=f"{plan.key}-sanitized")
+    plan = replace(plan, cflags=(*plan.cflags, *SANITIZE, COUNT), key=f"{plan.key}-counted")
     torch.ops.load_library(build.ensure(plan, retry=True))
     return backend.bind(NAMESPACE)
 

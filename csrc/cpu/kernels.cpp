@@ -219,32 +219,31 @@ void assemble(const AssembleParams& p) {
 }
 
 void prompt_backward(const PromptBackwardParams& p) {
-  // Uses of each prompt in ascending rows: the order in which gradients are summed, whatever the threads.
-  std::vector<std::vector<int64_t>> slots(static_cast<size_t>(p.prompt_count));
-  for (int64_t use = 0; use < p.uses; ++use) {
-    const int64_t id = p.use_ids == nullptr ? 0 : p.use_ids[use];
-    if (p.slots[use] >= 0 && id >= 0 && id < p.prompt_count) slots[static_cast<size_t>(id)].push_back(p.slots[use]);
-  }
   dispatch(p.grad.type, [&](auto grad_type) {
     dispatch(p.grad_prompts.type, [&](auto prompt_type) {
       using G = typename decltype(grad_type)::type;
       using P = typename decltype(prompt_type)::type;
       using W = wide_t<P>;
-      const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(G)) * std::max<int64_t>(1, p.uses);
+      // A row's share of the uses, if they were spread evenly.
+      const int64_t uses = p.uses / std::max<int64_t>(1, p.prompt_count) + 1;
+      const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(G)) * uses;
       at::parallel_for(0, p.grad_prompts.count, grain(bytes), [&](int64_t first, int64_t last) {
         std::vector<W> sum(static_cast<size_t>(p.dim));
         for (int64_t row = first; row < last; ++row) {
-          const int64_t* end = p.prompt_offsets + p.prompt_count + 1;
-          const int64_t id = std::upper_bound(p.prompt_offsets, end, row) - p.prompt_offsets - 1;
+          const int64_t id = prompt_holding(p, row);
+          const Range uses = uses_of(p, id);
           std::fill(sum.begin(), sum.end(), W(0));
-          if (id >= 0 && id < p.prompt_count) {
-            const std::vector<int64_t>& uses = slots[static_cast<size_t>(id)];
-            const auto grad = [&](size_t use) { return row_at<G>(p.grad, uses[use] + row - p.prompt_offsets[id]); };
-            size_t use = 0;
-            for (; use + 4 <= uses.size(); use += 4)
-              add_rows(sum.data(), p.dim, grad(use), grad(use + 1), grad(use + 2), grad(use + 3));
-            for (; use < uses.size(); ++use) add_rows(sum.data(), p.dim, grad(use));
+          const G* terms[4];
+          int held = 0;
+          for (int64_t use = uses.first; use < uses.last; ++use) {
+            const int64_t from = gradient_row(p, use, row - p.prompt_offsets[id]);
+            if (from < 0) continue;
+            terms[held++] = row_at<G>(p.grad, from);
+            if (held < 4) continue;
+            add_rows(sum.data(), p.dim, terms[0], terms[1], terms[2], terms[3]);
+            held = 0;
           }
+          for (int i = 0; i < held; ++i) add_rows(sum.data(), p.dim, terms[i]);
           P* out = row_at<P>(p.grad_prompts, row);
           for (int64_t d = 0; d < p.dim; ++d) out[d] = Narrow<P>::from(sum[static_cast<size_t>(d)]);
         }
@@ -267,7 +266,9 @@ void embedding_backward(const EmbeddingBackwardParams& p) {
         if (id < 0 || id >= p.grad_embedding.count || (i > 0 && p.sorted_ids[i - 1] == id)) continue;
         std::fill(sum.begin(), sum.end(), W(0));
         for (int64_t j = i; j < p.tokens && p.sorted_ids[j] == id; ++j) {
-          const G* grad = row_at<G>(p.grad, p.sorted_slots[j]);
+          const int64_t slot = p.sorted_slots[j];
+          if (slot < 0 || slot >= p.grad.count) continue;
+          const G* grad = row_at<G>(p.grad, slot);
           for (int64_t d = 0; d < p.dim; ++d) sum[static_cast<size_t>(d)] += static_cast<W>(widen(grad[d]));
         }
         E* out = row_at<E>(p.grad_embedding, id);

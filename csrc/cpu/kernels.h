@@ -8,8 +8,8 @@ namespace softprompt_fast::cpu {
 void assemble(const AssembleParams& params);
 void prompt_backward(const PromptBackwardParams& params);
 void embedding_backward(const EmbeddingBackwardParams& params);
-void unpack(const PackingParams& params);
-void pack(const PackingParams& params);
+void unpack(const UnpackParams& params);
+void pack(const PackParams& params);
 void attention(const AttentionForwardParams& params);  // only on a CPU
 void attention_backward(const AttentionBackwardParams& params);
 

@@ -23,31 +23,34 @@ struct Launcher {
 };
 
 template <class Run, class Params>
-const char* launch(const Run& run, const Params& params, void* stream) {
+Outcome launch(const Run& run, const Params& params, void* stream) {
+  // The error that other code left would pass for this kernel's.
+  if (const cudaError_t earlier = cudaGetLastError(); earlier != cudaSuccess)
+    return {cudaGetErrorString(earlier), true};
   cudaError_t error = cudaSuccess;
   run(params, Launcher{static_cast<cudaStream_t>(stream), &error});
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return {error == cudaSuccess ? nullptr : cudaGetErrorString(error), false};
 }
 
 }  // namespace
 
-const char* assemble(const AssembleParams& params, void* stream) {
+Outcome assemble(const AssembleParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_assemble(p, go); }, params, stream);
 }
 
-const char* prompt_backward(const PromptBackwardParams& params, void* stream) {
+Outcome prompt_backward(const PromptBackwardParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_prompt_backward(p, go); }, params, stream);
 }
 
-const char* embedding_backward(const EmbeddingBackwardParams& params, void* stream) {
+Outcome embedding_backward(const EmbeddingBackwardParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_embedding_backward(p, go); }, params, stream);
 }
 
-const char* unpack(const PackingParams& params, void* stream) {
+Outcome unpack(const UnpackParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_unpack(p, go); }, params, stream);
 }
 
-const char* pack(const PackingParams& params, void* stream) {
+Outcome pack(const PackParams& params, void* stream) {
   return launch([](const auto& p, const auto& go) { run_pack(p, go); }, params, stream);
 }
 

@@ -1,14 +1,20 @@
-// Launchers of the CUDA kernels: device pointers in, an error text out (null: launched).
+// Launchers of the CUDA kernels.
 #pragma once
 
 #include "../params.h"
 
 namespace softprompt_fast::cuda {
 
-const char* assemble(const AssembleParams& params, void* stream);
-const char* prompt_backward(const PromptBackwardParams& params, void* stream);
-const char* embedding_backward(const EmbeddingBackwardParams& params, void* stream);
-const char* unpack(const PackingParams& params, void* stream);
-const char* pack(const PackingParams& params, void* stream);
+struct Outcome {
+  const char* error;  // null: launched
+  bool earlier;       // other code left the error: nothing was launched
+};
+
+// Parameters with device pointers in.
+Outcome assemble(const AssembleParams& params, void* stream);
+Outcome prompt_backward(const PromptBackwardParams& params, void* stream);
+Outcome embedding_backward(const EmbeddingBackwardParams& params, void* stream);
+Outcome unpack(const UnpackParams& params, void* stream);
+Outcome pack(const PackParams& params, void* stream);
 
 }  // namespace softprompt_fast::cuda

@@ -8,10 +8,11 @@
 namespace softprompt_fast {
 namespace {
 
-template <class Params, const char* (*Launch)(const Params&, void*)>
+template <class Params, cuda::Outcome (*Launch)(const Params&, void*)>
 void launch(const Params& params) {
-  const char* error = Launch(params, c10::cuda::getCurrentCUDAStream().stream());
-  TORCH_CHECK(error == nullptr, "softprompt_fast: a CUDA kernel could not be launched: ", error);
+  const auto [error, earlier] = Launch(params, c10::cuda::getCurrentCUDAStream().stream());
+  TORCH_CHECK(error == nullptr, "softprompt_fast: ",
+              earlier ? "an earlier CUDA call had failed: " : "a CUDA kernel could not be launched: ", error);
 }
 
 struct Cuda {
@@ -21,8 +22,8 @@ struct Cuda {
   };
   static Kernels kernels() {
     return {launch<AssembleParams, cuda::assemble>, launch<PromptBackwardParams, cuda::prompt_backward>,
-            launch<EmbeddingBackwardParams, cuda::embedding_backward>, launch<PackingParams, cuda::unpack>,
-            launch<PackingParams, cuda::pack>};
+            launch<EmbeddingBackwardParams, cuda::embedding_backward>, launch<UnpackParams, cuda::unpack>,
+            launch<PackParams, cuda::pack>};
   }
 };
 

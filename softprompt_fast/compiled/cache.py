@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE, check_keywords
-from ..ops.packing.functional import unpack
+from ..ops.packing.functional import RowTable, unpack
 from ..ops.segment_attention.functional import available, cached_attention
 from ..packed.attention import compute_dtype, explicit_attention, masked_attention
 
@@ -199,7 +199,7 @@ class Layer(CacheLayerMixin):
         two, slots, heads, size = compiled.shape
         width = int(prefixes[:, 1].max())
         table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)
-        (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), table, width)
+        (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), RowTable(table, width))
         prompts = rows.view(len(prefixes), width, two, heads, size).to(self._stored[0].dtype).unbind(2)
         self._stored = [torch.cat([prompt, stored], 1) for prompt, stored in zip(prompts, self._stored, strict=True)]
         self.front, self._holds_prompts = width, True

@@ -132,8 +132,8 @@ def _attend(
     if single:
         q, k, v = (x[None, group.first_slot : group.first_slot + group.slots].to(dtype) for x in packed)
     else:
-        (q,) = unpack((query,), group.query_table, group.queries, dtype)
-        k, v = unpack((key, value), group.shifted(compiled_slots), group.keys, dtype)
+        (q,) = unpack((query,), group.query_rows, dtype)
+        k, v = unpack((key, value), group.key_rows(compiled_slots), dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     plain = not any(group.prefixes) and (not window or window >= group.keys)
     mask = None if plain and softcap is None and sinks is None else group.mask(window, dtype)
@@ -145,7 +145,7 @@ def _attend(
     out = out.transpose(1, 2)
     if single:
         return out[0].to(query.dtype)
-    return pack((out,), group.result_table, group.slots, query.dtype)[0]
+    return pack((out,), group.result_rows, group.slots, query.dtype)[0]
 
 
 def compute_dtype(query: Tensor) -> torch.dtype:

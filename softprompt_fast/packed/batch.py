@@ -109,7 +109,7 @@ def pack_rows(
         dtype=torch.int64,
     ).view(-1, 3)
     start, virtual, common = shared.to(device, non_blocking=True).unbind(1)
-    own = layout.rows.query_table[:, 0]
+    own = layout.rows.table[:, 0]
 
     def slot_of(rank: Tensor) -> Tensor:
         """[B, X] ranks among a row's real tokens (-1: the last virtual token) -> slots; -1: there is no such vector."""

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE
+from ..ops.extension.contract import TableColumn
+from ..ops.packing.functional import RowTable
 from ..ops.segment_attention.ragged import Line, RaggedPlan
 from .attention import packed_attention
 
@@ -23,10 +25,10 @@ class RowGroup:
 
     table: Tensor
     """[rows, 4]: first slot and length of a row's own part, first slot and length of its prefix."""
-    query_table: Tensor
+    query_rows: RowTable
     """The same rows without prefixes."""
-    result_table: Tensor
-    """The same as ``query_table``, with slots counted from the group's first slot."""
+    result_rows: RowTable
+    """The same as ``query_rows``, with slots counted from the group's first slot."""
     first_slot: int
     slots: int
     """Slots of all own parts together; they are contiguous."""
@@ -37,7 +39,7 @@ class RowGroup:
     lines: list[Line]
     """``table`` on the host."""
     masks: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
-    _shifted: tuple[int, Tensor] | None = None
+    _key_rows: tuple[int, RowTable] | None = None
 
     @classmethod
     def of(
@@ -54,15 +56,16 @@ class RowGroup:
         moved = torch.tensor(tables, dtype=torch.int64).view(3, -1, 4)
         if device.type == "cuda":
             moved = moved.pin_memory()
+        queries = max(lengths, default=0)
         keys = max((n + prefix[1] for n, prefix in zip(lengths, prefixes, strict=True)), default=0)
         table, query_table, result_table = moved.to(device, non_blocking=True).unbind()
         return cls(
             table=table,
-            query_table=query_table,
-            result_table=result_table,
+            query_rows=RowTable(query_table, queries),
+            result_rows=RowTable(result_table, queries),
             first_slot=first_slot,
             slots=slots,
-            queries=max(lengths, default=0),
+            queries=queries,
             keys=keys,
             lines=tables[0],
         )
@@ -72,13 +75,14 @@ class RowGroup:
         """Prefix lengths, on the host."""
         return [length for *_, length in self.lines]
 
-    def shifted(self, slots: int) -> Tensor:
-        """The table for keys and values that begin with `slots` other slots, which contain the prefixes."""
-        if not slots:
-            return self.table
-        if self._shifted is None or self._shifted[0] != slots:
-            self._shifted = (slots, self.table + torch.tensor([slots, 0, 0, 0], device=self.table.device))
-        return self._shifted[1]
+    def key_rows(self, slots: int) -> RowTable:
+        """The rows of keys and values that begin with `slots` other slots, which contain the prefixes."""
+        if self._key_rows is None or self._key_rows[0] != slots:
+            table = self.table.clone() if slots else self.table
+            if slots:
+                table[:, TableColumn.OWN_SLOT] += slots
+            self._key_rows = (slots, RowTable(table, self.keys))
+        return self._key_rows[1]
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive ``[rows or 1, 1, queries, keys]``: query i is at key prefix + i and sees this key and earlier ones.
@@ -135,7 +139,8 @@ class PackedLayout:
     @cached_property
     def ragged(self) -> RaggedPlan | None:
         """All segments, for :func:`varlen_attention`."""
-        return RaggedPlan.of([*self.prompts.lines, *self.rows.lines], self.rows.table.device)
+        compiled = None if self.compiled is None else self.compiled.shape[2]
+        return RaggedPlan.of([*self.prompts.lines, *self.rows.lines], self.rows.table.device, compiled)
 
     def compiled_states(self, module: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys [R, H', E] and values of compiled prompts in a module's layer."""

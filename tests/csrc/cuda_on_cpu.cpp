@@ -4,6 +4,11 @@
 #include "cuda/kernels.cuh"
 #include "ops.h"
 
+static int64_t steps;
+
+// Called at every branch of the kernels (-fsanitize-coverage=trace-pc): a measure of their work.
+extern "C" __attribute__((no_sanitize_coverage)) void __sanitizer_cov_trace_pc() { ++steps; }
+
 namespace softprompt_fast {
 namespace {
 
@@ -25,8 +30,8 @@ struct Emulated {
     return {[](const AssembleParams& p) { cuda::run_assemble(p, Player{}); },
             [](const PromptBackwardParams& p) { cuda::run_prompt_backward(p, Player{}); },
             [](const EmbeddingBackwardParams& p) { cuda::run_embedding_backward(p, Player{}); },
-            [](const PackingParams& p) { cuda::run_unpack(p, Player{}); },
-            [](const PackingParams& p) { cuda::run_pack(p, Player{}); }};
+            [](const UnpackParams& p) { cuda::run_unpack(p, Player{}); },
+            [](const PackParams& p) { cuda::run_pack(p, Player{}); }};
   }
 };
 
@@ -48,6 +53,7 @@ TORCH_LIBRARY_IMPL(SOFTPROMPT_FAST_NAMESPACE, CPU, library) { register_ops<Emula
 TORCH_LIBRARY_FRAGMENT(SOFTPROMPT_FAST_NAMESPACE, library) {
   library.def("reverse(Tensor(a!) out) -> ()",
               [](const at::Tensor& out) { cuda_on_cpu::play(reverse, 1, 32, out.mutable_data_ptr<int64_t>()); });
+  library.def("steps() -> int", [] { return steps; });
   library.def("diverge() -> ()", [] { cuda_on_cpu::play(leave_early, 1, 32); });
 }
 

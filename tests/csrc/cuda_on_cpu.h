@@ -1,16 +1,30 @@
 // Plays CUDA thread code on a CPU: include this, then the kernels. Blocks run one after the other, the threads of a
 // block as fibers that take turns at __syncthreads, so a barrier means what it means on a GPU. Between two barriers a
 // thread runs alone, in an order that changes from one barrier to the next: code that lacks one goes wrong here too.
+//
+// Under ThreadSanitizer every fiber is a thread of its own and only barriers order them, so a lacking one is reported.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <functional>
 #include <random>
 #include <stdexcept>
 #include <vector>
+
+// What the sanitizers are told of a switch from a thread to the scheduler, in the function that switches.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define SPF_LEAVE(block, saved) __sanitizer_start_switch_fiber(saved, (block).main_, (block).main_size_)
+#elif defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define SPF_LEAVE(block, saved) __tsan_switch_to_fiber((block).main_, __tsan_switch_to_fiber_no_sync)
+#else
+#define SPF_LEAVE(block, saved)
+#endif
 
 #define __global__
 #define __device__
@@ -19,21 +33,54 @@
 
 namespace cuda_on_cpu {
 
+// Relaxed: reading one orders nothing, so that a sanitizer does not take it for a barrier.
+template <class T>
+class Shared {
+ public:
+  Shared() = default;
+  Shared(const Shared& other) : value_(static_cast<T>(other)) {}
+  operator T() const { return value_.load(std::memory_order_relaxed); }
+  void operator=(T value) { value_.store(value, std::memory_order_relaxed); }
+
+ private:
+  std::atomic<T> value_{};
+};
+
 struct Index {
-  unsigned x = 0, y = 0, z = 0;
+  Shared<unsigned> x, y, z;
 };
 
 class Block {
  public:
   explicit Block(unsigned threads) : fibers_(threads), stacks_(threads * kStackBytes), order_(threads) {
-    for (unsigned i = 0; i < threads; ++i) order_[i] = i;
+    for (unsigned i = 0; i < threads; ++i) {
+      order_[i] = i;
+      fibers_[i].stack = &stacks_[i * kStackBytes];
+    }
+#if defined(__SANITIZE_THREAD__)
+    main_ = __tsan_get_current_fiber();
+    for (Fiber& fiber : fibers_) fiber.identity = __tsan_create_fiber(0);
+#endif
+  }
+
+  ~Block() {
+#if defined(__SANITIZE_THREAD__)
+    for (Fiber& fiber : fibers_) __tsan_destroy_fiber(fiber.identity);
+#endif
   }
 
   // Runs every thread of one block to its end.
   void run(const std::function<void()>& thread_code);
 
   // Called by a thread: lets the others come as far.
-  void barrier() { swapcontext(&fibers_[running_].context, &scheduler_); }
+  void barrier() {
+    Fiber& fiber = fibers_[running_];
+    const unsigned round = round_;
+    before_barrier(round);
+    SPF_LEAVE(*this, &fiber.saved);
+    swapcontext(&fiber.context, &scheduler_);
+    arrive(fiber.saved, round);
+  }
 
   static Block*& current() {
     static Block* block = nullptr;
@@ -45,13 +92,56 @@ class Block {
 
   struct Fiber {
     ucontext_t context;
-    bool ended;
+    char* stack;
+    Shared<bool> ended;
+    void *saved = nullptr, *identity = nullptr;  // of the sanitizers
   };
 
-  static void enter() {
+  // Not instrumented: it begins as this thread and ends as the scheduler.
+  static __attribute__((no_sanitize_thread)) void enter() {
     Block& block = *current();
+    block.arrive(nullptr, block.round_ - 1);
     (*block.code_)();
-    block.fibers_[block.running_].ended = true;  // uc_link leads back to the scheduler
+    block.end();
+    SPF_LEAVE(block, nullptr);  // uc_link leads back to the scheduler
+  }
+
+  void end() {
+    fibers_[running_].ended = true;
+    before_barrier(round_);
+  }
+
+  void resume(Fiber& fiber) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* saved;
+    __sanitizer_start_switch_fiber(&saved, fiber.stack, kStackBytes);
+    swapcontext(&scheduler_, &fiber.context);
+    __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
+#else
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(fiber.identity, __tsan_switch_to_fiber_no_sync);
+#endif
+    swapcontext(&scheduler_, &fiber.context);
+#endif
+  }
+
+  // A thread goes on after a switch, at its beginning (`saved`: null) or after a barrier.
+  void arrive([[maybe_unused]] void* saved, unsigned round) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(saved, &main_, &main_size_);
+#endif
+    after_barrier(round);
+  }
+  // Two objects in turn: who comes from one barrier must not see who is at the next one already.
+  void before_barrier([[maybe_unused]] unsigned round) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_release(&barriers_[round % 2]);
+#endif
+  }
+  void after_barrier([[maybe_unused]] unsigned round) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_acquire(&barriers_[round % 2]);
+#endif
   }
 
   std::vector<Fiber> fibers_;
@@ -60,7 +150,14 @@ class Block {
   std::minstd_rand random_;
   ucontext_t scheduler_;
   const std::function<void()>* code_ = nullptr;
-  unsigned running_ = 0;
+  Shared<unsigned> running_, round_;
+  char barriers_[2] = {};
+#if defined(__SANITIZE_ADDRESS__)
+  const void* main_ = nullptr;  // the scheduler's stack
+  size_t main_size_ = 0;
+#else
+  void* main_ = nullptr;
+#endif
 };
 
 }  // namespace cuda_on_cpu
@@ -74,24 +171,29 @@ namespace cuda_on_cpu {
 inline void Block::run(const std::function<void()>& thread_code) {
   current() = this;
   code_ = &thread_code;
-  for (size_t i = 0; i < fibers_.size(); ++i) {
-    getcontext(&fibers_[i].context);
-    fibers_[i].context.uc_stack.ss_sp = &stacks_[i * kStackBytes];
-    fibers_[i].context.uc_stack.ss_size = kStackBytes;
-    fibers_[i].context.uc_link = &scheduler_;
-    fibers_[i].ended = false;
-    makecontext(&fibers_[i].context, enter, 0);
+  for (Fiber& fiber : fibers_) {
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler_;
+    fiber.ended = false;
+    makecontext(&fiber.context, enter, 0);
   }
+  before_barrier(round_);
   for (size_t ended = 0; ended < fibers_.size();) {
+    round_ = round_ + 1;
     std::shuffle(order_.begin(), order_.end(), random_);
     for (const unsigned thread : order_) {
-      running_ = threadIdx.x = thread;
-      swapcontext(&scheduler_, &fibers_[thread].context);
+      running_ = thread;
+      threadIdx.x = thread;
+      resume(fibers_[thread]);
       ended += fibers_[thread].ended ? 1 : 0;
     }
     if (ended != 0 && ended != fibers_.size())
       throw std::runtime_error("divergent barrier: some threads of a block ended while others wait");
   }
+  after_barrier(0);
+  after_barrier(1);
 }
 
 // kernel<<<blocks, threads>>>(arguments...)
@@ -101,7 +203,10 @@ void play(Kernel kernel, unsigned blocks, unsigned threads, const Arguments&... 
   gridDim.x = blocks;
   blockDim.x = threads;
   const std::function<void()> code = [&] { kernel(arguments...); };
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) block.run(code);
+  for (unsigned i = 0; i < blocks; ++i) {
+    blockIdx.x = i;
+    block.run(code);
+  }
 }
 
 }  // namespace cuda_on_cpu

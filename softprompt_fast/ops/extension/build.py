@@ -119,17 +119,20 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
     architectures: list[str] = []
     if cuda and torch.version.cuda and cuda_toolkit():
         architectures = _architectures()
-    sources = [root / "ops.cpp", root / "schemas.cpp", root / "module.cpp"]
+    sources = sorted(root.glob("*.cpp"))
     sources += list(extra_sources) or sorted((root / "cpu").glob("*.cpp"))
     cflags = ["-O3", f"-DSOFTPROMPT_FAST_NAMESPACE={namespace}", f"-I{root}"]
     ldflags = []
     if sys.platform == "linux":
         cflags += ["-march=native", "-fopenmp"]
         ldflags += ["-fopenmp"]
+    further = shlex.split(os.environ.get("SOFTPROMPT_FAST_CXXFLAGS", ""))  # a sanitizer's go to both steps
+    cflags += further
+    ldflags += further
     cuda_cflags: list[str] = []
     if architectures:
         sources += [root / "cuda" / "register.cpp", root / "cuda" / "kernels.cu"]
-        cflags += [f'-DSOFTPROMPT_FAST_CUDA="{torch.version.cuda}"']
+        cflags += [f"-DSOFTPROMPT_FAST_CUDA={torch.version.cuda}"]
         cuda_cflags = ["-O3"]
     digest = hashlib.sha256()
     beside = {path for source in extra_sources for path in source.parent.iterdir()}  # their headers

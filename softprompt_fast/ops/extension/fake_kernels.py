@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -10,6 +12,21 @@ from torch import Tensor
 from .contract import AssembleCall, MaskFormat, Status
 
 
+def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses what the real kernels refuse: beside a meta tensor another one would get a result without data."""
+
+    @wraps(kernel)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        lists = (x if isinstance(x, (list, tuple)) else [x] for x in (*arguments, *named.values()))
+        devices = {str(x.device) for xs in lists for x in xs if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"the tensors must be on one device, got {', '.join(sorted(devices))}")
+        return kernel(*arguments, **named)
+
+    return checked
+
+
+@_on_one_device
 def assemble(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
     call = AssembleCall(*arguments, **named)
     rows, tokens = call.input_ids.shape
@@ -38,6 +55,7 @@ def assemble(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
     )
 
 
+@_on_one_device
 def prompt_backward(
     grad: Tensor,
     prompt_slots: Tensor,
@@ -49,6 +67,7 @@ def prompt_backward(
     return grad.new_empty((prompt_rows, grad.shape[-1]), dtype=dtype)
 
 
+@_on_one_device
 def embedding_backward(
     grad: Tensor,
     input_ids: Tensor,
@@ -61,20 +80,24 @@ def embedding_backward(
     return grad.new_empty((vocabulary, grad.shape[-1]), dtype=dtype)
 
 
+@_on_one_device
 def unpack(packed: list[Tensor], table: Tensor, width: int, dtype: torch.dtype) -> list[Tensor]:
     return [x.new_empty((table.shape[0], width, *x.shape[1:]), dtype=dtype) for x in packed]
 
 
-def pack(rows: list[Tensor], table: Tensor, slots: int, dtype: torch.dtype) -> list[Tensor]:
-    return [x.new_empty((slots, *x.shape[2:]), dtype=dtype) for x in rows]
+@_on_one_device
+def pack(rows: list[Tensor], places: Tensor, starts: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    return [x.new_empty((starts.shape[0] - 1, *x.shape[2:]), dtype=dtype) for x in rows]
 
 
+@_on_one_device
 def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     slots, heads, _size = query.shape
     out = query.new_empty((slots, heads, value.shape[-1]))
     return out, query.new_empty((slots, heads), dtype=torch.float32)
 
 
+@_on_one_device
 def attention_backward(
     grad: Tensor,
     query: Tensor,

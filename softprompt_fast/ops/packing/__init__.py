@@ -1,5 +1,5 @@
 """From the packed layout to rows and back, for attention."""
 
-from .functional import pack, unpack
+from .functional import RowTable, pack, unpack
 
-__all__ = ["pack", "unpack"]
+__all__ = ["RowTable", "pack", "unpack"]

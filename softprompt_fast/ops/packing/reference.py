@@ -10,13 +10,13 @@ from torch import Tensor
 
 def unpack(packed: Sequence[Tensor], table: Tensor, width: int, dtype: torch.dtype) -> list[Tensor]:
     """See :func:`softprompt_fast.ops.packing.functional.unpack`."""
-    slot, held = _slots_of_rows(table, width)
+    slot, held = slots_of_rows(table, width)
     return [torch.where(held[..., None, None], x[slot], 0).to(dtype) for x in packed]
 
 
 def pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype) -> list[Tensor]:
     """See :func:`softprompt_fast.ops.packing.functional.pack`."""
-    slot, held = _slots_of_rows(table, rows[0].shape[1])
+    slot, held = slots_of_rows(table, rows[0].shape[1])
     results = []
     for x in rows:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -29,7 +29,7 @@ def pack(rows: Sequence[Tensor], table: Tensor, slots: int, dtype: torch.dtype) 
     return results
 
 
-def _slots_of_rows(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def slots_of_rows(table: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """[B, S]: the slot at each place of each row, 0 if there is none; and whether there is one."""
     first, length, prefix_first, prefix_length = (column[:, None] for column in table.unbind(1))  # as in TableColumn
     place = torch.arange(width, device=table.device)

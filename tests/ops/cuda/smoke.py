@@ -23,7 +23,7 @@ from support.segments import table
 from softprompt_fast.base.machine import environment
 from softprompt_fast.ops.assemble.checks import FLOATS, LAYOUTS
 from softprompt_fast.ops.extension import backend
-from softprompt_fast.ops.packing import pack, reference, unpack
+from softprompt_fast.ops.packing import RowTable, pack, reference, unpack
 
 Check = Callable[[], None]
 DIMS = (7, 64, 2056)
@@ -64,22 +64,17 @@ def assert_backward(case: Case, device: str, ops: Any) -> None:
 
 
 def assert_packing(dtype: torch.dtype, device: str) -> None:
-    rows = table([(0, 3), (3, 4), (0, 0), (3, 4)], [20, 3, 41, 0], 7)
-    rows_there, width, slots = rows.to(device), 45, 71
+    table_here = table([(0, 3), (3, 4), (0, 0), (3, 4)], [20, 3, 41, 0], 7)
+    width, slots = 45, 71
+    rows, tolerance = RowTable(table_here.to(device), width), 1e-2 if dtype.itemsize == 2 else 1e-6
     packed = torch.randn(slots, 4, 64).to(device, dtype).requires_grad_()
-    (padded,) = unpack((packed,), rows_there, width, dtype)
-    assert torch.equal(padded.detach().cpu(), reference.unpack([packed.detach().cpu()], rows, width, dtype)[0])
+    (padded,) = unpack((packed,), rows)
+    assert torch.equal(padded.detach().cpu(), reference.unpack([packed.detach().cpu()], table_here, width, dtype)[0])
     gradient = torch.randn(padded.shape).to(device, dtype)
     (found,) = torch.autograd.grad(padded, packed, gradient)
-    expected = reference.pack([gradient.cpu()], rows, slots, dtype)[0]
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=1e-6)
-    again = pack((padded.detach(),), rows_there, slots, dtype)[0]
-    torch.testing.assert_close(
-        again.cpu(),
-        reference.pack([padded.detach().cpu()], rows, slots, dtype)[0],
-        rtol=1e-2 if dtype.itemsize == 2 else 1e-6,
-        atol=1e-6,
-    )
+    for got, given in ((found, gradient), (pack((padded.detach(),), rows, slots)[0], padded.detach())):
+        expected = reference.pack([given.cpu()], table_here, slots, dtype)[0]
+        torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from support.devices import DEVICE, ON_GPU
 from support.segments import table
 
 from softprompt_fast.ops.extension import backend
-from softprompt_fast.ops.packing import pack, reference, unpack
+from softprompt_fast.ops.packing import RowTable, pack, reference, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 PAIRS = sorted({(a, b) for d in DTYPES for a, b in ((d, d), (d, torch.float32), (torch.float32, d))}, key=str)
@@ -56,7 +56,7 @@ def test_equal_the_twin(
         assert got.dtype == out and torch.equal(got.cpu(), expected)
     grads = [torch.randn(len(rows), heads, width, length).to(device, dtype).transpose(1, 2) for _ in range(2)]
     for got, expected in zip(
-        ops.pack(grads, rows_there, slots, out),
+        ops.pack(grads, *RowTable(rows_there, width).holders(slots), out),
         reference.pack([grad.cpu() for grad in grads], rows, slots, out),
         strict=True,
     ):
@@ -70,19 +70,19 @@ def test_gradcheck(case: str) -> None:
     rows, width, slots = CASES[case]
     key = torch.randn(slots, 2, 3, dtype=torch.float64, requires_grad=True)
     value = torch.randn(slots, 2, 2, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda *packed: tuple(unpack(packed, rows, width)), (key, value))
+    torch.autograd.gradcheck(lambda *packed: tuple(unpack(packed, RowTable(rows, width))), (key, value))
     padded = torch.randn(len(rows), width, 2, 3, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x: pack((x,), rows, slots), (padded,))
+    torch.autograd.gradcheck(lambda x: pack((x,), RowTable(rows, width), slots), (padded,))
 
 
 def test_the_same_bits_for_any_number_of_threads(native: backend.Ops) -> None:
     rows = table([(0, 50)] * 40, [7] * 40, 50)
-    grad = torch.randn(40, 57, 4, 64)
+    grad, held = torch.randn(40, 57, 4, 64), RowTable(rows, 57).holders(330)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(native.pack([grad], rows, 330, torch.float32)[0])
+        results.append(native.pack([grad], *held, torch.float32)[0])
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -92,7 +92,9 @@ def test_opcheck(native: backend.Ops) -> None:
     key = torch.randn(slots, 2, 8)
     torch.library.opcheck(torch.ops.softprompt_fast.unpack.default, ([key, key], rows, width, torch.float32))
     padded = torch.randn(len(rows), width, 2, 8)
-    torch.library.opcheck(torch.ops.softprompt_fast.pack.default, ([padded], rows, slots, torch.float32))
+    torch.library.opcheck(
+        torch.ops.softprompt_fast.pack.default, ([padded], *RowTable(rows, width).holders(slots), torch.float32)
+    )
     assert native.unpack is torch.ops.softprompt_fast.unpack.default
 
 

@@ -34,8 +34,8 @@ def gpu_path() -> Iterator[list[str]]:
         yield calls
 
 
-def plan_of(lines: Tensor) -> RaggedPlan:
-    plan = RaggedPlan.of([tuple(line) for line in lines.tolist()], torch.device("cpu"))
+def plan_of(lines: Tensor, prefix_slots: int | None = None) -> RaggedPlan:
+    plan = RaggedPlan.of([tuple(line) for line in lines.tolist()], torch.device("cpu"), prefix_slots)
     assert plan is not None
     return plan
 
@@ -70,7 +70,7 @@ def test_prefixes_of_another_tensor(window: int | None) -> None:
     lines = table([(7, 3), (0, 0), (1, 5), (7, 3)], [2, 3, 1, 4], 0)
     tensors, before = leaves(10, SIZES["grouped"]), leaves(12, SIZES["grouped"])[1:]
     names = dict(zip(("prefix_key", "prefix_value"), before, strict=True))
-    got = varlen.varlen_attention(*tensors, plan_of(lines), **names, scale=0.3, window=window or 0)
+    got = varlen.varlen_attention(*tensors, plan_of(lines, 12), **names, scale=0.3, window=window or 0)
     expected = reference.segment_attention(*tensors, lines, None, *before, 0.3, window or 0)
     torch.testing.assert_close(got, expected)
     found, wanted = (torch.autograd.grad(out.pow(2).sum(), [*tensors, *before]) for out in (got, expected))
@@ -93,7 +93,7 @@ def test_gradients_of_shared_prefixes_are_summed_in_float32() -> None:
     lines = torch.cat([table([(0, 0)], [2], 0), table([(0, 2)] * 100, [1] * 100, 2)])
     plan = plan_of(lines)
     own = torch.randn(102, 1, 4).bfloat16().requires_grad_()
-    grad = torch.rand(plan.keys, 1, 4).bfloat16()
+    grad = torch.rand(len(plan.sources), 1, 4).bfloat16()
     (found,) = torch.autograd.grad(ragged_keys(plan, own, None), own, grad)
     exact = own.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad(ragged_keys(plan, exact, None), exact, grad.double())
