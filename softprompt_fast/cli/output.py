@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 
 console = Console(stderr=True)
+EXIT_STATUS = "exit_status"
+"""Attribute of an exception: the status with which it ends the process, 1 if it has none."""
 
 
 def write_report(values: Any, path: Path | None) -> None:

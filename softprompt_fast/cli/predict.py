@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ from .answers import (
 from .data import DataOptions
 from .options import (
     MACHINE,
+    OUTPUT,
     PROMPT,
     BatchSize,
     Data,
@@ -58,6 +61,21 @@ Combine = Annotated[
 MaxNewTokens = Annotated[
     int, typer.Option(min=1, help="Longest answer in tokens, for tasks that generate text.", rich_help_panel=PROMPT)
 ]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log", help="Also append each row's observations to this file, for monitor --log.", rich_help_panel=OUTPUT
+    ),
+]
+LogTexts = Annotated[
+    str,
+    typer.Option(
+        help="Whether --log holds the texts too; without them it holds their digests.",
+        metavar="yes|no",
+        autocompletion=completion(("yes", "no")),
+        rich_help_panel=OUTPUT,
+    ),
+]
 Engine = Annotated[
     str,
     typer.Option(
@@ -88,6 +106,8 @@ def predict(
     max_new_tokens: MaxNewTokens = 64,
     output: AnswersFile = None,
     resume: Resume = False,
+    log: LogFile = None,
+    log_texts: LogTexts = "yes",
     batch_size: BatchSize = 32,
     batch_tokens: BatchTokens = 4096,
     engine: Engine = "local",
@@ -106,11 +126,16 @@ def predict(
         raise ValueError("--ensemble cannot be combined with --prompt-name-column")
     if ensemble and engine == "ray":
         raise ValueError("--ensemble cannot be combined with --engine ray")
+    if log_texts not in ("yes", "no"):
+        raise ValueError(f"--log-texts must be yes or no, got {log_texts!r}")
+    if log is not None and (ensemble or engine == "ray"):
+        raise ValueError(f"--log cannot be combined with {'--ensemble' if ensemble else '--engine ray'}")
     if engine == "ray" and output is None:
         raise ValueError("--output must be given with --engine ray")
     if engine == "ray":
         require("ray", "ray", purpose="--engine ray")
     check_answers_file(output, data, resume)
+    from ..inference.answer_log import AnswerLog
     from ..inference.files import answer_rows
 
     if engine == "ray" and template is not None:
@@ -151,4 +176,13 @@ def predict(
         )
         return
     names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
-    answer_all(rows, names, lambda part, used: answer_rows(pipe, part, used, options), output, resume)
+    with ExitStack() as stack:
+        answers = None if log is None else stack.enter_context(AnswerLog(log, pipe, folders, texts=log_texts == "yes"))
+
+        def answer(part: Any, used: Any) -> Any:
+            results = answer_rows(pipe, part, used, options)
+            if answers is not None:
+                answers.write(part, used, results)
+            return results
+
+        answer_all(rows, names, answer, output, resume)
