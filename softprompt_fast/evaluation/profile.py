@@ -65,7 +65,9 @@ class Profile:
     @cached_property
     def known_tokens(self) -> frozenset[int]:
         """Ids of the tokens that the rows have."""
-        bits = np.unpackbits(np.frombuffer(zlib.decompress(base64.b64decode(self.tokens)), dtype=np.uint8))
+        bits = np.unpackbits(
+            np.frombuffer(zlib.decompress(base64.b64decode(self.tokens, validate=True)), dtype=np.uint8)
+        )
         return frozenset(np.flatnonzero(bits).tolist())
 
     @cached_property

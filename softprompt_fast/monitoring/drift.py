@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
+from ..evaluation.observations import DIGITS
 from .counters import Distribution, Vectors
 
 EXACT_ROWS = 10_000
 """Most rows for the exact distribution of the Kolmogorov-Smirnov statistic; scipy's own limit."""
+NO_SPREAD = 10.0 ** (-2 * DIGITS)
+"""Variance that rounding alone can give."""
 EXPECTED = 5
 """Smallest expected count of a cell of a chi-square test. Rarer labels are joined."""
 
@@ -32,7 +36,9 @@ def kolmogorov_smirnov(values: Distribution) -> Outcome:
     if max(n, m) <= EXACT_ROWS:
         # Only the order of the values matters, so their places stand for them.
         places = np.arange(len(values.now))
-        p = float(stats.ks_2samp(np.repeat(places, values.reference), np.repeat(places, values.now)).pvalue)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # the exact p can fail; scipy then takes the limit's
+            p = float(stats.ks_2samp(np.repeat(places, values.reference), np.repeat(places, values.now)).pvalue)
     else:
         p = float(stats.kstwo.sf(largest, round(n * m / (n + m))))
     return Outcome("two-sample Kolmogorov-Smirnov test", largest, p)
@@ -42,7 +48,7 @@ def hotelling(reference: Vectors, now: Vectors) -> Outcome | None:
     """Distance of two mean vectors in standard deviations; None: the vectors do not vary."""
     rows = reference.count + now.count
     spread, directions = np.linalg.eigh((reference.scatter + now.scatter) / (rows - 2))
-    used = spread > 1e-9 * max(spread.max(), 1e-12)
+    used = spread > max(1e-9 * spread.max(), NO_SPREAD)
     k = int(used.sum())
     if k == 0 or rows - k - 1 < 1:
         return None

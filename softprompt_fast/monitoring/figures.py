@@ -15,7 +15,7 @@ SMALL, TEXT = 9, 10
 MOST_BARS = 12
 
 
-def test_figure(test: DriftTest, shape: Shape) -> str:
+def shape_figure(test: DriftTest, shape: Shape) -> str:
     """The reference and the new rows: two distribution functions, or bars."""
     bars = min(len(shape.labels), MOST_BARS)
     figure = new_figure(WIDTH, HEIGHT if shape.values else max(1.6, 0.8 + 0.5 * bars))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .figures import history_figure, test_figure
+from .figures import history_figure, shape_figure
 from .report import DRIFT, FINE, DriftTest, Report
-from .table import summary_lines, test_cells
+from .table import cells_of, summary_lines
 
 GROUPS = {"input": "Inputs", "output": "Outputs", "score": "Score"}
 HISTORY = 200
@@ -70,7 +70,7 @@ def html_page(report: Report, history: Sequence[Mapping[str, Any]] = ()) -> str:
         if tests:
             parts += [f"<h2>{title}</h2>", _table(tests)]
             shapes = [(test, report.shapes[test.name]) for test in tests if test.name in report.shapes]
-            drawn = [_figure(test, test_figure(test, shape)) for test, shape in shapes]
+            drawn = [_figure(test, shape_figure(test, shape)) for test, shape in shapes]
             if drawn:
                 parts.append(f'<div class="figures">{"".join(drawn)}</div>')
     if len(history) > 1:
@@ -110,7 +110,7 @@ def _table(tests: Sequence[DriftTest]) -> str:
     heads = ("reference", "now", "statistic", "p", "p (Holm)", "result")
     rows = []
     for test in tests:
-        cells = test_cells(test)
+        cells = cells_of(test)
         result, style = ("not tested", "skipped") if test.skipped else ("no drift found", "")
         if test.alarm:
             result, style = "drift", "alarm"

@@ -16,7 +16,7 @@ def print_report(report: Report, console: Console) -> None:
     table = Table("", "reference", "now", "statistic", "p", "p (Holm)", "", title=f"Prompt {escape(report.prompt)}")
     for test in report.tests:
         verdict = "[bold red]drift[/bold red]" if test.alarm else "not tested" if test.skipped else ""
-        table.add_row(escape(test.name), *map(escape, test_cells(test)), verdict)
+        table.add_row(escape(test.name), *map(escape, cells_of(test)), verdict)
     console.print(table)
     for line in summary_lines(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -50,7 +50,7 @@ def scores_text(scores: dict[str, float]) -> str:
     return f"loss {scores['loss']:.4f} per token ({scores['rows']:.0f} rows)"
 
 
-def test_cells(test: DriftTest) -> list[str]:
+def cells_of(test: DriftTest) -> list[str]:
     """Reference, new value, statistic, p and corrected p, as text; empty where there is none."""
     statistic = "" if test.statistic is None else f"{test.statistic_name} {test.statistic:.3f}"
     values = [_number(test, test.reference), _number(test, test.now)]
