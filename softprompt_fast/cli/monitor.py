@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from ..base.extras import require
 from ..base.progress import progress_bar
 from .data import DataOptions
 from .options import DATA, OUTPUT, BatchSize, Device, Dtype, OptionalModel, PromptFolder, with_options
-from .output import EXIT_STATUS, console
+from .output import EXIT_STATUS, check_outputs, console
 from .prompts import Force, load_tuned
 
 if TYPE_CHECKING:
@@ -101,8 +100,12 @@ def monitor(
             raise ValueError("--record cannot be used without --reference")
         require("train", "datasets", "sklearn", "matplotlib", purpose="monitor")
         outputs = [path for path in (report, json_file, prometheus) if path is not None]
-        _check_outputs(outputs, history, [Path(path) for path in (data, log, reference) if path is not None])
-        from ..monitoring.lines import HISTORY_FILE, append_line, read_history
+        if history is not None and history.exists() and not history.is_dir():
+            raise NotADirectoryError(f"--history must be a folder, got the file {history}")
+        inputs = [Path(path) for path in (data, log, reference) if path is not None]
+        check_outputs(outputs, inputs, folders=[history] if history is not None else [])
+        from ..base.files import append_json_lines
+        from ..monitoring.lines import HISTORY_FILE, read_history
         from ..monitoring.monitor import Monitor
         from ..monitoring.report import DRIFT, TOO_FEW
         from ..monitoring.table import print_report
@@ -115,7 +118,7 @@ def monitor(
         values = result.to_json()
         earlier = read_history(history, profile.digest) if history is not None else []
         if history is not None:
-            append_line(history / HISTORY_FILE, values)
+            append_json_lines(history / HISTORY_FILE, [values])
         _write(result, values, [*earlier, values], report, json_file, prometheus)
         print_report(result, console)
     if result.status == TOO_FEW:
@@ -132,25 +135,6 @@ def _errors_are_not_drift() -> Iterator[None]:
     except Exception as error:
         setattr(error, EXIT_STATUS, NOT_RUN_STATUS)
         raise
-
-
-def _check_outputs(outputs: list[Path], history: Path | None, inputs: list[Path]) -> None:
-    """Checks before any work that each file can be written, and is no other file of the command."""
-    if history is not None and history.exists() and not history.is_dir():
-        raise NotADirectoryError(f"--history must be a folder, got the file {history}")
-    resolved = [path.resolve() for path in (*outputs, *inputs)]
-    for place, path in enumerate(outputs):
-        if resolved[place] in resolved[:place] + resolved[place + 1 :]:
-            raise ValueError(f"each output must be a file of its own, got {path} twice")
-        if path.is_dir():
-            raise IsADirectoryError(f"an output must be a file, got the folder {path}")
-    for folder in dict.fromkeys([*(path.parent for path in outputs), *([history] if history is not None else [])]):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise OSError(f"{folder} must be a folder that can be written to: {error.strerror or error}") from error
 
 
 def _write(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +34,7 @@ from .options import (
     completion,
     with_options,
 )
+from .output import check_outputs
 from .prompts import (
     Force,
     TaskTemplate,
@@ -130,6 +130,8 @@ def predict(
         raise ValueError(f"--log-texts must be yes or no, got {log_texts!r}")
     if log is not None and (ensemble or engine == "ray"):
         raise ValueError(f"--log cannot be combined with {'--ensemble' if ensemble else '--engine ray'}")
+    if log is not None:
+        check_outputs([log], [Path(data), *([output] if output is not None else [])])
     if engine == "ray" and output is None:
         raise ValueError("--output must be given with --engine ray")
     if engine == "ray":
@@ -176,13 +178,12 @@ def predict(
         )
         return
     names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
-    with ExitStack() as stack:
-        answers = None if log is None else stack.enter_context(AnswerLog(log, pipe, folders, texts=log_texts == "yes"))
+    answers = None if log is None else AnswerLog(log, pipe, folders, texts=log_texts == "yes")
 
-        def answer(part: Any, used: Any) -> Any:
-            results = answer_rows(pipe, part, used, options)
-            if answers is not None:
-                answers.write(part, used, results)
-            return results
+    def answer(part: Any, used: Any) -> Any:
+        results = answer_rows(pipe, part, used, options)
+        if answers is not None:
+            answers.write(part, used, results)
+        return results
 
-        answer_all(rows, names, answer, output, resume)
+    answer_all(rows, names, answer, output, resume)

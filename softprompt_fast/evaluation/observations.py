@@ -28,6 +28,8 @@ PROJECTIONS = 16
 """Numbers that stand for the mean embedding of a text's tokens."""
 DIGITS = 6
 """Decimals that are kept, in a profile and in a log alike: rounding must not tell them apart."""
+SIGNIFICANT = 5
+"""Significant digits of projections, whose size depends on the model."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class InputReader:
         mean = self.embedding(torch.tensor(ids, device=device)).double().mean(0).cpu()
         if self._signs is None:
             self._signs = _signs(len(mean))
-        return tuple(round(value, DIGITS) for value in (self._signs @ mean).tolist())
+        return tuple(float(f"{value:.{SIGNIFICANT}g}") for value in (self._signs @ mean).tolist())
 
 
 def _signs(width: int) -> Tensor:

@@ -12,7 +12,7 @@ import json
 import random
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -77,12 +77,16 @@ class Profile:
 
     def save(self, folder: PathLike[str] | str) -> Path:
         """Writes ``profile.json`` into a folder. Equal profiles give equal bytes."""
-        values = asdict(self) | {"version": VERSION, "observations": [one.to_json() for one in self.observations]}
-        head = {key: values[key] for key in ("version", *(key for key in values if key != "version"))}
-        rows = ",\n".join(json.dumps(row, allow_nan=False) for row in head.pop("observations"))
-        text = json.dumps(head, indent=1, ensure_ascii=False)
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "observations"}
+        columns = {
+            f"rows.{one.name}": [getattr(row, one.name) for row in self.observations] for one in fields(Observation)
+        }
+        lines = [
+            f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}"
+            for key, value in ({"version": VERSION} | facts | columns).items()
+        ]
         path = Path(folder) / PROFILE_FILE
-        write_atomically(path, f'{text[:-2]},\n "observations": [\n{rows}\n ]\n}}\n')
+        write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
         return path
 
     @classmethod
@@ -110,8 +114,11 @@ class Profile:
                 f"{path}: the version of a profile must be {VERSION}, got {version!r}; record it again with --reference"
             )
         try:
-            rows = tuple(map(Observation.from_json, values.pop("observations")))
-            profile = cls(**values | {"labels": tuple(values["labels"]), "observations": rows})
+            columns = [values.pop(f"rows.{one.name}") for one in fields(Observation)]
+            names = [one.name for one in fields(Observation)]
+            rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            observations = tuple(map(Observation.from_json, rows))
+            profile = cls(**values | {"labels": tuple(values["labels"]), "observations": observations})
             _ = profile.known_tokens
         except (ValueError, KeyError, AttributeError, TypeError, zlib.error) as error:
             raise ValueError(f"{path} is damaged ({error}); record it again with --reference") from error

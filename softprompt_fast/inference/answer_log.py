@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from ..base.files import append_json_lines
 from ..evaluation.observations import InputReader, answered
 from ..evaluation.profile import Profile, prompt_digest
 from ..hf.architecture import is_encoder_decoder
@@ -31,16 +29,14 @@ class AnswerLog:
         texts: whether a line also holds the text. Without it, a line holds a digest of the text.
 
     Raises:
-        OSError: the file cannot be written.
+        ValueError: no prompt has a task.
     """
 
     def __init__(
         self, path: Path, pipeline: SoftPromptPipeline, folders: Mapping[str, Path], *, texts: bool = True
     ) -> None:
-        self.texts, self.tokenizer = texts, pipeline.tokenizer
+        self.path, self.texts, self.tokenizer = path, texts, pipeline.tokenizer
         self._encoder_decoder = is_encoder_decoder(pipeline.bank.model.base_model)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
         embedding = pipeline.bank.model.get_input_embeddings()
         self._prompts: dict[str, tuple[Task, InputReader, dict[str, Any]]] = {}
         for name, folder in folders.items():
@@ -53,14 +49,8 @@ class AnswerLog:
                 profile = Profile.load(folder)
                 known, facts["reference"] = profile.known_tokens, profile.tokens_digest
             self._prompts[name] = task, InputReader(embedding, self.tokenizer, known), facts
-
-    def __enter__(self) -> AnswerLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+        if not self._prompts:
+            raise ValueError(f"a log must be of prompts with a {TASK_FILE}, got {', '.join(folders)}")
 
     def write(self, rows: Examples, names: Sequence[str | None], results: Sequence[Result]) -> None:
         """Logs a list of rows with their prompts and their results."""
@@ -70,9 +60,7 @@ class AnswerLog:
             for row, name, result in zip(rows, names, results, strict=True)
             if name in self._prompts
         ]
-        # One write for whole lines: lines of several processes do not mix.
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-        os.fsync(self._file.fileno())
+        append_json_lines(self.path, lines)
 
     def _line(self, row: Mapping[str, Any], name: str, result: Result) -> dict[str, Any]:
         task, reader, facts = self._prompts[name]

@@ -71,6 +71,12 @@ class Vectors:
             self.products += new.T @ new
 
     @property
+    def size(self) -> float:
+        """Mean square of a vector, its centre included."""
+        squares = np.trace(self.products) + 2 * self.sums @ self.centre + self.count * (self.centre @ self.centre)
+        return float(squares / max(1, self.count))
+
+    @property
     def mean(self) -> Array:
         """[k], relative to the centre."""
         return self.sums / max(1, self.count)

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from ..evaluation.observations import DIGITS
 from .counters import Distribution, Vectors
 
 EXACT_ROWS = 10_000
 """Most rows for the exact distribution of the Kolmogorov-Smirnov statistic; scipy's own limit."""
-NO_SPREAD = 10.0 ** (-2 * DIGITS)
-"""Variance that rounding alone can give."""
+NO_SPREAD = 1e-14
+"""Variance, relative to the mean square, that rounding alone can give."""
 EXPECTED = 5
 """Smallest expected count of a cell of a chi-square test. Rarer labels are joined."""
 
@@ -48,7 +47,7 @@ def hotelling(reference: Vectors, now: Vectors) -> Outcome | None:
     """Distance of two mean vectors in standard deviations; None: the vectors do not vary."""
     rows = reference.count + now.count
     spread, directions = np.linalg.eigh((reference.scatter + now.scatter) / (rows - 2))
-    used = spread > max(1e-9 * spread.max(), NO_SPREAD)
+    used = spread > max(1e-9 * spread.max(), NO_SPREAD * (reference.size + now.size))
     k = int(used.sum())
     if k == 0 or rows - k - 1 < 1:
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         shown = ", ".join(map(str, bad[:5])) + (" and others" if len(bad) > 5 else "")
         logger.warning("%s: %d of its lines are torn and left out (line %s)", path, len(bad), shown)
     return found
-
-
-def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Adds an object to a file; a torn line before it stays a line of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torn = False
-    if path.exists() and path.stat().st_size:
-        with path.open("rb") as file:
-            file.seek(-1, 2)
-            torn = file.read(1) != b"\n"
-    with path.open("ab", buffering=0) as file:
-        file.write(("\n" if torn else "").encode() + json.dumps(values, allow_nan=False).encode() + b"\n")
 
 
 def read_log(path: Path, profile: Profile) -> list[dict[str, Any]]:

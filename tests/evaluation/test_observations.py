@@ -171,7 +171,7 @@ def test_profiles_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_text(text.replace('"version": 1', '"version": 7'))
     with pytest.raises(ValueError, match="the version of a profile must be 1, got 7; record it again"):
         Profile.load(folder)
-    for damaged in (text[:200], "[]", text.replace('"tokens": "', '"tokens": "!'), text.replace('"row"', '"rew"')):
+    for damaged in (text[:200], "[]", text.replace('"tokens": "', '"tokens": "!'), text.replace('"rows.row"', '"r"')):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=r"not a profile|is damaged"):
             Profile.load(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.tiny_models import build
 from support.tiny_reviews import reviews, tiny_tokenizer
 
@@ -39,10 +40,10 @@ def lines(tuned: Any, folder: Path, names: list[str | None], **options: Any) -> 
     bank.add_directory(folder)
     pipe = SoftPromptPipeline(bank, tiny_tokenizer())
     path = folder / "logs" / "answers.log"
-    with AnswerLog(path, pipe, {name: folder / name for name in ("p", "q")}, **options) as log:
-        for part in (slice(0, 4), slice(4, 10)):
-            results = answer_rows(pipe, ROWS[part], names[part], {"max_new_tokens": 2})
-            log.write(ROWS[part], names[part], results)
+    log = AnswerLog(path, pipe, {name: folder / name for name in ("p", "q")}, **options)
+    for part in (slice(0, 4), slice(4, 10)):
+        results = answer_rows(pipe, ROWS[part], names[part], {"max_new_tokens": 2})
+        log.write(ROWS[part], names[part], results)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -77,3 +78,10 @@ def test_a_log_without_texts_holds_none(tuned: Any, tmp_path: Path) -> None:
 def test_a_log_is_continued(tuned: Any, tmp_path: Path) -> None:
     assert len(lines(tuned, tmp_path, ["p"] * 10)) == 10
     assert len(lines(tuned, tmp_path, ["p"] * 10)) == 20
+
+
+def test_prompts_without_a_task_cannot_be_logged(tmp_path: Path) -> None:
+    pipe = SoftPromptPipeline(PromptBank(build("llama")), tiny_tokenizer())
+    pipe.bank.add("p", torch.randn(3, 32))
+    with pytest.raises(ValueError, match=r"a log must be of prompts with a task\.json, got p"):
+        AnswerLog(tmp_path / "a.log", pipe, {"p": tmp_path})
