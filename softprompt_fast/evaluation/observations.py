@@ -77,8 +77,9 @@ class Observation:
             or not isinstance(embedding, list | tuple)
             or len(embedding) != PROJECTIONS
             or not all(isinstance(number, int | float) and np.isfinite(number) for number in numbers)
+            or not all(isinstance(known.get(name, True), bool) for name in ("correct", "bare_agrees"))
         ):
-            raise ValueError("an observation must hold row, tokens and embedding, and its numbers must be finite")
+            raise ValueError("an observation must hold row, tokens and embedding, with finite numbers")
         return cls(**known | {"embedding": tuple(embedding)})
 
 

@@ -22,6 +22,8 @@ MIN_ROWS = 30
 """Fewest distinct rows, on both sides, for a test."""
 WINDOW = 10_000
 """Distinct rows among which repeats are recognised."""
+CHUNK = 1000
+"""Rows that are added at a time: ``update`` may be given any number of them."""
 CURVE_POINTS = 200
 """Most points of a curve in a report."""
 
@@ -92,7 +94,7 @@ class Monitor:
         Raises:
             ValueError: a row of a log is of another prompt, or no observation.
         """
-        seen = []
+        seen: list[Observation] = []
         for row in rows:
             if isinstance(row, Mapping):
                 if (digest := row.get("digest", self.profile.digest)) != self.profile.digest:
@@ -112,6 +114,9 @@ class Monitor:
                 self.repeats += 1
             else:
                 seen.append(one)
+                if len(seen) == CHUNK:
+                    self._add(seen)
+                    seen = []
         self._add(seen)
         return self
 
@@ -233,12 +238,13 @@ class Monitor:
     def _shares(
         self, name: str, group: str, reference: list[int], now: list[int], compare: Any, shapes: dict[str, Shape]
     ) -> DriftTest:
-        both = [hits / rows if rows else None for hits, rows in (reference, now)]
-        test = DriftTest(name, group, "share", *both, skipped=self._too_few(reference[1], now[1]))
+        before, after = (hits / rows if rows else None for hits, rows in (reference, now))
+        test = DriftTest(name, group, "share", before, after)
+        test.skipped = self._too_few(reference[1], now[1])
         if test.skipped is None:
             _made(test, compare((reference[0], reference[1]), (now[0], now[1])), "difference")
-            assert both[0] is not None and both[1] is not None
-            shapes[name] = Shape([], [name], [both[0]], [both[1]])
+            assert before is not None and after is not None
+            shapes[name] = Shape([], [name], [before], [after])
         return test
 
     def _too_few(self, reference: int, now: int) -> str | None:

@@ -101,7 +101,15 @@ def test_an_observation_survives_json() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"row": None}, {"tokens": "5"}, {"embedding": [1.0]}, {"margin": "x"}, {"entropy": float("nan")}]
+    "change",
+    [
+        {"row": None},
+        {"tokens": "5"},
+        {"embedding": [1.0]},
+        {"margin": "x"},
+        {"entropy": float("nan")},
+        {"correct": "yes"},
+    ],
 )
 def test_a_damaged_observation_is_refused(change: dict[str, Any]) -> None:
     (one,) = observe(model_with_prompt("llama"), TOKENIZER, TASKS["one-token"], ROWS[:1])

@@ -14,6 +14,7 @@ from support.monitoring_cases import drawn, profile_of
 from softprompt_fast.evaluation.observations import Observation
 from softprompt_fast.evaluation.statistics import holm
 from softprompt_fast.monitoring import DriftTest, Monitor, Report
+from softprompt_fast.monitoring import monitor as monitor_module
 
 REFERENCE = drawn(400, 0)
 PROFILE = profile_of(REFERENCE)
@@ -89,6 +90,16 @@ def test_a_stream_gives_the_numbers_of_the_batch() -> None:
         stream.update(rows[start : start + 7])
     for one, other in zip(batch.report().tests, stream.report().tests, strict=True):
         assert one.p == pytest.approx(other.p, rel=1e-9) and one.statistic == pytest.approx(other.statistic, rel=1e-9)
+
+
+def test_one_update_takes_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "CHUNK", 64)
+    rows = drawn(500, 1)
+    parts: list[int] = []
+    watch = Monitor(PROFILE)
+    added = watch._add
+    monkeypatch.setattr(watch, "_add", lambda seen: (parts.append(len(seen)), added(seen)))
+    assert watch.update(iter(rows)).rows == 500 and max(parts) == 64
 
 
 def test_the_state_does_not_grow() -> None:
