@@ -120,22 +120,7 @@ def predict(
     The status is 0 if all rows are answered, 3 if some got an error, 1 if all did or nothing ran.
     """
     data_options = data_options_of()
-    if engine not in ENGINES:
-        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if ensemble and prompt_name_column is not None:
-        raise ValueError("--ensemble cannot be combined with --prompt-name-column")
-    if ensemble and engine == "ray":
-        raise ValueError("--ensemble cannot be combined with --engine ray")
-    if log_texts not in ("yes", "no"):
-        raise ValueError(f"--log-texts must be yes or no, got {log_texts!r}")
-    if log is not None and (ensemble or engine == "ray"):
-        raise ValueError(f"--log cannot be combined with {'--ensemble' if ensemble else '--engine ray'}")
-    if log is not None:
-        check_outputs([log], [Path(data), *([output] if output is not None else [])])
-    if engine == "ray" and output is None:
-        raise ValueError("--output must be given with --engine ray")
-    if engine == "ray":
-        require("ray", "ray", purpose="--engine ray")
+    _check(engine, ensemble, prompt_name_column, output, data, log, log_texts)
     check_answers_file(output, data, resume)
     from ..inference.answer_log import AnswerLog
     from ..inference.files import answer_rows
@@ -187,3 +172,31 @@ def predict(
         return results
 
     answer_all(rows, names, answer, output, resume)
+
+
+def _check(
+    engine: str,
+    ensemble: bool,
+    prompt_name_column: str | None,
+    output: Path | None,
+    data: str,
+    log: Path | None,
+    log_texts: str,
+) -> None:
+    """Checks options that cannot be combined, and the packages and the file that they need."""
+    if engine not in ENGINES:
+        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if ensemble and prompt_name_column is not None:
+        raise ValueError("--ensemble cannot be combined with --prompt-name-column")
+    if ensemble and engine == "ray":
+        raise ValueError("--ensemble cannot be combined with --engine ray")
+    if log_texts not in ("yes", "no"):
+        raise ValueError(f"--log-texts must be yes or no, got {log_texts!r}")
+    if log is not None and (ensemble or engine == "ray"):
+        raise ValueError(f"--log cannot be combined with {'--ensemble' if ensemble else '--engine ray'}")
+    if log is not None:
+        check_outputs([log], [Path(data), *([output] if output is not None else [])])
+    if engine == "ray" and output is None:
+        raise ValueError("--output must be given with --engine ray")
+    if engine == "ray":
+        require("ray", "ray", purpose="--engine ray")
