@@ -29,6 +29,7 @@ class Distribution:
         self.now = np.zeros_like(self.reference)
         """[2 k + 1] counts of the new values in the same places."""
         self.total = 0.0
+        self.lowest, self.highest = np.inf, -np.inf
         self.reference_mean = float(np.mean(reference)) if len(reference) else None
 
     def add(self, values: Sequence[float]) -> None:
@@ -39,15 +40,22 @@ class Distribution:
         equal[inside] = self.values[at[inside]] == new[inside]
         self.now += np.bincount(2 * at + equal, minlength=len(self.now))
         self.total += float(new.sum())
+        self.lowest = min(self.lowest, new.min(initial=np.inf))
+        self.highest = max(self.highest, new.max(initial=-np.inf))
 
     @property
     def mean(self) -> float | None:
         return self.total / int(self.now.sum()) if self.now.any() else None
 
     def curves(self) -> tuple[Array, Array, Array]:
-        """[k] the reference's values, and the share of the reference's and of the new values up to each."""
+        """[k + 2] places, and the share of the reference's and of the new values up to each.
+
+        The places are the reference's values, and the lowest and the highest value of all.
+        """
         shares = [counts.cumsum()[1::2] / max(1, counts.sum()) for counts in (self.reference, self.now)]
-        return self.values, shares[0], shares[1]
+        ends = min(self.values[0], self.lowest), max(self.values[-1], self.highest)
+        before, after = (np.concatenate([[0.0], share, [1.0]]) for share in shares)
+        return np.concatenate([ends[:1], self.values, ends[1:]]), before, after
 
 
 class Vectors:

@@ -23,6 +23,9 @@ def test_counts_give_the_kolmogorov_smirnov_test_of_the_values(reference: list[f
     assert found.statistic == pytest.approx(expected.statistic, abs=1e-12)
     assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
     assert counted.mean == pytest.approx(np.mean(now))
+    places, _, share = counted.curves()
+    assert (places[0], places[-1]) == (min(reference + now), max(reference + now)) and share[-1] == 1
+    assert share[1] == pytest.approx(np.mean(np.asarray(now) <= min(reference)))
 
 
 def test_many_rows_use_the_limit_distribution_as_scipy_does() -> None:
