@@ -101,7 +101,7 @@ class Profile:
         path = path / PROFILE_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path.parent} has no {PROFILE_FILE}, because an older version tuned the prompt; give reference rows "
+                f"{path.parent} has no {PROFILE_FILE}, which training records; give reference rows "
                 "(--reference), or record a profile with them (record_profile, --reference with --record)"
             )
         try:
