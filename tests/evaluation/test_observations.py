@@ -87,8 +87,8 @@ def test_the_projection_is_the_same_for_ever() -> None:
     reader = InputReader(embedding, TOKENIZER, None)
     one, two, both = (reader.read("", ids).embedding for ids in ([1], [2], [1, 2, 2, 1]))
     assert len(one) == PROJECTIONS
-    assert both == pytest.approx([(a + b) / 2 for a, b in zip(one, two, strict=True)], abs=2e-5)
-    assert one[:3] == pytest.approx(FIRST, abs=2e-5)
+    assert both == pytest.approx([(a + b) / 2 for a, b in zip(one, two, strict=True)], abs=1e-4)
+    assert one[:3] == pytest.approx(FIRST, abs=1e-4)
 
 
 FIRST = (0.232475, 0.799486, 0.226805)
