@@ -29,6 +29,7 @@ PUBLIC = {
     """,
     "softprompt_fast.comparison": "Comparison METHODS compare parse_options",
     "softprompt_fast.length_search": "Candidate DEFAULT_LENGTHS LogRange RungResult SearchResult search",
+    "softprompt_fast.monitoring": "DriftTest Monitor Observation Profile Report observe record_profile",
 }
 
 

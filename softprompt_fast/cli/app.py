@@ -20,7 +20,8 @@ from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .interpret import interpret
-from .output import console
+from .monitor import monitor
+from .output import EXIT_STATUS, console
 from .predict import predict
 from .prune import prune
 from .search import search
@@ -61,6 +62,12 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         generate: (
             "softprompt-fast generate -p run -d new.jsonl --max-new-tokens 100",
             "softprompt-fast generate -p run -d new.jsonl --do-sample --temperature 0.7 --stop END",
+        ),
+    },
+    "Production": {
+        monitor: (
+            "softprompt-fast monitor -p run -d today.jsonl --report report.html --history history",
+            "softprompt-fast monitor -p run --log answers.log --prometheus monitor.prom",
         ),
     },
     "Understand": {
@@ -140,7 +147,7 @@ def main() -> None:
             _stop_usage(error)
         if os.environ.get("SOFTPROMPT_FAST_TRACEBACK"):
             raise
-        _stop(_one_line(error), 1)
+        _stop(_one_line(error), getattr(error, EXIT_STATUS, 1))
     sys.exit(status if isinstance(status, int) else 0)
 
 

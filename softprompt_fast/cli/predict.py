@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,7 @@ from .answers import (
 from .data import DataOptions
 from .options import (
     MACHINE,
+    OUTPUT,
     PROMPT,
     BatchSize,
     Data,
@@ -32,6 +34,7 @@ from .options import (
     completion,
     with_options,
 )
+from .output import check_outputs
 from .prompts import (
     Force,
     TaskTemplate,
@@ -57,6 +60,21 @@ Combine = Annotated[
 ]
 MaxNewTokens = Annotated[
     int, typer.Option(min=1, help="Longest answer in tokens, for tasks that generate text.", rich_help_panel=PROMPT)
+]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log", help="Also append each row's observations to this file, for monitor --log.", rich_help_panel=OUTPUT
+    ),
+]
+LogTexts = Annotated[
+    str,
+    typer.Option(
+        help="Whether --log holds the texts too; without them it holds their digests.",
+        metavar="yes|no",
+        autocompletion=completion(("yes", "no")),
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Engine = Annotated[
     str,
@@ -88,6 +106,8 @@ def predict(
     max_new_tokens: MaxNewTokens = 64,
     output: AnswersFile = None,
     resume: Resume = False,
+    log: LogFile = None,
+    log_texts: LogTexts = "yes",
     batch_size: BatchSize = 32,
     batch_tokens: BatchTokens = 4096,
     engine: Engine = "local",
@@ -100,17 +120,9 @@ def predict(
     The status is 0 if all rows are answered, 3 if some got an error, 1 if all did or nothing ran.
     """
     data_options = data_options_of()
-    if engine not in ENGINES:
-        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    if ensemble and prompt_name_column is not None:
-        raise ValueError("--ensemble cannot be combined with --prompt-name-column")
-    if ensemble and engine == "ray":
-        raise ValueError("--ensemble cannot be combined with --engine ray")
-    if engine == "ray" and output is None:
-        raise ValueError("--output must be given with --engine ray")
-    if engine == "ray":
-        require("ray", "ray", purpose="--engine ray")
+    _check(engine, ensemble, prompt_name_column, output, data, log, log_texts)
     check_answers_file(output, data, resume)
+    from ..inference.answer_log import AnswerLog
     from ..inference.files import answer_rows
 
     if engine == "ray" and template is not None:
@@ -151,4 +163,40 @@ def predict(
         )
         return
     names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
-    answer_all(rows, names, lambda part, used: answer_rows(pipe, part, used, options), output, resume)
+    answers = None if log is None else AnswerLog(log, pipe, folders, texts=log_texts == "yes")
+
+    def answer(part: Any, used: Any) -> Any:
+        results = answer_rows(pipe, part, used, options)
+        if answers is not None:
+            answers.write(part, used, results)
+        return results
+
+    answer_all(rows, names, answer, output, resume)
+
+
+def _check(
+    engine: str,
+    ensemble: bool,
+    prompt_name_column: str | None,
+    output: Path | None,
+    data: str,
+    log: Path | None,
+    log_texts: str,
+) -> None:
+    """Checks options that cannot be combined, and the packages and the file that they need."""
+    if engine not in ENGINES:
+        raise ValueError(f"--engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if ensemble and prompt_name_column is not None:
+        raise ValueError("--ensemble cannot be combined with --prompt-name-column")
+    if ensemble and engine == "ray":
+        raise ValueError("--ensemble cannot be combined with --engine ray")
+    if log_texts not in ("yes", "no"):
+        raise ValueError(f"--log-texts must be yes or no, got {log_texts!r}")
+    if log is not None and (ensemble or engine == "ray"):
+        raise ValueError(f"--log cannot be combined with {'--ensemble' if ensemble else '--engine ray'}")
+    if log is not None:
+        check_outputs([log], [Path(data), *([output] if output is not None else [])])
+    if engine == "ray" and output is None:
+        raise ValueError("--output must be given with --engine ray")
+    if engine == "ray":
+        require("ray", "ray", purpose="--engine ray")

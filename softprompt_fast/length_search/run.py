@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from ..base.figures import save_figure
+from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.examples import Examples
@@ -50,7 +51,7 @@ def search(
 ) -> SearchResult:
     """Tries prompt lengths by successive halving; saves the shortest that is not significantly worse than the best.
 
-    Writes to ``output``: ``<prompt>/`` (the recommended prompt, saved as :func:`tune` does), ``search.json``,
+    Writes to ``output``: ``<prompt>/`` (the recommended prompt, as :func:`tune` saves it), ``search.json``,
     ``search.svg``, ``trials/`` (every candidate's prompt and row scores after each rung) and ``study.jsonl``, an Optuna
     journal. The model holds the recommended prompt at the end.
 
@@ -173,6 +174,15 @@ def _finish(
     result.write(prepared.output)
     save_figure(search_figure(result), prepared.output / FIGURE_FILE)
     prepared.model.load_prompt(result.folder, name)
+    record_profile(
+        prepared.model,
+        prepared.tokenizer,
+        prepared.task,
+        prepared.held_out_rows,
+        result.folder,
+        source="held-out rows of the search, which chose the prompt",
+        batch_size=prepared.settings.batch_size,
+    ).save(result.folder)
     print_result(result, prepared.console)
     return result
 

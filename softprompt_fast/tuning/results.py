@@ -1,4 +1,4 @@
-"""The end of a tuning run: the best values of each prompt, its folder, ``metrics.json``."""
+"""The end of a tuning run: the best values of each prompt, its folder, ``metrics.json``, the reference profile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.files import write_atomically
+from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
 from ..prompts.reparameterization import fold
 from .best import BestPrompts
@@ -62,6 +63,19 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
         prepared.console.print(line, highlight=False, soft_wrap=True)
     if outcome.main_process:
         _write_metrics(prepared, results)
+    for job, result in zip(prepared.jobs, results, strict=True):
+        if job.scorer is None:  # a search records the profile of the prompt that it chooses
+            profile = record_profile(
+                prepared.model,
+                prepared.tokenizer,
+                job.task,
+                job.held_out_rows,
+                result.folder,
+                source="held-out rows of the training run, which chose the checkpoint",
+                batch_size=prepared.settings.batch_size,
+            )
+            if outcome.main_process:
+                profile.save(result.folder)
     return results
 
 

@@ -15,6 +15,7 @@ from softprompt_fast.cli.app import GROUPS, app
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 LONG = ["analyze", "train", "search", "compare", "evaluate", "predict", "generate", "interpret", "prune", "similar"]
+LONG += ["monitor"]
 
 
 def shown(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -28,6 +29,7 @@ def test_commands_are_listed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         "Start": ["demo", "info"],
         "Tune": ["analyze", "train", "search", "compare"],
         "Use": ["evaluate", "predict", "generate"],
+        "Production": ["monitor"],
         "Understand": ["interpret", "prune", "similar"],
         "Extension": ["build", "clean"],
     }
@@ -64,7 +66,7 @@ def examples() -> list[list[str]]:
 def test_examples_use_options_that_exist(arguments: list[str]) -> None:
     name, *rest = arguments
     context = COMMANDS[name].make_context(name, rest)
-    assert context.params["data"] is not None or name in ("interpret", "similar")
+    assert context.params["data"] is not None or name in ("interpret", "monitor", "similar")
 
 
 def test_the_version_is_shown() -> None:

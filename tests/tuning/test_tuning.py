@@ -55,6 +55,7 @@ def test_train_evaluate_predict_from_the_command_line(model_folder: Path, data: 
     assert {f.name for f in (output / "prompt").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "profile.json",
         "task.json",
     }
     scores = json.loads(run("evaluate", "--prompt", str(output), "--data", str(data), "--dtype", "float32").stdout)
