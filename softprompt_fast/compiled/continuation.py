@@ -72,7 +72,8 @@ class Continuation:
 
         places = torch.tensor(prefixes, dtype=torch.int64).view(-1, 2)
         cache = compiled_cache(RowPlaces(compiled, places, (mask == 0).sum(1).cpu()))
-        positions = (mask.cumsum(1) - 1 + places[:, 1:].to(mask)).masked_fill(mask == 0, 0)
+        first = self.runner.first_position + places[:, 1:].to(mask)
+        positions = (mask.cumsum(1) - 1 + first).masked_fill(mask == 0, 0)
         return cache, positions
 
     def _check(

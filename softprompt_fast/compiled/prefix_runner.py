@@ -91,6 +91,7 @@ class PrefixRunner(PackedRunner):
         cache: Any = DynamicCache()
         for layer, (key, value) in enumerate(() if prompt is None else self._states(prompt)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
-        positions = torch.arange(len(vectors), device=vectors.device) + (0 if prompt is None else len(prompt))
+        first = self.first_position + (0 if prompt is None else len(prompt))
+        positions = torch.arange(first, first + len(vectors), device=vectors.device)
         inputs = {"inputs_embeds": vectors[None], "position_ids": positions[None], "past_key_values": cache}
         return self.logits_at(places, **inputs)[1]

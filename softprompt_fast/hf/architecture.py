@@ -148,10 +148,22 @@ def context_length(model: Any) -> int | None:
         limit = getattr(config, "n_positions", None) or getattr(config, "max_seq_len", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    for name, module in model.named_modules():  # RoBERTa and others number positions after the padding's
+    table = _positions_after_padding(model)
+    return limit if table is None else min(limit, int(table.weight.shape[0]) - int(table.padding_idx) - 1)
+
+
+def first_position(model: Any) -> int:
+    """The number that a model's forward gives a row's first position: 0, or the one after the padding's."""
+    table = _positions_after_padding(without_adapters(model))
+    return 0 if table is None else int(table.padding_idx) + 1
+
+
+def _positions_after_padding(model: Any) -> Any:
+    """The table of positions of RoBERTa and its kin, which begin after the padding's; None: another model."""
+    for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return min(limit, int(module.weight.shape[0]) - int(module.padding_idx) - 1)
-    return limit
+            return module
+    return None
 
 
 def check_room(virtual: Sequence[int], tokens: Sequence[int], limit: int | None) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .architecture import forward_parameters
+from .architecture import first_position, forward_parameters, is_named
 
 TOKENIZER_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
 """What tokenizers return beside ids and mask; nothing of it has an effect on generated text."""
@@ -67,6 +67,8 @@ INDEPENDENT_OF_PADDING = {
     *("continuous_batching_config", "use_model_defaults", "trust_remote_code", "diversity_penalty"),
 }
 """Options whose effect on a row does not depend on padding before its text. With others, padded rows run apart."""
+WRONG_CACHE = "ProphetNetForConditionalGeneration"
+"""An encoder-decoder whose steps on a cache give other logits than its forward: it generates without one."""
 PER_ROW = ("negative_prompt_ids", "negative_prompt_attention_mask")
 PERMUTATIONS = ("perm_mask", "target_mapping")
 SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_model")
@@ -118,6 +120,16 @@ def checked_options(
         options["generation_config"] = copy.copy(options["generation_config"])
         options["generation_config"].cache_implementation = None
     return options
+
+
+def encoder_decoder_options(model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The checked options of an encoder-decoder.
+
+    Raises:
+        ValueError: an option that cannot be combined with prompts, by name.
+    """
+    options = checked_options(model, options, REFUSED_WITH_ENCODER)
+    return options | {"use_cache": False} if is_named(model, WRONG_CACHE) else options
 
 
 def checked_rows(
@@ -299,12 +311,15 @@ class _PromptInFront:
     Args:
         embed: ids [N, T] to vectors [N, P + T, D].
         length: P
+        first: the number of a row's first position; transformers' ``generate`` begins with 0 for every model.
         continues: calls after the first bring the tokens that the cache does not hold yet.
         speculative: calls may bring any number of tokens.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], length: int, *, continues: bool, speculative: bool) -> None:
-        self.embed, self.length = embed, length
+    def __init__(
+        self, embed: Callable[[Tensor], Tensor], length: int, *, first: int, continues: bool, speculative: bool
+    ) -> None:
+        self.embed, self.length, self.first = embed, length, first
         self.continues, self.speculative = continues, speculative
         self.width: int | None = None
         self.thread = threading.get_ident()
@@ -325,6 +340,7 @@ class _PromptInFront:
             if whole:
                 ahead = torch.arange(self.length, device=positions.device).expand(*positions.shape[:-1], self.length)
                 positions = torch.cat([ahead.to(positions), positions], -1)
+            positions = positions + self.first
             # After a prompt without a text transformers has no last position to continue from; the cache knows it.
             keywords["position_ids"] = positions if whole or positions.shape[-1] == ids.shape[1] else None
         if whole:
@@ -370,7 +386,8 @@ def generate_with_prompt_vectors(
     if speculative and not continues:
         reason = "it reads its whole text again in every step"
         raise ValueError(f"speculative decoding cannot be combined with {type(model).__name__}: {reason}")
-    prompt = _PromptInFront(embed, length, continues=continues, speculative=speculative)
+    first = first_position(model)
+    prompt = _PromptInFront(embed, length, first=first, continues=continues, speculative=speculative)
     hook = model.register_forward_pre_hook(prompt, with_kwargs=True)
     try:
         return model.generate(input_ids=input_ids, **inputs, **options)

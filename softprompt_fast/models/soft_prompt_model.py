@@ -362,7 +362,7 @@ class SoftPromptModel(PromptFiles):
         bank = self.prompts if prompts is None else prompts
         check_inputs(self.base_model)
         if self._traits.encoder_decoder:
-            options = generation.checked_options(self.base_model, options, generation.REFUSED_WITH_ENCODER)
+            options = generation.encoder_decoder_options(self.base_model, options)
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)
         selection = bank.select(prompt_ids, len(ids))
