@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.errors import Unsupported
 from ..base.modules import evaluating
-from ..hf.generation import checked_options, depends_on_padding, generate_rows
+from ..hf.generation import checked_options, depends_on_padding, generate_rows, with_settings
 from ..packed.runner import PackedRunner
 from ..packed.self_check import CHECKED_ROWS, SLACK, tolerance
 from .compile import pack_texts
@@ -47,8 +47,7 @@ class Continuation:
             ValueError: an option that cannot be combined with compiled prompts.
         """
         self.runner.make_ready()
-        options = checked_options(self.model, options, {"output_attentions": bool})
-        options["use_cache"] = True
+        options = with_settings(checked_options(self.model, options, {"output_attentions": bool}), use_cache=True)
         lengths = (attention_mask != 0).sum(1).tolist()
         keys = lengths if depends_on_padding(self.model, options) else [0] * len(lengths)
 

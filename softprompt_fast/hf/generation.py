@@ -58,7 +58,14 @@ INDEPENDENT_OF_PADDING = {
     *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h"),
     *("typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "num_return_sequences", "length_penalty"),
     *("early_stopping", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "repetition_penalty"),
-    *("renormalize_logits", "remove_invalid_values", "suppress_tokens", "pad_token_id", "bos_token_id"),
+    *(
+        "encoder_repetition_penalty",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "suppress_tokens",
+        "pad_token_id",
+        "bos_token_id",
+    ),
     *("eos_token_id", "decoder_start_token_id", "output_attentions", "output_hidden_states", "output_scores"),
     *("output_logits", "return_dict_in_generate", "compile_config", "disable_compile", "low_memory", "max_time"),
     *("transformers_version", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
@@ -97,6 +104,20 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in every.items() if v is not None and not k.startswith("_")}
 
 
+def with_settings(options: dict[str, Any], **values: Any) -> dict[str, Any]:
+    """The options with further settings: in the caller's generation configuration if there is one, else as arguments.
+
+    transformers is about to refuse a generation configuration together with arguments.
+    """
+    config = options.get("generation_config")
+    if config is None:
+        return options | values
+    config = copy.copy(config)
+    for name, value in values.items():
+        setattr(config, name, value)
+    return {k: v for k, v in options.items() if k not in values} | {"generation_config": config}
+
+
 def checked_options(
     model: Any, options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None
 ) -> dict[str, Any]:
@@ -116,10 +137,8 @@ def checked_options(
     if isinstance(options.get("custom_generate"), str):
         raise ValueError(f"`custom_generate`={options['custom_generate']!r} cannot be combined with soft prompts")
     options.pop("cache_implementation", None)  # "dynamic"; transformers takes no name together with a cache
-    if getattr(options.get("generation_config"), "cache_implementation", None) is not None:
-        options["generation_config"] = copy.copy(options["generation_config"])
-        options["generation_config"].cache_implementation = None
-    return options
+    in_config = getattr(options.get("generation_config"), "cache_implementation", None) is not None
+    return with_settings(options, cache_implementation=None) if in_config else options
 
 
 def encoder_decoder_options(model: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +148,7 @@ def encoder_decoder_options(model: Any, options: dict[str, Any]) -> dict[str, An
         ValueError: an option that cannot be combined with prompts, by name.
     """
     options = checked_options(model, options, REFUSED_WITH_ENCODER)
-    return options | {"use_cache": False} if is_named(model, WRONG_CACHE) else options
+    return with_settings(options, use_cache=False) if is_named(model, WRONG_CACHE) else options
 
 
 def checked_rows(
@@ -180,7 +199,7 @@ def with_end_token(model: Any, token: int | None, options: dict[str, Any]) -> di
     ends = end_token_ids(model, token)
     if ends is None or given(options).get("eos_token_id") is not None:
         return options
-    return options | {"eos_token_id": ends}
+    return with_settings(options, eos_token_id=ends)
 
 
 def depends_on_padding(model: Any, options: dict[str, Any]) -> bool:
@@ -262,8 +281,8 @@ def _joined(
     sequences = [output if plain else output.sequences for output in outputs]
     new = [rows[:, width:] for rows, width in zip(sequences, widths, strict=True)]
     pad = setting(model, options, "pad_token_id")
-    end = end_token_ids(model, None) if options.get("eos_token_id") is None else options["eos_token_id"]
     if pad is None:
+        end = setting(model, options, "eos_token_id")
         pad = 0 if end is None else end if isinstance(end, int) else end[0]
     copies = new[0].shape[0] // len(groups[0])
     whole = torch.cat([input_ids.repeat_interleave(copies, 0), _scattered(new, groups, int(pad)).to(input_ids)], 1)

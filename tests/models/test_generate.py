@@ -38,7 +38,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "xlnet": lambda: tf.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48),
     "roc_bert": lambda: tf.RoCBertConfig(**SMALL, is_decoder=True, pronunciation_vocab_size=96, shape_vocab_size=96),
     "bert": lambda: tf.BertConfig(**SMALL, is_decoder=True),
-    "roberta": lambda: tf.RobertaConfig(**SMALL, is_decoder=True, pad_token_id=1),
     "bamba": lambda: tf.BambaConfig(**LLAMA, **SSM, mamba_expand=2, attn_layer_indices=[1]),
     "falcon_h1": lambda: tf.FalconH1Config(**LLAMA, **SSM, mamba_d_ssm=64),
     "nemotron_h": lambda: tf.NemotronHConfig(
