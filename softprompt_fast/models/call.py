@@ -102,6 +102,19 @@ def known_options(
     return {key: value for key, value in options.items() if key in taken and value is not None}
 
 
+def report_first_labels(options: dict[str, Any], reported: set[str]) -> None:
+    """One log line if the caller computes a loss from logits, as Trainer does for label smoothing.
+
+    Args:
+        reported: what has had its line; added to.
+    """
+    if options.get("num_items_in_batch") is not None and "loss of logits" not in reported:
+        reported.add("loss of logits")
+        logger.warning(
+            "a loss is computed from logits, and none of them predicts a row's first token: mask first tokens' labels"
+        )
+
+
 def kept_columns(logits_to_keep: int | Tensor, tokens: int) -> slice | Tensor:
     """The columns of logits [B, T, V] to return: the last ones (0: all), or those at these positions.
 

@@ -52,6 +52,7 @@ class DeepPromptModel(SoftPromptModel):
             raises it.
     """
 
+    predicts_first_token = False
     runner: PrefixRunner
     prompts: FastSoftPrompt
 

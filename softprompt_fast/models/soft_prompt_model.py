@@ -16,7 +16,7 @@ from ..hf.input_check import check_inputs
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
-from .call import Texts, check_labels, kept_columns, known_options, texts_of
+from .call import Texts, check_labels, kept_columns, known_options, report_first_labels, texts_of
 from .padded_runner import LossFunction, PaddedRunner
 from .prompt_files import PromptFiles
 from .text_generator import TextGenerator
@@ -60,6 +60,8 @@ class SoftPromptModel(PromptFiles):
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
     }
     """Arguments of the model's forward that cannot be given here, and why."""
+    predicts_first_token: ClassVar[bool] = True
+    """Whether a decoder's loss reads labels on the first token of a row, which the prompt's last vector predicts."""
 
     def __init__(
         self,
@@ -188,6 +190,8 @@ class SoftPromptModel(PromptFiles):
         options = known_options(options, self._traits, self._reported, own)
         texts = self._texts(input_ids, attention_mask, inputs_embeds, options.get("token_type_ids"))
         check_labels(labels, texts.input_ids.shape, self._traits)
+        if labels is None and self.predicts_first_token and self._traits.predicts_next_token:
+            report_first_labels(options, self._reported)
         columns = kept_columns(logits_to_keep, texts.input_ids.shape[1])
         arguments = (self.prompts if prompts is None else prompts, texts.input_ids, attention_mask, labels, prompt_ids)
         settings: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,26 @@ def test_label_smoothing_shifts_the_labels(tmp_path: Path, kind: str) -> None:
     expected = tuned(IDS, MASK, labels=labels, prompt_ids="long").loss.item()
     share = 1 if kind == "deep" else 26 / 30  # a plain prompt's first tokens count among the targets all the same
     assert loss == pytest.approx(expected * share, rel=1e-4)
+
+
+def test_the_loss_of_padding_on_the_left_and_one_log_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first token of a row with padding before it has logits of zeros in front of it."""
+    tuned = tuned_model("llama")
+    monkeypatch.setitem(BATCH, "attention_mask", MASK.flip(1))
+    monkeypatch.setitem(BATCH, "labels", IDS.masked_fill(MASK.flip(1) == 0, -100))
+    with caplog.at_level("WARNING", logger="softprompt_fast"):
+        loss = trainer(tuned, tmp_path, label_smoothing_factor=1e-9).evaluate()["eval_loss"]
+        trainer(tuned, tmp_path, label_smoothing_factor=1e-9).evaluate()
+    assert sum("mask first tokens' labels" in message for message in caplog.messages) == 1
+    labels = BATCH["labels"].clone()
+    labels[torch.arange(4), 9 - LENGTHS] = -100
+    alone = tuned(IDS, MASK.flip(1), labels=labels, prompt_ids="long").loss.item() * 26
+    assert loss == pytest.approx((alone + 2 * math.log(96)) / 30, rel=1e-4)
+    monkeypatch.setitem(BATCH, "labels", labels)
+    losses = [trainer(tuned, tmp_path, label_smoothing_factor=f).evaluate()["eval_loss"] for f in (0.0, 1e-9)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["shared", "padded", "deep"])
