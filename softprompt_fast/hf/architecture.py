@@ -53,6 +53,8 @@ def check_supported(model: Any) -> None:
         TypeError: with the model's class and the reason.
     """
     name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("`model` must be the model that was given to torch.compile; call `model.compile()` instead")
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"`model` must be a transformers model, got {name}")
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

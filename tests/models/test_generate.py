@@ -72,6 +72,8 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def random_model(name: str) -> Any:
+    if name == "nemotron_h" and not hasattr(tf, "NemotronHConfig"):
+        pytest.skip("this transformers has no such model")
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(KINDS[name]()).eval()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers.generation import logits_process as lp
 
 import softprompt_fast as spf
-from softprompt_fast.hf import generation
+from softprompt_fast.hf import generation_options
 from softprompt_fast.inference import PromptBank, SoftPromptPipeline
 
 EOS = torch.tensor([2])
@@ -257,7 +257,9 @@ def test_rows_of_several_lengths_are_not_padded_where_padding_counts(
     options: dict[str, Any] = GREEDY | {"suppress_tokens": others, field: value}
     expected = greedy_on_text(model, ids, mask, processors, options)
     check_rows(tuned.generate(ids, mask, ROWS, **options), ids, expected)
-    monkeypatch.setattr(generation, "INDEPENDENT_OF_PADDING", generation.INDEPENDENT_OF_PADDING | {field})
+    monkeypatch.setattr(
+        generation_options, "INDEPENDENT_OF_PADDING", generation_options.INDEPENDENT_OF_PADDING | {field}
+    )
     with pytest.raises(AssertionError):
         check_rows(tuned.generate(ids, mask, ROWS, **options), ids, expected)
 
