@@ -257,8 +257,9 @@ class CompiledCache(Cache):  # type: ignore[misc]
 
 def place_after_prompts(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """A hook before a model's forward: tokens on a :class:`CompiledCache` get positions after their prompts."""
-    cache, ids = keywords.get("past_key_values"), keywords.get("input_ids")
-    if not isinstance(cache, CompiledCache) or ids is None:
+    cache = next((value for value in keywords.values() if isinstance(value, CompiledCache)), None)
+    ids = keywords.get("input_ids")
+    if cache is None or ids is None:
         return None
     return args, keywords | {"position_ids": cache.positions(ids)}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base.errors import Unsupported
 from ..base.modules import evaluating
+from ..hf.architecture import cache_keyword
 from ..hf.generation import generate_rows
 from ..hf.generation_options import TOKEN_TYPES, checked_options, depends_on_padding, with_settings
 from ..packed.runner import PackedRunner
@@ -62,7 +63,9 @@ class Continuation:
             chosen = [prefixes[row] for row in rows]
             self._check(compiled, chosen, ids, mask)
             cache = self._cache(compiled, chosen, mask)
-            output = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, **own)
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, **{cache_keyword(self.model): cache}, **own
+            )
             if not all(layer.was_read for layer in cache.layers):
                 raise Unsupported("its attention does not read what it has cached")
             return output
@@ -104,8 +107,12 @@ class Continuation:
             cache = self._cache(compiled, some, mask)
             for begin, end in ((0, ids.shape[1] - 1), (ids.shape[1] - 1, ids.shape[1])):
                 if begin < end:
-                    step = {"input_ids": ids[:, begin:end], "position_ids": cache.positions(ids[:, begin:end])}
-                    output = self.model(**step, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+                    step: dict[str, Any] = {
+                        "input_ids": ids[:, begin:end],
+                        "position_ids": cache.positions(ids[:, begin:end]),
+                    }
+                    step |= {cache_keyword(self.model): cache, "attention_mask": mask[:, :end]}
+                    output = self.model(**step, use_cache=True)
             got = output.logits[:, -1].double()
             difference = ((got - expected).abs().max() / expected.abs().max()).item()
             allowed = tolerance(self.model, SLACK)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hf.architecture import cache_keyword
 from ..hf.embedding import embedding_table
 from ..packed.batch import SharedBatch, pack_rows
 from ..packed.layout import PackedLayout, RowGroup
@@ -93,5 +94,5 @@ class PrefixRunner(PackedRunner):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
         first = self.first_position + (0 if prompt is None else len(prompt))
         positions = torch.arange(first, first + len(vectors), device=vectors.device)
-        inputs = {"inputs_embeds": vectors[None], "position_ids": positions[None], "past_key_values": cache}
+        inputs = {"inputs_embeds": vectors[None], "position_ids": positions[None], cache_keyword(self.model): cache}
         return self.logits_at(places, **inputs)[1]

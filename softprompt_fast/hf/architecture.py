@@ -78,6 +78,12 @@ def forward_parameters(model: Any) -> set[str]:
     return set(inspect.signature(without_adapters(model).forward).parameters)
 
 
+def cache_keyword(model: Any) -> str:
+    """The name by which a model's forward and ``generate`` take a cache; transformers 5.24 has another."""
+    parameters = forward_parameters(model)
+    return "cache" if "cache" in parameters and "past_key_values" not in parameters else "past_key_values"
+
+
 def accepts_any_keyword(model: Any) -> bool:
     parameters = inspect.signature(without_adapters(model).forward).parameters.values()
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)

@@ -180,6 +180,10 @@ class _PromptInFront:
             positions = positions + self.first
             # After a prompt without a text transformers has no last position to continue from; the cache knows it.
             keywords["position_ids"] = positions if whole or positions.shape[-1] == ids.shape[1] else None
+        places = keywords.get("cache_position")  # of transformers before 5.3
+        if places is not None:
+            ahead = torch.arange(self.length, device=places.device)
+            keywords["cache_position"] = torch.cat([ahead, places + self.length]) if whole else places + self.length
         if whole:
             self.width = ids.shape[1]
             for name, value in keywords.items():  # token types, 0 for prompts, and languages

@@ -18,6 +18,7 @@ REFUSED_ARGUMENTS = {
     "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
     "position_ids": "positions follow from the attention mask and the prompts' lengths",
     "past_key_values": "the cache begins with the prompts",
+    "cache": "the cache begins with the prompts",
     "cache_params": "the cache begins with the prompts",
     "encoder_outputs": "the encoder runs with the prompts",
     "decoder_inputs_embeds": "transformers' `generate` takes `decoder_input_ids` only",

@@ -58,6 +58,7 @@ class SoftPromptModel(PromptFiles):
     refused_arguments: ClassVar[dict[str, str]] = {
         "position_ids": "positions follow from the attention mask and the prompts' lengths",
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
+        "cache": "forward runs whole rows; `generate` handles the cache",
         "encoder_outputs": "the encoder runs with the prompts",
     }
     """Arguments of the model's forward that cannot be given here, and why."""

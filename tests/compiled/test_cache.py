@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softprompt_fast.base.errors import Unsupported
-from softprompt_fast.compiled.cache import Layer, RowPlaces, CompiledCache, gather_prefixes
+from softprompt_fast.compiled.cache import CompiledCache, Layer, RowPlaces, gather_prefixes
 
 COMPILED = torch.randn(3, 2, 9, 2, 8)
 PREFIXES = torch.tensor([[2, 3], [0, 0], [5, 4]])

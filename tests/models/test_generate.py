@@ -236,7 +236,7 @@ def test_ids_under_either_name_and_what_a_tokenizer_returns() -> None:
         tuned.generate(ids, mask.float().log(), ROWS)
     with pytest.raises(ValueError, match="`input_ids` must be 0 to 95, got 96"):
         tuned.generate(ids.index_fill(1, torch.tensor(8), 96), torch.ones_like(ids), ROWS)
-    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+    for name in ("inputs_embeds", "position_ids", "past_key_values", "cache"):
         with pytest.raises(ValueError, match=f"`{name}` cannot be given"):
             tuned.generate(ids, prompt_ids="long", **{name: ids})
 

@@ -147,12 +147,6 @@ def test_a_compiled_wrapper_is_refused_with_what_to_do() -> None:
         TypeError, match=r"must be the model that was given to torch\.compile; call `model\.compile\(\)`"
     ):
         spf.SoftPromptModel(torch.compile(model))
-    model.compile(backend="eager")
-    tuned = with_real_prompts(model)
-    ids, mask = rows()
-    assert torch.equal(
-        tuned.generate(ids, mask, ROWS, **GREEDY), with_real_prompts(build("llama")).generate(ids, mask, ROWS, **GREEDY)
-    )
 
 
 def test_a_pipeline_reads_a_generation_configuration() -> None:
