@@ -107,12 +107,9 @@ class Continuation:
             cache = self._cache(compiled, some, mask)
             for begin, end in ((0, ids.shape[1] - 1), (ids.shape[1] - 1, ids.shape[1])):
                 if begin < end:
-                    step: dict[str, Any] = {
-                        "input_ids": ids[:, begin:end],
-                        "position_ids": cache.positions(ids[:, begin:end]),
-                    }
-                    step |= {cache_keyword(self.model): cache, "attention_mask": mask[:, :end]}
-                    output = self.model(**step, use_cache=True)
+                    new = ids[:, begin:end]
+                    step = {"input_ids": new, "position_ids": cache.positions(new), "attention_mask": mask[:, :end]}
+                    output = self.model(**step, **{cache_keyword(self.model): cache}, use_cache=True)
             got = output.logits[:, -1].double()
             difference = ((got - expected).abs().max() / expected.abs().max()).item()
             allowed = tolerance(self.model, SLACK)

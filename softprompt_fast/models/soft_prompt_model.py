@@ -191,10 +191,10 @@ class SoftPromptModel(PromptFiles):
         own = frozenset({"num_items_in_batch"} if loss_function is not None else ())
         options = known_options(options, self._traits, self._reported, own)
         texts = self._texts(input_ids, attention_mask, inputs_embeds, options.get("token_type_ids"))
-        check_labels(labels, texts.input_ids.shape, self._traits, options)
         if labels is None and self.predicts_first_token and self._traits.predicts_next_token:
             report_first_labels(options, self._reported)
         columns = kept_columns(logits_to_keep, texts.input_ids.shape[1])
+        check_labels(labels, texts.input_ids.shape, self._traits, options)
         arguments = (self.prompts if prompts is None else prompts, texts.input_ids, attention_mask, labels, prompt_ids)
         settings: dict[str, Any] = {
             "return_logits": labels is None or not self.training if return_logits is None else return_logits,
