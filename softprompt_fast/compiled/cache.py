@@ -243,6 +243,8 @@ class CompiledCache(Cache):  # type: ignore[misc]
         first: the number that the model gives a row's first position.
     """
 
+    layers: list[Layer]  # type: ignore[assignment]
+
     def __init__(self, rows: RowPlaces, first: int = 0) -> None:
         super().__init__(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])
         self.first = first

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from support.deep_rows_alone import deep_model
 from support.rows_alone import relative, tuned_model
+from support.serving import tiny_tokenizer
 from support.tiny_models import build
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -99,6 +100,20 @@ def test_encoders_are_not_shifted(tmp_path: Path) -> None:
     loss = trainer(tuned, tmp_path, label_smoothing_factor=1e-9).evaluate()["eval_loss"]
     expected = tuned(IDS, MASK, labels=BATCH["labels"], prompt_ids="long").loss.item()
     assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_is_smoothed_with_the_decoders_input(tmp_path: Path, name: str) -> None:
+    tuned = tuned_model(name)
+    collator = tf.DataCollatorForSeq2Seq(tiny_tokenizer(), model=tuned)
+    rows = [{"input_ids": IDS[i, : 5 + i].tolist(), "labels": IDS[i, :4].tolist()} for i in range(3)]
+    losses = []
+    for factor in (0.0, 1e-9):
+        instance = trainer(tuned, tmp_path, label_smoothing_factor=factor)
+        instance.eval_dataset, instance.data_collator = rows, lambda batch: collator(batch) | {"prompt_ids": "long"}
+        losses.append(instance.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert not hasattr(tuned_model("llama"), "prepare_decoder_input_ids_from_labels")
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "bert", "deep"])
