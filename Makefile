@@ -18,7 +18,9 @@ NATIVE := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.
 DEV := .venv/.dev
 TEST := $(or $(wildcard .venv/.dev),.venv/.test)
 AGES := oldest newest
-CORE := tests/hf tests/models tests/packed tests/inference
+# What depends on how transformers works inside: every architecture, forward and generate of each kind, and Trainer.
+CORE := tests/hf tests/packed $(patsubst %,tests/models/test_%.py,architectures soft_prompt_model deep_prompt_model \
+  generate_and_forward trainer)
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 
 .PHONY: help demo test sweep versions lint format docs bench sanitize gpu gpu-rehearsal clean

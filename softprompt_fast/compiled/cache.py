@@ -248,6 +248,31 @@ class Layer(CacheLayerMixin):
         self._stored = [stored[indices] for stored in self._stored]
 
 
-def compiled_cache(rows: RowPlaces) -> Cache:
-    """A cache with a layer for each layer of the compiled prompts."""
-    return Cache(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])
+class CompiledCache(Cache):  # type: ignore[misc]
+    """A layer for each layer of the compiled prompts.
+
+    Args:
+        first: the number that the model gives a row's first position.
+    """
+
+    layers: list[Layer]  # type: ignore[assignment]
+
+    def __init__(self, rows: RowPlaces, first: int = 0) -> None:
+        super().__init__(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])
+        self.first = first
+
+    def positions(self, input_ids: Tensor) -> Tensor:
+        """[N, new], the positions of tokens that come next; 0 for padding. N may be a multiple of the rows."""
+        layer = self.layers[0]
+        rows, new = layer.rows.repeated(len(input_ids) // len(layer.rows.padding)), input_ids.shape[1]
+        own = torch.arange(layer.length, layer.length + new) - rows.padding[:, None]
+        return (own + rows.prefixes[:, 1:] + self.first).masked_fill(own < 0, 0).to(input_ids.device)
+
+
+def place_after_prompts(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """A hook before a model's forward: tokens on a :class:`CompiledCache` get positions after their prompts."""
+    cache = next((value for value in keywords.values() if isinstance(value, CompiledCache)), None)
+    ids = keywords.get("input_ids")
+    if cache is None or ids is None:
+        return None
+    return args, keywords | {"position_ids": cache.positions(ids)}

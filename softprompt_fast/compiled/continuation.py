@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..base.errors import Unsupported
 from ..base.modules import evaluating
-from ..hf.generation import checked_options, depends_on_padding, generate_rows
+from ..hf.architecture import cache_keyword
+from ..hf.generation import generate_rows
+from ..hf.generation_options import TOKEN_TYPES, checked_options, depends_on_padding, with_settings
 from ..packed.runner import PackedRunner
 from ..packed.self_check import CHECKED_ROWS, SLACK, tolerance
 from .compile import pack_texts
+
+if TYPE_CHECKING:
+    from .cache import CompiledCache
+
+REFUSED: dict[str, Callable[[Any], bool]] = {"output_attentions": bool, TOKEN_TYPES: lambda value: value is not None}
+"""Options that compiled prompts do not have."""
 
 
 class Continuation:
@@ -47,33 +55,36 @@ class Continuation:
             ValueError: an option that cannot be combined with compiled prompts.
         """
         self.runner.make_ready()
-        options = checked_options(self.model, options, {"output_attentions": bool})
-        options["use_cache"] = True
+        options = with_settings(checked_options(self.model, options, REFUSED), use_cache=True)
         lengths = (attention_mask != 0).sum(1).tolist()
         keys = lengths if depends_on_padding(self.model, options) else [0] * len(lengths)
 
         def run(rows: list[int], ids: Tensor, mask: Tensor, own: dict[str, Any]) -> Any:
             chosen = [prefixes[row] for row in rows]
             self._check(compiled, chosen, ids, mask)
-            cache, positions = self._inputs(compiled, chosen, mask)
+            cache = self._cache(compiled, chosen, mask)
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, **own
+                input_ids=ids, attention_mask=mask, **{cache_keyword(self.model): cache}, **own
             )
             if not all(layer.was_read for layer in cache.layers):
                 raise Unsupported("its attention does not read what it has cached")
             return output
 
-        with evaluating(self.model):
-            return generate_rows(self.model, input_ids, attention_mask, options, keys, run)
+        from .cache import place_after_prompts
 
-    def _inputs(self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], mask: Tensor) -> tuple[Any, Tensor]:
-        """A cache for rows with padding on the left, and their positions [B, T], which begin after the prompts."""
-        from .cache import RowPlaces, compiled_cache
+        hook = self.model.register_forward_pre_hook(place_after_prompts, with_kwargs=True)
+        try:
+            with evaluating(self.model):
+                return generate_rows(self.model, input_ids, attention_mask, options, keys, run)
+        finally:
+            hook.remove()
+
+    def _cache(self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], mask: Tensor) -> CompiledCache:
+        """A cache for rows with padding on the left."""
+        from .cache import CompiledCache, RowPlaces
 
         places = torch.tensor(prefixes, dtype=torch.int64).view(-1, 2)
-        cache = compiled_cache(RowPlaces(compiled, places, (mask == 0).sum(1).cpu()))
-        positions = (mask.cumsum(1) - 1 + places[:, 1:].to(mask)).masked_fill(mask == 0, 0)
-        return cache, positions
+        return CompiledCache(RowPlaces(compiled, places, (mask == 0).sum(1).cpu()), self.runner.first_position)
 
     def _check(
         self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], input_ids: Tensor, attention_mask: Tensor
@@ -93,11 +104,12 @@ class Continuation:
             inputs = pack_texts(self.model, texts, some, compiled)
             last = torch.tensor([len(text) for text in texts], device=ids.device).cumsum(0) - 1
             expected = self.runner.run(inputs, last, {})[1].double()
-            cache, positions = self._inputs(compiled, some, mask)
+            cache = self._cache(compiled, some, mask)
             for begin, end in ((0, ids.shape[1] - 1), (ids.shape[1] - 1, ids.shape[1])):
                 if begin < end:
-                    step = {"input_ids": ids[:, begin:end], "position_ids": positions[:, begin:end]}
-                    output = self.model(**step, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+                    new = ids[:, begin:end]
+                    step = {"input_ids": new, "position_ids": cache.positions(new), "attention_mask": mask[:, :end]}
+                    output = self.model(**step, **{cache_keyword(self.model): cache}, use_cache=True)
             got = output.logits[:, -1].double()
             difference = ((got - expected).abs().max() / expected.abs().max()).item()
             allowed = tolerance(self.model, SLACK)

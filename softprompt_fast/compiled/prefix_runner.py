@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hf.architecture import cache_keyword
 from ..hf.embedding import embedding_table
 from ..packed.batch import SharedBatch, pack_rows
 from ..packed.layout import PackedLayout, RowGroup
@@ -91,6 +92,7 @@ class PrefixRunner(PackedRunner):
         cache: Any = DynamicCache()
         for layer, (key, value) in enumerate(() if prompt is None else self._states(prompt)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)
-        positions = torch.arange(len(vectors), device=vectors.device) + (0 if prompt is None else len(prompt))
-        inputs = {"inputs_embeds": vectors[None], "position_ids": positions[None], "past_key_values": cache}
+        first = self.first_position + (0 if prompt is None else len(prompt))
+        positions = torch.arange(first, first + len(vectors), device=vectors.device)
+        inputs = {"inputs_embeds": vectors[None], "position_ids": positions[None], cache_keyword(self.model): cache}
         return self.logits_at(places, **inputs)[1]

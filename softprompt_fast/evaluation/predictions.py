@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..base.modules import evaluating
-from ..hf.generation import with_end_token
+from ..hf.generation_options import with_end_token
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import pad_token_id, padded
 from ..tasks.cuts import counting_cuts

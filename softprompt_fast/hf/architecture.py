@@ -53,6 +53,8 @@ def check_supported(model: Any) -> None:
         TypeError: with the model's class and the reason.
     """
     name = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise TypeError("`model` must be the model that was given to torch.compile; call `model.compile()` instead")
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"`model` must be a transformers model, got {name}")
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -74,6 +76,12 @@ def check_supported(model: Any) -> None:
 
 def forward_parameters(model: Any) -> set[str]:
     return set(inspect.signature(without_adapters(model).forward).parameters)
+
+
+def cache_keyword(model: Any) -> str:
+    """The name by which a model's forward and ``generate`` take a cache; transformers 5.24 has another."""
+    parameters = forward_parameters(model)
+    return "cache" if "cache" in parameters and "past_key_values" not in parameters else "past_key_values"
 
 
 def accepts_any_keyword(model: Any) -> bool:
@@ -148,10 +156,22 @@ def context_length(model: Any) -> int | None:
         limit = getattr(config, "n_positions", None) or getattr(config, "max_seq_len", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
-    for name, module in model.named_modules():  # RoBERTa and others number positions after the padding's
+    table = _positions_after_padding(model)
+    return limit if table is None else min(limit, int(table.weight.shape[0]) - int(table.padding_idx) - 1)
+
+
+def first_position(model: Any) -> int:
+    """The number that a model's forward gives a row's first position: 0, or the one after the padding's."""
+    table = _positions_after_padding(without_adapters(model))
+    return 0 if table is None else int(table.padding_idx) + 1
+
+
+def _positions_after_padding(model: Any) -> Any:
+    """The table of positions of RoBERTa and its kin, which begin after the padding's; None: another model."""
+    for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return min(limit, int(module.weight.shape[0]) - int(module.padding_idx) - 1)
-    return limit
+            return module
+    return None
 
 
 def check_room(virtual: Sequence[int], tokens: Sequence[int], limit: int | None) -> None:

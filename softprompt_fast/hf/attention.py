@@ -22,7 +22,14 @@ CARRIER_ATTRIBUTE = "_softprompt_fast_layout"
 """Attribute of a mask or of keys. Its value is the object whose ``attend`` method computes the attention."""
 # Keywords that change nothing here: queries and keys already contain positions, nothing is cached or returned.
 IGNORED = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "return_dict", "logits_to_keep"}
-IGNORED |= {"output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "tokenizer"}
+IGNORED |= {
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "cache",
+    "position_embeddings",
+    "tokenizer",
+}
 # Parts of a model's formula that an implementation of transformers leaves out. We leave them out too, to equal it.
 IGNORED_BY = {"sdpa": {"softcap", "s_aux"}}
 

@@ -7,7 +7,6 @@ text, as for the plain model.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -16,174 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .architecture import forward_parameters
+from .architecture import first_position, forward_parameters, without_adapters
+from .generation_options import TOKEN_TYPES, setting
 
-TOKENIZER_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
-"""What tokenizers return beside ids and mask; nothing of it has an effect on generated text."""
-REFUSED_ARGUMENTS = {
-    "inputs_embeds": "the prompt is put in front of the embeddings of `input_ids` here",
-    "position_ids": "positions follow from the attention mask and the prompts' lengths",
-    "past_key_values": "the cache begins with the prompts",
-    "cache_params": "the cache begins with the prompts",
-}
-"""Arguments of transformers' ``generate`` that cannot be given here, and why."""
-REFUSED_OPTIONS: dict[str, Callable[[Any], bool]] = {
-    "cache_implementation": lambda value: value not in (None, "dynamic", "hybrid"),
-    "token_healing": bool,
-    "use_mtp": bool,
-    "is_assistant": bool,
-    "penalty_alpha": bool,
-    "dola_layers": lambda value: value is not None,
-    "constraints": bool,
-    "force_words_ids": bool,
-    "num_beam_groups": lambda value: value not in (None, 1),
-    "assistant_ensemble_weight": lambda value: value is not None,
-}
-"""Fields of GenerationConfig that cannot be combined with prompts, and which values are meant."""
-REFUSED_WITH_VECTORS: dict[str, Callable[[Any], bool]] = {
-    "guidance_scale": lambda value: value not in (None, 1, 1.0),
-    "assistant_early_exit": lambda value: value is not None,
-}
-"""The same, where the prompt enters as vectors: they run the model on a text of their own."""
-REFUSED_WITH_ENCODER: dict[str, Callable[[Any], bool]] = {
-    "encoder_repetition_penalty": lambda value: value not in (None, 1, 1.0),
-    "encoder_no_repeat_ngram_size": bool,
-    "prompt_lookup_num_tokens": lambda value: value is not None,
-    "assistant_early_exit": lambda value: value is not None,
-    "assistant_model": lambda value: value is not None,
-    "guidance_scale": lambda value: value not in (None, 1, 1.0),
-}
-"""The same for encoder-decoders: transformers reads the encoder's ids, and the encoder gets vectors."""
-INDEPENDENT_OF_PADDING = {
-    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h"),
-    *("typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams", "num_return_sequences", "length_penalty"),
-    *("early_stopping", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "repetition_penalty"),
-    *("renormalize_logits", "remove_invalid_values", "suppress_tokens", "pad_token_id", "bos_token_id"),
-    *("eos_token_id", "decoder_start_token_id", "output_attentions", "output_hidden_states", "output_scores"),
-    *("output_logits", "return_dict_in_generate", "compile_config", "disable_compile", "low_memory", "max_time"),
-    *("transformers_version", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
-    *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "streamer", "tokenizer"),
-    *("synced_gpus", "generation_config", "prefill_chunk_size", "exponential_decay_length_penalty"),
-    *("continuous_batching_config", "use_model_defaults", "trust_remote_code", "diversity_penalty"),
-}
-"""Options whose effect on a row does not depend on padding before its text. With others, padded rows run apart."""
 PER_ROW = ("negative_prompt_ids", "negative_prompt_attention_mask")
 PERMUTATIONS = ("perm_mask", "target_mapping")
 SPECULATIVE = ("prompt_lookup_num_tokens", "assistant_model")
-NEUTRAL = (None, False, 0, 1.0)
 
 Run = Callable[[list[int], Tensor, Tensor, dict[str, Any]], Any]
 """Runs ``generate`` for some rows: their places in the batch, ids, mask (padding on the left) and options."""
-
-
-def setting(model: Any, options: dict[str, Any], name: str) -> Any:
-    """The value of an option: the argument's, else the generation configuration's, else the model's own."""
-    for value in (
-        options.get(name),
-        getattr(options.get("generation_config"), name, None),
-        getattr(model.generation_config, name, None),
-    ):
-        if value is not None:
-            return value
-    return None
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Every option that the caller gave, by arguments or in a generation configuration."""
-    fields = vars(options["generation_config"]) if options.get("generation_config") is not None else {}
-    every = fields | {k: v for k, v in options.items() if v is not None}
-    return {k: v for k, v in every.items() if v is not None and not k.startswith("_")}
-
-
-def checked_options(
-    model: Any, options: dict[str, Any], further: dict[str, Callable[[Any], bool]] | None = None
-) -> dict[str, Any]:
-    """The options without what a tokenizer returns.
-
-    Raises:
-        ValueError: an option that cannot be combined with prompts, by name.
-    """
-    options = {k: v for k, v in options.items() if k not in TOKENIZER_KEYS}
-    for name, reason in REFUSED_ARGUMENTS.items():
-        if options.pop(name, None) is not None:
-            raise ValueError(f"`{name}` cannot be given: {reason}")
-    for name, refuses in (REFUSED_OPTIONS | (further or {})).items():
-        value = setting(model, options, name)
-        if refuses(value):
-            raise ValueError(f"`{name}`={value!r} cannot be combined with soft prompts")
-    if isinstance(options.get("custom_generate"), str):
-        raise ValueError(f"`custom_generate`={options['custom_generate']!r} cannot be combined with soft prompts")
-    options.pop("cache_implementation", None)  # "dynamic"; transformers takes no name together with a cache
-    if getattr(options.get("generation_config"), "cache_implementation", None) is not None:
-        options["generation_config"] = copy.copy(options["generation_config"])
-        options["generation_config"].cache_implementation = None
-    return options
-
-
-def checked_rows(
-    model: Any, input_ids: Tensor | None, inputs: Tensor | None, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``input_ids`` [B, T], which may be given as ``inputs``, and the mask [B, T]; 1: a token.
-
-    Raises:
-        ValueError: none or both are given, another shape, a mask that is not 1 and 0, or a token unknown to the model.
-    """
-    if (input_ids is None) == (inputs is None):
-        raise ValueError(
-            "give `input_ids` or `inputs`, not both" if inputs is not None else "`input_ids` must be given"
-        )
-    ids = input_ids if input_ids is not None else inputs
-    assert ids is not None
-    if ids.dim() != 2:
-        raise ValueError(f"`input_ids` must be [B, T], got {list(ids.shape)}")
-    if attention_mask is None:
-        real = torch.ones_like(ids, dtype=torch.bool)
-    elif attention_mask.shape != ids.shape:
-        shapes = f"{list(ids.shape)}, got {list(attention_mask.shape)}"
-        raise ValueError(f"`attention_mask` must have the shape of input_ids {shapes}")
-    else:
-        real = attention_mask != 0
-        if not (real == attention_mask).all():
-            raise ValueError(
-                f"`attention_mask` must be 1 and 0, got {attention_mask[real != attention_mask][0].item()}"
-            )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    unknown = ids[real & ((ids < 0) | (ids >= vocabulary))]
-    if unknown.numel():
-        raise ValueError(f"`input_ids` must be 0 to {vocabulary - 1}, got {unknown[0].item()}")
-    return ids, real.long()
-
-
-def end_token_ids(model: Any, token: int | None) -> list[int] | None:
-    """The tokens at which text ends: the model's own, and `token`, with which answers end in training."""
-    own = model.generation_config.eos_token_id
-    ids = [] if own is None else [own] if isinstance(own, int) else list(own)
-    if token is not None and token not in ids:
-        ids.append(token)
-    return ids or None
-
-
-def with_end_token(model: Any, token: int | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the end of text as it was trained, if the caller has not given one."""
-    ends = end_token_ids(model, token)
-    if ends is None or given(options).get("eos_token_id") is not None:
-        return options
-    return options | {"eos_token_id": ends}
-
-
-def depends_on_padding(model: Any, options: dict[str, Any]) -> bool:
-    """Whether padding before a row's text could change its new tokens: then only rows of one length run together."""
-    every = {k: v for k, v in vars(model.generation_config).items() if v is not None and not k.startswith("_")}
-    every |= given(options)
-    if every.get("max_new_tokens") is not None:
-        every.pop("max_length", None)
-    if every.get("min_new_tokens") is not None:
-        every.pop("min_length", None)
-    return any(k not in INDEPENDENT_OF_PADDING and not _neutral(v) for k, v in every.items())
-
-
-def _neutral(value: Any) -> bool:
-    return isinstance(value, (int, float, type(None))) and value in NEUTRAL
 
 
 def generate_rows(
@@ -210,6 +50,12 @@ def generate_rows(
     mask = (attention_mask != 0).long()
     order = mask.argsort(dim=1, stable=True)
     ids, mask = input_ids.gather(1, order), mask.gather(1, order)
+    types = options.get(TOKEN_TYPES)
+    if types is not None:
+        if types.shape != input_ids.shape:
+            shapes = f"{list(input_ids.shape)}, got {list(types.shape)}"
+            raise ValueError(f"`{TOKEN_TYPES}` must have the shape of input_ids {shapes}")
+        types = types.gather(1, order)
     outputs, widths = [], []
     for rows in groups.values():
         index = torch.tensor(rows, device=ids.device)
@@ -218,7 +64,10 @@ def generate_rows(
         own, texts = own[:, own.shape[1] - width :], ids[index, ids.shape[1] - width :]
         if width:
             texts = torch.where(own == 1, texts, texts.gather(1, own.argmax(1, keepdim=True)))
-        outputs.append(run(rows, texts, own, _of_rows(options, rows, len(ids))))
+        settings = _of_rows(options, rows, len(ids))
+        if types is not None:
+            settings[TOKEN_TYPES] = types[index, ids.shape[1] - width :]
+        outputs.append(run(rows, texts, own, settings))
         widths.append(width)
     return _joined(model, input_ids, list(groups.values()), widths, outputs, options)
 
@@ -250,8 +99,8 @@ def _joined(
     sequences = [output if plain else output.sequences for output in outputs]
     new = [rows[:, width:] for rows, width in zip(sequences, widths, strict=True)]
     pad = setting(model, options, "pad_token_id")
-    end = end_token_ids(model, None) if options.get("eos_token_id") is None else options["eos_token_id"]
     if pad is None:
+        end = setting(model, options, "eos_token_id")
         pad = 0 if end is None else end if isinstance(end, int) else end[0]
     copies = new[0].shape[0] // len(groups[0])
     whole = torch.cat([input_ids.repeat_interleave(copies, 0), _scattered(new, groups, int(pad)).to(input_ids)], 1)
@@ -299,12 +148,15 @@ class _PromptInFront:
     Args:
         embed: ids [N, T] to vectors [N, P + T, D].
         length: P
+        first: the number of a row's first position; transformers' ``generate`` begins with 0 for every model.
         continues: calls after the first bring the tokens that the cache does not hold yet.
         speculative: calls may bring any number of tokens.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor], length: int, *, continues: bool, speculative: bool) -> None:
-        self.embed, self.length = embed, length
+    def __init__(
+        self, embed: Callable[[Tensor], Tensor], length: int, *, first: int, continues: bool, speculative: bool
+    ) -> None:
+        self.embed, self.length, self.first = embed, length, first
         self.continues, self.speculative = continues, speculative
         self.width: int | None = None
         self.thread = threading.get_ident()
@@ -325,13 +177,19 @@ class _PromptInFront:
             if whole:
                 ahead = torch.arange(self.length, device=positions.device).expand(*positions.shape[:-1], self.length)
                 positions = torch.cat([ahead.to(positions), positions], -1)
+            positions = positions + self.first
             # After a prompt without a text transformers has no last position to continue from; the cache knows it.
             keywords["position_ids"] = positions if whole or positions.shape[-1] == ids.shape[1] else None
+        places = keywords.get("cache_position")  # of transformers before 5.3
+        if places is not None:
+            ahead = torch.arange(self.length, device=places.device)
+            keywords["cache_position"] = torch.cat([ahead, places + self.length]) if whole else places + self.length
         if whole:
             self.width = ids.shape[1]
-            for name, value in keywords.items():  # token types, languages
+            for name, value in keywords.items():  # token types, 0 for prompts, and languages
                 if name not in ("input_ids", "attention_mask", "position_ids") and _per_token(value, ids):
-                    keywords[name] = torch.cat([value[:, :1].expand(-1, self.length), value], 1)
+                    ahead = value[:, :1].expand(-1, self.length)
+                    keywords[name] = torch.cat([ahead * 0 if name == TOKEN_TYPES else ahead, value], 1)
             for name in PERMUTATIONS:
                 if keywords.get(name) is not None:
                     keywords[name] = self._widened(keywords[name], ids.shape[1])
@@ -352,7 +210,9 @@ def _per_token(value: Any, ids: Tensor) -> bool:
 def _reads_new_tokens_only(model: Any, input_ids: Tensor) -> bool:
     """Whether a step of ``generate`` passes the model the tokens that its cache does not hold yet."""
     two = input_ids.new_ones(len(input_ids), 2)
-    width: int = model.prepare_inputs_for_generation(two, next_sequence_length=1)["input_ids"].shape[1]
+    second = torch.ones(1, dtype=torch.int64, device=two.device)
+    asked = {"next_sequence_length": 1, "cache_position": second, "use_cache": True}  # of this or an earlier version
+    width: int = model.prepare_inputs_for_generation(two, **asked)["input_ids"].shape[1]
     return width == 1
 
 
@@ -367,10 +227,14 @@ def generate_with_prompt_vectors(
     inputs = {"attention_mask": torch.ones_like(input_ids)} if "attention_mask" in forward_parameters(model) else {}
     speculative = any(setting(model, options, name) is not None for name in SPECULATIVE)
     continues = setting(model, options, "use_cache") is not False and _reads_new_tokens_only(model, input_ids)
+    assistant = options.get("assistant_model")
+    if assistant is not None and without_adapters(assistant) is without_adapters(model):
+        raise ValueError(f"`assistant_model` cannot be the same {type(model).__name__}, which runs with prompts")
     if speculative and not continues:
         reason = "it reads its whole text again in every step"
         raise ValueError(f"speculative decoding cannot be combined with {type(model).__name__}: {reason}")
-    prompt = _PromptInFront(embed, length, continues=continues, speculative=speculative)
+    first = first_position(model)
+    prompt = _PromptInFront(embed, length, first=first, continues=continues, speculative=speculative)
     hook = model.register_forward_pre_hook(prompt, with_kwargs=True)
     try:
         return model.generate(input_ids=input_ids, **inputs, **options)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..evaluation.ensembles import COMBINATIONS, combine_members
 from ..hf import architecture
-from ..hf.generation import with_end_token
+from ..hf.generation_options import setting, with_end_token, with_settings
 from ..tasks.cuts import counting_cuts
 from .engine import Engine
 from .prompt_bank import PromptBank
@@ -173,16 +173,16 @@ class SoftPromptPipeline:
         options = dict(generation_options)
         if not getattr(self._base, "can_generate", lambda: False)():
             raise TypeError(f"{type(self._base).__name__} cannot generate text")
-        if options.get("pad_token_id") is None and getattr(self._base.generation_config, "pad_token_id", None) is None:
+        if setting(self._base, options, "pad_token_id") is None:
             pad = self.tokenizer.pad_token_id
-            options["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
+            options = with_settings(options, pad_token_id=self.tokenizer.eos_token_id if pad is None else pad)
         options = with_end_token(self._base, self.tokenizer.eos_token_id, options)
-        if options.get("stop_strings"):
+        if setting(self._base, options, "stop_strings"):
             options["tokenizer"] = self.tokenizer
         rows = listed(texts, "texts", "texts")
         names = prompt_of_each(prompts, rows)
-        new = 0 if architecture.is_encoder_decoder(self._base) else options.get("max_new_tokens") or 0
-        copies = options.get("num_return_sequences") or 1
+        new = 0 if architecture.is_encoder_decoder(self._base) else setting(self._base, options, "max_new_tokens") or 0
+        copies = setting(self._base, options, "num_return_sequences") or 1
 
         def prepare(index: int) -> Request:
             unit = Unit(index, 0, names[index], self.encoder.ids(rows[index], names[index]))

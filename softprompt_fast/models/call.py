@@ -24,6 +24,7 @@ TOKENIZER_KEYS = {
     "num_truncated_tokens",
     "length",
 }
+DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 MODEL_KEYWORDS = {"num_items_in_batch", "output_hidden_states", "output_attentions", "output_router_logits"}
 """Keywords that a forward with ``**kwargs`` understands without naming them."""
 
@@ -73,9 +74,11 @@ def texts_of(
     return Texts(input_ids, attention_mask, embedding)
 
 
-def check_labels(labels: Tensor | None, shape: Sequence[int], traits: ForwardTraits) -> None:
-    """Checks the shape of labels for texts [B, T]."""
+def check_labels(labels: Tensor | None, shape: Sequence[int], traits: ForwardTraits, options: dict[str, Any]) -> None:
+    """Checks the shape of labels for texts [B, T], and that an encoder-decoder's decoder has something to read."""
     if labels is None:
+        if traits.encoder_decoder and not any(name in options for name in DECODER_INPUTS):
+            raise ValueError("`labels` or `decoder_input_ids` must be given because the decoder reads them")
         return
     if traits.labels_per_token:
         _check_like("labels", labels, shape)
@@ -100,6 +103,19 @@ def known_options(
         reported.add(key)
         logger.warning("`%s` is dropped: the model's forward does not take it", key)
     return {key: value for key, value in options.items() if key in taken and value is not None}
+
+
+def report_first_labels(options: dict[str, Any], reported: set[str]) -> None:
+    """One log line if the caller computes a loss from logits, as Trainer does for label smoothing.
+
+    Args:
+        reported: what has had its line; added to.
+    """
+    if options.get("num_items_in_batch") is not None and "loss of logits" not in reported:
+        reported.add("loss of logits")
+        logger.warning(
+            "a loss is computed from logits, and none of them predicts a row's first token: mask first tokens' labels"
+        )
 
 
 def kept_columns(logits_to_keep: int | Tensor, tokens: int) -> slice | Tensor:

@@ -19,7 +19,7 @@ from ..base.errors import Unsupported
 from ..base.modules import evaluating
 from ..compiled.compile import compile_prompts, flattened, slot_shape
 from ..compiled.prefix_runner import PrefixRunner
-from ..hf import architecture, generation
+from ..hf import architecture, generation_options
 from ..hf.architecture import check_architecture
 from ..hf.embedding import embedding_table
 from ..packed.runner import ExecutionReport, PackedRunner
@@ -52,6 +52,7 @@ class DeepPromptModel(SoftPromptModel):
             raises it.
     """
 
+    predicts_first_token = False
     runner: PrefixRunner
     prompts: FastSoftPrompt
 
@@ -171,7 +172,7 @@ class DeepPromptModel(SoftPromptModel):
     ) -> Any:
         """``model.generate`` after each row's prompt; arguments and result as in :meth:`SoftPromptModel.generate`."""
         self._check_loaded()
-        ids, mask = generation.checked_rows(self.base_model, input_ids, inputs, attention_mask)
+        ids, mask = generation_options.checked_rows(self.base_model, input_ids, inputs, attention_mask)
         bank = self.prompts if prompts is None else prompts
         _check_no_empty_row(ids, mask)
         selection = bank.select(prompt_ids, len(ids))

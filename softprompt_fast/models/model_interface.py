@@ -94,6 +94,11 @@ class ModelInterface(nn.Module):
     def main_input_name(self) -> str:
         return "input_ids"
 
+    @property
+    def prepare_decoder_input_ids_from_labels(self) -> Any:
+        """The encoder-decoder's own method, which transformers' collators call; other models have none."""
+        return self.base_model.prepare_decoder_input_ids_from_labels
+
     def can_generate(self) -> bool:
         return bool(getattr(self.base_model, "can_generate", lambda: False)())
 

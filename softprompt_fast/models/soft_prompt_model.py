@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import PackedFailure, Unsupported
-from ..hf import architecture, generation
+from ..hf import architecture, generation_options
 from ..hf.input_check import check_inputs
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
-from .call import Texts, check_labels, kept_columns, known_options, texts_of
+from .call import Texts, check_labels, kept_columns, known_options, report_first_labels, texts_of
 from .padded_runner import LossFunction, PaddedRunner
 from .prompt_files import PromptFiles
 from .text_generator import TextGenerator
@@ -58,8 +58,12 @@ class SoftPromptModel(PromptFiles):
     refused_arguments: ClassVar[dict[str, str]] = {
         "position_ids": "positions follow from the attention mask and the prompts' lengths",
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
+        "cache": "forward runs whole rows; `generate` handles the cache",
+        "encoder_outputs": "the encoder runs with the prompts",
     }
     """Arguments of the model's forward that cannot be given here, and why."""
+    predicts_first_token: ClassVar[bool] = True
+    """Whether a decoder's loss reads labels on the first token of a row, which the prompt's last vector predicts."""
 
     def __init__(
         self,
@@ -187,8 +191,10 @@ class SoftPromptModel(PromptFiles):
         own = frozenset({"num_items_in_batch"} if loss_function is not None else ())
         options = known_options(options, self._traits, self._reported, own)
         texts = self._texts(input_ids, attention_mask, inputs_embeds, options.get("token_type_ids"))
-        check_labels(labels, texts.input_ids.shape, self._traits)
+        if labels is None and self.predicts_first_token and self._traits.predicts_next_token:
+            report_first_labels(options, self._reported)
         columns = kept_columns(logits_to_keep, texts.input_ids.shape[1])
+        check_labels(labels, texts.input_ids.shape, self._traits, options)
         arguments = (self.prompts if prompts is None else prompts, texts.input_ids, attention_mask, labels, prompt_ids)
         settings: dict[str, Any] = {
             "return_logits": labels is None or not self.training if return_logits is None else return_logits,
@@ -343,8 +349,8 @@ class SoftPromptModel(PromptFiles):
             inputs: another name of ``input_ids``.
             prompt_ids, prompts: as in :meth:`forward`.
             options: options of transformers' ``generate``. Lengths, penalties and stopping count and read
-                ``input_ids`` and new tokens, never prompts or padding. What a tokenizer returns beside ids and mask has
-                no effect.
+                ``input_ids`` and new tokens, never prompts or padding. ``token_type_ids`` [B, T] are read if the
+                model has such types; other keys of tokenizers have no effect.
 
         Returns:
             The result of ``generate``; for decoders ``input_ids`` followed by the new tokens, as without a prompt.
@@ -352,22 +358,25 @@ class SoftPromptModel(PromptFiles):
             contain places of prompts and padding.
 
         Raises:
-            TypeError: the model does not generate text.
+            TypeError: the model does not generate text, or an argument of another type.
             ValueError: an option that cannot be combined with prompts, by name.
         """
         self._check_loaded()
         if not self.can_generate():
             raise TypeError(f"{type(self.base_model).__name__} cannot generate text")
-        ids, mask = generation.checked_rows(self.base_model, input_ids, inputs, attention_mask)
+        ids, mask = generation_options.checked_rows(self.base_model, input_ids, inputs, attention_mask)
         bank = self.prompts if prompts is None else prompts
         check_inputs(self.base_model)
+        selection = bank.select(prompt_ids, len(ids))
+        virtual, tokens = [count for _, count in selection.prefixes], (mask != 0).sum(1).tolist()
+        generation_options.check_begins(virtual, tokens)
+        if not len(ids):
+            return ids[:, :1] if self._traits.encoder_decoder else ids
         if self._traits.encoder_decoder:
-            options = generation.checked_options(self.base_model, options, generation.REFUSED_WITH_ENCODER)
+            options = generation_options.encoder_decoder_options(self.base_model, options)
             batch = self._padded.assemble(bank, ids, attention_mask, prompt_ids, None, "right")
             return self.base_model.generate(**batch, **options)
-        selection = bank.select(prompt_ids, len(ids))
-        virtual = [count for _, count in selection.prefixes]
-        architecture.check_room(virtual, (mask != 0).sum(1).tolist(), self._traits.context_length)
+        architecture.check_room(virtual, tokens, self._traits.context_length)
         if self._generator.can_compile(selection, mask, options):
             self._check_first(bank, ids, mask, prompt_ids)
         return self._generator.generate(self._padded, bank, selection, ids, mask, prompt_ids, options)

@@ -11,7 +11,7 @@ from ..base.errors import Unsupported
 from ..base.modules import evaluating
 from ..compiled.continuation import Continuation
 from ..compiled.prompt_cache import PromptCache
-from ..hf import generation
+from ..hf import generation, generation_options
 from ..packed.runner import PackedRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.selection import Selection
@@ -34,11 +34,12 @@ class TextGenerator:
         self._compiled = PromptCache()
 
     def can_compile(self, selection: Selection, attention_mask: Tensor, options: dict[str, Any]) -> bool:
-        """Whether a batch can follow compiled prompts: each row has a text to read, with the model's own vectors."""
+        """Whether a batch can follow compiled prompts: each row has a text, of the model's own vectors and one type."""
         usable = self.continuation is not None and self.continuation.runner.unsupported is None
         plain = all(update is None for update in selection.updates)
-        wants_attentions = generation.setting(self.model, options, "output_attentions")
-        return usable and plain and not wants_attentions and bool((attention_mask != 0).any(1).all())
+        wants_attentions = generation_options.setting(self.model, options, "output_attentions")
+        typed = generation_options.effective_types(self.model, options) is not None
+        return usable and plain and not wants_attentions and not typed and bool((attention_mask != 0).any(1).all())
 
     def generate(
         self,
@@ -71,7 +72,7 @@ class TextGenerator:
         options: dict[str, Any],
     ) -> Any:
         """Rows of one prompt and one text length run together, so that no padding is anywhere; for any decoder."""
-        options = generation.checked_options(self.model, options, generation.REFUSED_WITH_VECTORS)
+        options = generation_options.checked_options(self.model, options, generation_options.REFUSED_WITH_VECTORS)
         lengths = (attention_mask != 0).sum(1).tolist()
         keys = [
             (selection.ids[row], length, row if length == 0 else 0)  # transformers reads the last id of several rows

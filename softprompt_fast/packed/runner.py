@@ -66,6 +66,7 @@ class PackedRunner:
         self.unsupported: str | None = None
         self.checked: dict[str, float] = {}
         self.context_length = architecture.context_length(model)
+        self.first_position = architecture.first_position(model)
         self._attention: InstalledAttention | None = None
         self._parameters = architecture.forward_parameters(model)
         try:
@@ -281,7 +282,7 @@ class PackedRunner:
         output, logits = self.logits_at(
             read,
             inputs_embeds=batch.inputs_embeds,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids + self.first_position,
             attention_mask=layout.marker(batch.inputs_embeds.device),
             **options,
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from softprompt_fast.base.errors import Unsupported
-from softprompt_fast.compiled.cache import Layer, RowPlaces, compiled_cache
+from softprompt_fast.compiled.cache import CompiledCache, Layer, RowPlaces
 
 COMPILED = torch.randn(3, 2, 9, 2, 8)
 PREFIXES = torch.tensor([[2, 3], [0, 0], [5, 4]])
@@ -70,7 +70,7 @@ def test_each_row_begins_with_a_copy_of_its_prompt(monkeypatch: pytest.MonkeyPat
 
 
 def test_length_counts_text_and_a_mask_is_for_text() -> None:
-    cache = compiled_cache(places())
+    cache = CompiledCache(places())
     assert cache.get_seq_length() == 0 and cache.get_mask_sizes(5, 0) == (5, 0)
     cache.update(*states(3, 5), 0)
     assert cache.get_seq_length() == 5 and cache.get_mask_sizes(1, 0) == (6, 0)

@@ -38,7 +38,6 @@ KINDS: dict[str, Callable[[], Any]] = {
     "xlnet": lambda: tf.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48),
     "roc_bert": lambda: tf.RoCBertConfig(**SMALL, is_decoder=True, pronunciation_vocab_size=96, shape_vocab_size=96),
     "bert": lambda: tf.BertConfig(**SMALL, is_decoder=True),
-    "roberta": lambda: tf.RobertaConfig(**SMALL, is_decoder=True, pad_token_id=1),
     "bamba": lambda: tf.BambaConfig(**LLAMA, **SSM, mamba_expand=2, attn_layer_indices=[1]),
     "falcon_h1": lambda: tf.FalconH1Config(**LLAMA, **SSM, mamba_d_ssm=64),
     "nemotron_h": lambda: tf.NemotronHConfig(
@@ -73,6 +72,8 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def random_model(name: str) -> Any:
+    if name == "nemotron_h" and not hasattr(tf, "NemotronHConfig"):
+        pytest.skip("this transformers has no such model")
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(KINDS[name]()).eval()
     with torch.no_grad():
@@ -235,7 +236,7 @@ def test_ids_under_either_name_and_what_a_tokenizer_returns() -> None:
         tuned.generate(ids, mask.float().log(), ROWS)
     with pytest.raises(ValueError, match="`input_ids` must be 0 to 95, got 96"):
         tuned.generate(ids.index_fill(1, torch.tensor(8), 96), torch.ones_like(ids), ROWS)
-    for name in ("inputs_embeds", "position_ids", "past_key_values"):
+    for name in ("inputs_embeds", "position_ids", "past_key_values", "cache"):
         with pytest.raises(ValueError, match=f"`{name}` cannot be given"):
             tuned.generate(ids, prompt_ids="long", **{name: ids})
 

@@ -7,6 +7,8 @@ transformers' processors, which see the text only.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +16,14 @@ import pytest
 import torch
 import transformers as tf
 from support.real_tokens import GREEDY, ROWS, prompt_tokens, rows_alone, with_real_prompts
+from support.serving import tiny_tokenizer
 from support.tiny_models import build
 from torch import Tensor
 from transformers.generation import logits_process as lp
+
+import softprompt_fast as spf
+from softprompt_fast.hf import generation_options
+from softprompt_fast.inference import PromptBank, SoftPromptPipeline
 
 EOS = torch.tensor([2])
 Processors = Callable[[Tensor], list[Any]]
@@ -85,6 +92,17 @@ READS_TEXT: dict[str, tuple[dict[str, Any], Processors]] = {
     ),
     "max_length": ({"max_length": 13, "max_new_tokens": None}, lambda text: []),
 }
+BEGIN = 7
+PADDING_MATTERS: dict[str, tuple[Any, Processors]] = {
+    "no_repeat_ngram_size": (2, lambda text: [lp.NoRepeatNGramLogitsProcessor(2)]),
+    "encoder_no_repeat_ngram_size": (2, lambda text: [lp.EncoderNoRepeatNGramLogitsProcessor(2, text)]),
+    "bad_words_ids": ([[BEGIN] * 3], lambda text: [lp.NoBadWordsLogitsProcessor([[BEGIN] * 3], None)]),
+    "sequence_bias": (
+        [[[BEGIN] * 3, -99.0]],
+        lambda text: [lp.SequenceBiasLogitsProcessor([[[BEGIN] * 3, -99.0]])],
+    ),
+}
+"""Values with which a row's text would be another one if padding stood before it."""
 LOSSLESS: dict[str, dict[str, Any]] = {
     "prefill_chunk_size": {"prefill_chunk_size": 4},
     "use_cache": {"use_cache": False},
@@ -225,6 +243,27 @@ def test_options_that_read_the_text(name: str, field: str, by_config: bool) -> N
         check_rows(tuned.generate(ids, mask, ROWS, do_sample=False, pad_token_id=0), ids, expected)
 
 
+@pytest.mark.parametrize("field", PADDING_MATTERS)
+def test_rows_of_several_lengths_are_not_padded_where_padding_counts(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The padding of a row would hold the token with which it begins, here also the one with which it ends."""
+    tuned, model, ids, mask = case("llama")
+    ids[mask.cumsum(1) == 1] = BEGIN
+    ids[(mask.cumsum(1) == mask.sum(1, keepdim=True)) & (mask == 1)] = BEGIN
+    value, make = PADDING_MATTERS[field]
+    others = [token for token in range(96) if token not in (BEGIN, BEGIN + 1)]
+    processors = lambda text: [lp.SuppressTokensLogitsProcessor(others), *make(text)]  # noqa: E731
+    options: dict[str, Any] = GREEDY | {"suppress_tokens": others, field: value}
+    expected = greedy_on_text(model, ids, mask, processors, options)
+    check_rows(tuned.generate(ids, mask, ROWS, **options), ids, expected)
+    monkeypatch.setattr(
+        generation_options, "INDEPENDENT_OF_PADDING", generation_options.INDEPENDENT_OF_PADDING | {field}
+    )
+    with pytest.raises(AssertionError):
+        check_rows(tuned.generate(ids, mask, ROWS, **options), ids, expected)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("field", LOSSLESS)
 def test_options_without_an_effect_on_text(name: str, field: str) -> None:
@@ -270,3 +309,39 @@ def test_options_that_are_refused_by_name(name: str, field: str) -> None:
         tuned.generate(ids, mask, ROWS, **GREEDY | {field: REFUSED[field]})
     with pytest.raises(ValueError, match=f"`{field}`=.* cannot be combined with soft prompts"):
         tuned.generate(ids, mask, ROWS, generation_config=tf.GenerationConfig(**GREEDY, **{field: REFUSED[field]}))
+
+
+class _Messages(logging.Handler):
+    """What transformers logs and warns of."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "t5", "deep", "pipeline"])
+def test_transformers_has_nothing_to_warn_of(kind: str) -> None:
+    model = build("llama" if kind in ("deep", "pipeline") else kind)
+    config = tf.GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, cache_implementation="dynamic")
+    handler, logger = _Messages(), logging.getLogger("transformers")
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            if kind == "pipeline":
+                tokenizer = tiny_tokenizer()
+                tokenizer.eos_token = "film"
+                bank = PromptBank(model)
+                bank.add("long", torch.randn(7, 32))
+                SoftPromptPipeline(bank, tokenizer).generate(["yes no"], "long", generation_config=config)
+            else:
+                tuned = with_real_prompts(model, spf.DeepPromptModel) if kind == "deep" else with_real_prompts(model)
+                tuned.generate(torch.full((2, 5), 7), None, "long", generation_config=config)
+    finally:
+        logger.removeHandler(handler)
+    assert handler.found + [str(each.message) for each in warned] == []
+    assert config.cache_implementation == "dynamic"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 import transformers as tf
 from support.deep_rows_alone import deep_model
 from support.rows_alone import relative, tuned_model
+from support.serving import tiny_tokenizer
 from support.tiny_models import build
+from transformers.trainer_pt_utils import LabelSmoother
 
 import softprompt_fast as spf
 
@@ -18,6 +22,10 @@ IDS = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([9, 5, 7, 9])
 MASK = (torch.arange(9) < LENGTHS[:, None]).long()
 BATCH = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
+
+
+COUNTS_BEFORE = "num_items_in_batch" in inspect.signature(LabelSmoother.__call__).parameters
+"""Whether Trainer counts a smoothed loss's targets in the labels as they were, with those of first tokens."""
 
 
 def collate(rows: Any) -> dict[str, Any]:
@@ -51,8 +59,28 @@ def test_label_smoothing_shifts_the_labels(tmp_path: Path, kind: str) -> None:
     labels = BATCH["labels"].clone()
     labels[:, 0] = -100  # Trainer shifts the logits that it has: none of them predicts the first token
     expected = tuned(IDS, MASK, labels=labels, prompt_ids="long").loss.item()
-    share = 1 if kind == "deep" else 26 / 30  # a plain prompt's first tokens count among the targets all the same
+    share = 26 / 30 if kind != "deep" and COUNTS_BEFORE else 1
     assert loss == pytest.approx(expected * share, rel=1e-4)
+
+
+def test_the_loss_of_padding_on_the_left_and_one_log_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first token of a row with padding before it has logits of zeros in front of it."""
+    tuned = tuned_model("llama")
+    monkeypatch.setitem(BATCH, "attention_mask", MASK.flip(1))
+    monkeypatch.setitem(BATCH, "labels", IDS.masked_fill(MASK.flip(1) == 0, -100))
+    with caplog.at_level("WARNING", logger="softprompt_fast"):
+        loss = trainer(tuned, tmp_path, label_smoothing_factor=1e-9).evaluate()["eval_loss"]
+        trainer(tuned, tmp_path, label_smoothing_factor=1e-9).evaluate()
+    assert sum("mask first tokens' labels" in message for message in caplog.messages) == 1
+    labels = BATCH["labels"].clone()
+    labels[torch.arange(4), 9 - LENGTHS] = -100
+    alone = tuned(IDS, MASK.flip(1), labels=labels, prompt_ids="long").loss.item() * 26
+    assert loss == pytest.approx((alone + 2 * math.log(96)) / (30 if COUNTS_BEFORE else 28), rel=1e-4)
+    monkeypatch.setitem(BATCH, "labels", labels)
+    losses = [trainer(tuned, tmp_path, label_smoothing_factor=f).evaluate()["eval_loss"] for f in (0.0, 1e-9)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["shared", "padded", "deep"])
@@ -72,6 +100,20 @@ def test_encoders_are_not_shifted(tmp_path: Path) -> None:
     loss = trainer(tuned, tmp_path, label_smoothing_factor=1e-9).evaluate()["eval_loss"]
     expected = tuned(IDS, MASK, labels=BATCH["labels"], prompt_ids="long").loss.item()
     assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_encoder_decoder_is_smoothed_with_the_decoders_input(tmp_path: Path, name: str) -> None:
+    tuned = tuned_model(name)
+    collator = tf.DataCollatorForSeq2Seq(tiny_tokenizer(), model=tuned)
+    rows = [{"input_ids": IDS[i, : 5 + i].tolist(), "labels": IDS[i, :4].tolist()} for i in range(3)]
+    losses = []
+    for factor in (0.0, 1e-9):
+        instance = trainer(tuned, tmp_path, label_smoothing_factor=factor)
+        instance.eval_dataset, instance.data_collator = rows, lambda batch: collator(batch) | {"prompt_ids": "long"}
+        losses.append(instance.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert not hasattr(tuned_model("llama"), "prepare_decoder_input_ids_from_labels")
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom", "bert", "deep"])

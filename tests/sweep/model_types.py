@@ -147,9 +147,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": LINEAR,
     "qwen3_5_text": LINEAR,
     "qwen3_next": LINEAR,
+    "qwen4_exp_text": LINEAR
+    | {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+    "xlm": {"mask_token_id": 5},
     "xlnet": {"max_position_embeddings": DROPPED, "n_ctx": DROPPED},
-    "xlstm": {"v_head_dim": DROPPED, "head_dim": DROPPED},
+    "xlstm": {"hidden_size": 128, "v_head_dim": DROPPED, "head_dim": DROPPED},  # its cache rounds sizes up to 64
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],

@@ -11,6 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from .outcomes import NOTE
+
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 COLUMNS = {
     "forward": ("forward", "gradient", "next_token_logits", "logits_at"),
@@ -43,6 +45,8 @@ def table(result: dict[str, Any]) -> str:
                 if outcome.startswith("refused: ") and model_type not in reasons[_reason(outcome)]:
                     reasons[_reason(outcome)].append(model_type)
         lines.append(f"| {model_type} | {HEADS[head]} | " + " | ".join(cells) + " |")
+    torn = [name.split(":")[1] for name, entries in built.items() if NOTE in entries]
+    lines += ["", f"transformers' own `generate` gives another text than its `forward`: {', '.join(torn) or 'none'}."]
     lines += ["", "Reasons for what is refused:", ""]
     lines += [f"* {reason}: {', '.join(types)}" for reason, types in sorted(reasons.items()) if types]
     others = [name.split(":")[1] for name in result["types"] if name not in built]
