@@ -102,7 +102,7 @@ def _label_words(analysis: Analysis, task: Task, tokenizer: Any) -> Choice:
                 break
     if len(better) == len(given):
         return Choice(better, "another spelling makes each word one token, all different")
-    return Choice(given, "no spelling makes each word one token: they are scored whole, one pass per label")
+    return Choice(given, "no spelling makes each word one token: labels are compared where their tokens differ")
 
 
 def _cases(word: str) -> tuple[str, ...]:

@@ -152,8 +152,8 @@ class TextEncoder:
                 before = [checked(self._row(text, None, name)["text"])]
                 each = [continuation_ids(self.tokenizer, word, before) for word in said.values()]
             ids = dict(zip(said, with_ends(each, self.tokenizer) if all(each) else each, strict=True))
-        if len(ids) < 2 or not all(ids.values()):
-            raise ValueError(f"`labels` must be at least two words with tokens, got {dict(said)}")
+        if len({tuple(word) for word in ids.values()}) < 2 or not all(ids.values()):
+            raise ValueError(f"`labels` must be at least two words with different tokens, got {dict(said)}")
         return ids
 
     def _task(self, name: str | None) -> Task | None:
