@@ -102,7 +102,7 @@ def _label_words(analysis: Analysis, task: Task, tokenizer: Any) -> Choice:
                 break
     if len(better) == len(given):
         return Choice(better, "another spelling makes each word one token, all different")
-    return Choice(given, "no spelling makes each word one token: labels are compared where their tokens differ")
+    return Choice(given, "no spelling makes each word one token: they are scored whole, where their tokens differ")
 
 
 def _cases(word: str) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ def _class_warnings(analysis: Analysis) -> list[str]:
     several = {label: len(word.ids) for label, word in words.items() if len(word.ids) > 1}
     if several:
         shown = ", ".join(f"{label!r} {count}" for label, count in list(several.items())[:5])
-        warnings.append(f"multi-token label words ({shown}): scoring takes one pass per label")
+        warnings.append(f"multi-token label words ({shown}): they are compared where their tokens differ")
     for labels in analysis.first_token_clashes:
         warnings.append(f"the words of {labels[:5]} begin with the same token: only later tokens differ")
     ids = {label: word.ids for label, word in words.items()}
