@@ -131,17 +131,18 @@ def _warnings(analysis: Analysis, suggested_length: int) -> list[str]:
     elif analysis.held_out_rows < FEW_ROWS:
         warnings.append(f"few held-out rows: {analysis.held_out_rows} make intervals of about +-10 points or wider")
     for count, what in (
-        (analysis.empty_rows, "have no text"),
-        (analysis.unlabelled_rows, "have no label or response"),
+        (analysis.empty_rows, "have no text or no readable one; such rows are left out"),
+        (analysis.unlabelled_rows, "have no label or response; such rows are left out"),
         (
             sum(analysis.unknown_labels.values()),
-            f"have labels that the task does not name: {list(analysis.unknown_labels)[:5]}",
+            f"have labels that the task does not name: {list(analysis.unknown_labels)[:5]}; tuning stops with an "
+            "error at such rows",
         ),
     ):
         if count:
-            warnings.append(
-                f"{count} of {analysis.train_rows} training rows {what}; tuning stops with an error at such rows"
-            )
+            warnings.append(f"{count} of {analysis.train_rows} training rows {what}")
+    if analysis.held_out_labels:
+        warnings.append(f"no training row has the labels {analysis.held_out_labels[:5]} of held-out rows")
     if analysis.kind == "classification":
         warnings += _class_warnings(analysis)
     if repeats.leaks_exact + repeats.leaks_near:
@@ -157,6 +158,11 @@ def _warnings(analysis: Analysis, suggested_length: int) -> list[str]:
         warnings.append(
             f"{analysis.cut_by_max_length:.2%} of the texts are longer than max_length={analysis.max_length} and lose "
             f"their beginning; {suggested_length} is suggested"
+        )
+    if analysis.cut_responses > 0:
+        warnings.append(
+            f"{analysis.cut_responses:.2%} of the responses are longer than max_length={analysis.max_length} and lose "
+            "their end and their end token"
         )
     return warnings
 

@@ -131,6 +131,7 @@ def compare(
     from ..comparison.run import compare as run
     from ..comparison.settings import METHODS, parse_options
     from ..comparison.tables import print_comparison
+    from ..hf.loading import load_tokenizer
 
     options, data_options = task_options(), data_options_of()
     train, validation_rows, test_rows = _splits(
@@ -142,6 +143,8 @@ def compare(
         split_seed,
     )
     task = options.task(rows, model=model)
+    if task.chat is not None:
+        task.read_chat(load_tokenizer(model))
     try:
         comparison = run(
             model,

@@ -15,6 +15,7 @@ from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.collation import length_order, padded
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import IGNORED, encode_targets, encode_text, label_words
+from ..tasks.examples import check_complete
 from ..tasks.label_tree import LabelTree
 from ..tasks.task import Task
 from .scores import RowScores
@@ -156,10 +157,11 @@ def encode_rows(
         texts: token ids that replace the rows' own texts.
 
     Raises:
-        ValueError: no rows, or a row whose label the task does not know.
+        ValueError: no rows, a row without text or target, or a label that the task does not know.
     """
     if not rows:
         raise ValueError("`rows` must hold at least one row, got none")
+    check_complete(task, rows, "rows")
     with counting_cuts():
         if texts is None:
             texts = [encode_text(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]

@@ -73,7 +73,8 @@ def evaluate(
         of the responses) and ``perplexity``. Both: ``rows``.
 
     Raises:
-        ValueError: no rows, or a row whose label the task does not know.
+        ValueError: no rows, a row without text or target (``tasks.complete_rows`` leaves such rows out), or a label
+            that the task does not know.
     """
     backend = ModelBackend(model, prompt_name(model, task, prompt))
     encoded = encode_rows(task, rows, tokenizer, encoder_decoder=backend.encoder_decoder)

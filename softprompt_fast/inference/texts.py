@@ -20,6 +20,7 @@ from ..tasks.encoding import (
 )
 from ..tasks.examples import is_empty
 from ..tasks.task import Task
+from ..tasks.values import is_blank
 from .prompt_bank import PromptBank
 
 Text = str | Mapping[str, Any]
@@ -79,7 +80,7 @@ class TextEncoder:
         Raises:
             ValueError: no text, or another value than a string or a mapping with the template's columns.
         """
-        if is_missing(text) or (isinstance(text, str) and not text.strip()):
+        if is_missing(text) or (isinstance(text, str) and is_blank(text)):
             raise ValueError("the text is empty")
         if not isinstance(text, (str, Mapping)):
             raise ValueError(f"a text must be a string or a mapping of columns, got {type(text).__name__}")
