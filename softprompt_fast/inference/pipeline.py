@@ -11,13 +11,14 @@ import numpy as np
 from ..evaluation.ensembles import COMBINATIONS, combine_members
 from ..hf import architecture
 from ..hf.generation import with_end_token
+from ..tasks.containers import listed
 from ..tasks.cuts import counting_cuts
 from ..tasks.label_tree import LabelTree
 from .engine import Engine
 from .prompt_bank import PromptBank
 from .requests import OnResult, Request, Result, Run, Unit, answer
 from .scoring import label_scores, label_units, score_head, score_units
-from .texts import Encoded, Labels, Prompts, TextEncoder, Texts, listed, prompt_of_each
+from .texts import Encoded, Labels, Prompts, TextEncoder, Texts, prompt_of_each
 
 
 class SoftPromptPipeline:

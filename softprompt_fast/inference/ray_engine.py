@@ -45,10 +45,9 @@ class Worker:
         bank = PromptBank(model)
         self.refusal: str | None = None
         """Why the prompts cannot be used with this model. An error here would make Ray start workers for ever."""
-        for name, (vectors, task, tuned_on) in ray.get(prompts).items():
+        for name, (vectors, task, (base_name, fingerprint)) in ray.get(prompts).items():
             try:
-                if tuned_on is not None:
-                    check_known_base(name, *tuned_on, model)
+                check_known_base(name, base_name, fingerprint, model)
                 bank.add(name, torch.from_numpy(vectors.copy()), task=Task(**task) if task else None)
             except ValueError as error:
                 self.refusal = str(error)
@@ -113,7 +112,7 @@ class RayAnswers:
             self.prompts[name] = (
                 read_prompt(folder)[0].numpy(),
                 None if own is None else asdict(own),
-                None if force else read_base(folder),
+                (None, None) if force else read_base(folder),
             )
 
     def __call__(self, start: int) -> Iterator[list[Result]]:

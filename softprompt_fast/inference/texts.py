@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..hf.architecture import context_length, is_causal, is_encoder_decoder
+from ..tasks.containers import listed
 from ..tasks.encoding import (
     answer_ids,
     checked,
@@ -166,22 +167,6 @@ def is_missing(value: Any) -> bool:
     return (
         value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
     )
-
-
-def listed(values: Any, argument: str, what: str) -> list[Any]:
-    """The items of any container by position; the rows of a table as mappings.
-
-    Raises:
-        TypeError: one string or mapping, or no container.
-    """
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"`{argument}` must be a list of {what}, got one {type(values).__name__}")
-    if hasattr(values, "columns") and hasattr(values, "to_dict"):  # pandas
-        return list(values.to_dict("records"))
-    for method in ("to_dicts", "to_pylist"):  # polars' and pyarrow's tables
-        if hasattr(values, method):
-            return list(getattr(values, method)())
-    return list(values)
 
 
 def prompt_of_each(prompts: Prompts, texts: list[Any]) -> list[str | None]:

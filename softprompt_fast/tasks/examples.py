@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .containers import as_rows
 from .rows import Examples as Examples
 from .rows import choose, place, places
 from .task import Task
@@ -22,6 +23,7 @@ UNREADABLE = "readable text"
 
 def split_rows(rows: Examples, held_out: float | int, seed: int = 0) -> tuple[Examples, Examples]:
     """Shuffles rows with a seed and holds out a share (below 1) or a number of them; returns the others and those."""
+    rows = as_rows(rows)
     count = round(len(rows) * held_out) if held_out < 1 else int(held_out)
     if not 0 < count < len(rows):
         raise ValueError(f"`held_out` must leave rows on both sides of {len(rows)}, got {held_out}")
@@ -120,6 +122,7 @@ def complete_rows(task: Task, rows: Examples) -> Examples:
     Raises:
         ValueError: no row is left, or no such column.
     """
+    rows = as_rows(rows)
     return _kept(task, rows, [lacks(task, row) for row in rows])
 
 

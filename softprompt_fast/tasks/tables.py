@@ -218,7 +218,7 @@ def _saved_to_disk(folder: Path, split: str | None) -> Rows:
         data = data[chosen]
     elif split is not None:
         raise ValueError(f"`split` is for folders with several splits, and {folder} holds one")
-    return _of_dataset(data, str(folder))
+    return from_dataset(data, str(folder))
 
 
 def _from_hub(name: str, split: str, config: str | None) -> Rows:
@@ -229,7 +229,7 @@ def _from_hub(name: str, split: str, config: str | None) -> Rows:
     for log in quiet:
         log.setLevel(logging.ERROR)  # a line for each of a dozen attempts
     try:
-        return _of_dataset(load_dataset(name, config, split=split), name)
+        return from_dataset(load_dataset(name, config, split=split), name)
     except Exception as error:  # the library's errors have no common class
         raise ValueError(_why_not(name, split, error)) from error
     finally:
@@ -248,7 +248,8 @@ def _why_not(name: str, split: str, error: Exception) -> str:
     )
 
 
-def _of_dataset(data: Any, name: str) -> Rows:
+def from_dataset(data: Any, name: str) -> Rows:
+    """Rows of a dataset of ``datasets``. Numbers of classes become the classes' names."""
     table = data.with_format("arrow")[:]
     names = {column: getattr(feature, "names", None) for column, feature in data.features.items()}
     return from_arrow(table, name, {column: found for column, found in names.items() if found})

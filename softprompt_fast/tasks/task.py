@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import chat, templates
+from .containers import as_rows
 from .rows import place
 from .values import is_blank, is_missing, label_name, label_names, matching_label, messages_of, text_of
 from .words import spaced
@@ -175,6 +176,7 @@ def classification_task(
     Args:
         template: None: the text, a line break and the label column's name with a colon.
     """
+    rows = as_rows(rows)
     name = label_column.capitalize().replace("{", "{{").replace("}", "}}")
     template = template or f"{templates.field(text_column)}\n{name}:"
     if label_words is None:

@@ -211,6 +211,28 @@ def test_errors_of_an_earlier_run_are_not_counted(prompts: dict[str, Path], run:
     )
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_finished_file_is_resumed_for_its_own_rows_only(
+    prompts: dict[str, Path], run: Run, tmp_path: Path, suffix: str
+) -> None:
+    output = tmp_path / "new" / f"a.{suffix}"
+    rows = [{"text": "film", "number": 1}, {"text": " bad \ud83d", "number": None}]
+    run("predict", prompts["tone"], rows, "-o", output, status=3)
+    assert "wrote 0 rows" in run("predict", prompts["tone"], rows, "-o", output, "--resume").output
+    for other in ([*rows, rows[0]], [{"text": "other", "number": 1}, rows[1]]):
+        result = run("predict", prompts["tone"], other, "-o", output, "--resume", status=1)
+        assert "is finished and holds answers to other rows" in str(result.exception)
+
+
+def test_resuming_a_broken_file_names_its_line(prompts: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    run("predict", prompts["tone"], BAD_TEXTS, "-o", output, status=3)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + b"\x00" * 9 + b"\n")
+    result = run("predict", prompts["tone"], BAD_TEXTS, "-o", output, "--resume", status=1)
+    assert f"cannot resume: {output}, line 2 is not JSON" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("output", "more", "message"),
     [
@@ -218,6 +240,8 @@ def test_errors_of_an_earlier_run_are_not_counted(prompts: dict[str, Path], run:
         ("link.jsonl", ("--resume",), "`output` must be another file than the one of the rows"),
         ("a.txt", (), "`output` must end in .jsonl, .csv, .parquet"),
         ("there.csv", (), "already holds answers; resume, or choose another file"),
+        ("data.jsonl/a.jsonl", (), "must be in a folder"),
+        ("-", (), "`output` must end in .jsonl, .csv, .parquet"),
         (None, ("--resume",), "--resume cannot be used without --output"),
     ],
 )
