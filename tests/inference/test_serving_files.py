@@ -216,7 +216,11 @@ def test_ray_checks_the_base_and_takes_a_template(
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(ray.data, "from_items", lambda items, **options: InThisProcess(items))
     other, bare = tmp_path / "other", tmp_path / "bare"
-    build("llama", num_hidden_layers=3).save_pretrained(other)
+    another = build("llama")
+    with torch.no_grad():
+        for parameter in another.parameters():
+            parameter.neg_()
+    another.save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     shutil.copytree(folders["prompts"] / "tone", bare)
     (bare / "task.json").unlink()
