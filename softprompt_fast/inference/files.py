@@ -227,7 +227,7 @@ def _check_table(output: Path, rows: Examples) -> None:
     """Refuses a finished table that holds answers to other rows."""
     from ..tasks.tables import load_rows
 
-    written = load_rows(str(output))
+    written = load_rows(str(output), delimiter=",")
     if len(written) != len(rows) or any(
         isinstance(value, str) and value.encode(errors="replace").decode() != (found.get(name) or "")
         for row, found in zip(rows, written, strict=True)

@@ -17,7 +17,7 @@ def listed(values: Any, argument: str, what: str) -> list[Any]:
     """
     if isinstance(values, (str, bytes, Mapping, set, frozenset)):
         raise TypeError(f"`{argument}` must be a list of {what}, got one {type(values).__name__}")
-    if hasattr(values, "features") and hasattr(values, "with_format"):  # a dataset: numbers of classes become names
+    if hasattr(values, "features") and hasattr(values, "num_rows"):  # a dataset: numbers of classes become names
         return from_dataset(values, argument)
     for method in ("to_dicts", "to_pylist"):  # polars' and pyarrow's tables
         if hasattr(values, method):
