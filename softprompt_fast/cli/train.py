@@ -84,8 +84,7 @@ def train(
     require("train", "accelerate", "datasets", "sklearn", purpose="train")
     if tensorboard:
         require("train", "tensorboard", purpose="--tensorboard")
-    if task_column is None:
-        _check_prompt_name(name, "--name")
+    _check_prompt_name(name, "--name")
     settings = settings_of(init="text") if "text" in (member_init or ()) else settings_of()
     if member_init and members not in (1, len(member_init)):
         raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
