@@ -13,9 +13,9 @@ from ..evaluation.prompt_scoring import score_prompts
 from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.encoding import without_end, word_ids
-from ..tasks.examples import has_target, is_empty
-from ..tasks.task import Task
-from ..tasks.values import is_missing, label_name
+from ..tasks.examples import has_target, is_empty, unreadable
+from ..tasks.task import Task, names_in
+from ..tasks.values import is_missing, label_name, matching_label
 from .duplicates import find_duplicates
 from .recipe import suggest
 from .results import Analysis, LabelWord, Lengths, Recipe
@@ -47,21 +47,25 @@ def analyze(
     if sample < 0:
         raise ValueError(f"`sample` must not be negative, got {sample}")
     encoder_decoder = is_encoder_decoder(model.base_model)
-    filled = [row for row in train_rows if not is_empty(task, row)]
+    readable = [row for row in train_rows if unreadable(task, row) is None]
+    filled = [row for row in readable if not is_empty(task, row)]
     labelled = [row for row in filled if has_target(task, row)]
     values = [row.get(task.target_column) for row in train_rows]
     unknown = Counter(
         label_name(row[task.target_column], task.target_column)
-        for row in train_rows
+        for row in readable
         if task.label_words and not is_missing(row.get(task.target_column)) and not has_target(task, row)
     )
     text = _token_counts(tokenizer, [task.text(row) for row in filled], drop_eos=not encoder_decoder)
     ends = encoder_decoder or task.kind == "generation"
     target = [n + ends for n in _token_counts(tokenizer, [task.target(row) for row in labelled], special=False)]
     words = {label: _label_word(task, tokenizer, word, encoder_decoder) for label, word in task.label_words.items()}
+    held_out_rows = [row for row in held_out_rows if unreadable(task, row) is None]
     usable = [row for row in held_out_rows if not is_empty(task, row) and has_target(task, row)] or labelled
     counts = Counter(task.label(row) for row in labelled if task.label_words)
     classes = {label: counts[label] for label in task.labels}
+    held_out_names = names_in(held_out_rows, task.target_column) if task.label_words else set()
+    matched = {name: matching_label(name, task.label_words) for name in held_out_names}
     zero_shot, answers = _zero_shot(model, tokenizer, task, usable, sample, batch_size, seed, progress)
     analysis = Analysis(
         kind=task.kind,
@@ -70,11 +74,13 @@ def analyze(
         empty_rows=len(train_rows) - len(filled),
         unlabelled_rows=sum(map(is_missing, values)),
         unknown_labels=dict(unknown),
+        held_out_labels=sorted(name for name, label in matched.items() if label is None or not counts[label]),
         text=Lengths.of(text),
         target=Lengths.of(target),
         max_length=task.max_length,
         context=context_length(model.base_model),
         cut_by_max_length=_share(n > task.max_length for n in text),
+        cut_responses=_share(n > task.max_length for n in target) if task.kind == "generation" else 0.0,
         over_context=0.0,
         classes=classes,
         duplicates=find_duplicates(task, filled, held_out_rows),

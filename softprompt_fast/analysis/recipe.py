@@ -102,7 +102,7 @@ def _label_words(analysis: Analysis, task: Task, tokenizer: Any) -> Choice:
                 break
     if len(better) == len(given):
         return Choice(better, "another spelling makes each word one token, all different")
-    return Choice(given, "no spelling makes each word one token: they are scored whole, one pass per label")
+    return Choice(given, "no spelling makes each word one token: they are scored whole, where their tokens differ")
 
 
 def _cases(word: str) -> tuple[str, ...]:
@@ -131,17 +131,18 @@ def _warnings(analysis: Analysis, suggested_length: int) -> list[str]:
     elif analysis.held_out_rows < FEW_ROWS:
         warnings.append(f"few held-out rows: {analysis.held_out_rows} make intervals of about +-10 points or wider")
     for count, what in (
-        (analysis.empty_rows, "have no text"),
-        (analysis.unlabelled_rows, "have no label or response"),
+        (analysis.empty_rows, "have no text or no readable one; such rows are left out"),
+        (analysis.unlabelled_rows, "have no label or response; such rows are left out"),
         (
             sum(analysis.unknown_labels.values()),
-            f"have labels that the task does not name: {list(analysis.unknown_labels)[:5]}",
+            f"have labels that the task does not name: {list(analysis.unknown_labels)[:5]}; tuning stops with an "
+            "error at such rows",
         ),
     ):
         if count:
-            warnings.append(
-                f"{count} of {analysis.train_rows} training rows {what}; tuning stops with an error at such rows"
-            )
+            warnings.append(f"{count} of {analysis.train_rows} training rows {what}")
+    if analysis.held_out_labels:
+        warnings.append(f"no training row has the labels {analysis.held_out_labels[:5]} of held-out rows")
     if analysis.kind == "classification":
         warnings += _class_warnings(analysis)
     if repeats.leaks_exact + repeats.leaks_near:
@@ -157,6 +158,11 @@ def _warnings(analysis: Analysis, suggested_length: int) -> list[str]:
         warnings.append(
             f"{analysis.cut_by_max_length:.2%} of the texts are longer than max_length={analysis.max_length} and lose "
             f"their beginning; {suggested_length} is suggested"
+        )
+    if analysis.cut_responses > 0:
+        warnings.append(
+            f"{analysis.cut_responses:.2%} of the responses are longer than max_length={analysis.max_length} and lose "
+            "their end and their end token"
         )
     return warnings
 
@@ -179,7 +185,7 @@ def _class_warnings(analysis: Analysis) -> list[str]:
     several = {label: len(word.ids) for label, word in words.items() if len(word.ids) > 1}
     if several:
         shown = ", ".join(f"{label!r} {count}" for label, count in list(several.items())[:5])
-        warnings.append(f"multi-token label words ({shown}): scoring takes one pass per label")
+        warnings.append(f"multi-token label words ({shown}): they are compared where their tokens differ")
     for labels in analysis.first_token_clashes:
         warnings.append(f"the words of {labels[:5]} begin with the same token: only later tokens differ")
     ids = {label: word.ids for label, word in words.items()}

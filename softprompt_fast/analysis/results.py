@@ -83,6 +83,8 @@ class Analysis:
     """Training rows without a label or response."""
     unknown_labels: dict[str, int]
     """Labels of training rows that the task does not name."""
+    held_out_labels: list[str]
+    """Labels of held-out rows that no training row has."""
     text: Lengths
     """Lengths of the rendered texts before truncation."""
     target: Lengths
@@ -93,6 +95,8 @@ class Analysis:
     """The model's. None: no fixed limit."""
     cut_by_max_length: float
     """Share of texts."""
+    cut_responses: float
+    """Share of responses that are longer than ``max_length`` with their end token; 0 for classification tasks."""
     over_context: float
     """Share of rows whose prompt, truncated text and answer do not fit the context."""
     classes: dict[str, int]

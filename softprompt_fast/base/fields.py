@@ -37,6 +37,7 @@ def _is_number(value: Any) -> bool:
 
 
 ANYTHING = Rule(str, "anything", lambda value: True)
+YES_OR_NO = Rule(bool, "True or False", lambda value: isinstance(value, bool))
 TEXTS = Rule(list[str], "a list of texts", lambda value: isinstance(value, list))
 INTEGER = Rule(int, "an integer", _is_integer)
 POSITIVE_INTEGER = Rule(int, "a positive integer", lambda value: _is_integer(value) and value >= 1, "int>=1")

@@ -16,6 +16,7 @@ from .output import console, draw_figure
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
+    from ..tasks.task import Task
 
 NEED_PEFT = {"peft-prompt", "lora"}
 """Methods that run in PEFT."""
@@ -141,7 +142,7 @@ def compare(
         test_share,
         split_seed,
     )
-    task = options.task(rows, model=model)
+    task = _task(options, rows, model)
     try:
         comparison = run(
             model,
@@ -177,6 +178,16 @@ def compare(
     draw_figure(lambda: overview_figure(comparison), figure)
     if all(summary.score is None for summary in comparison.summaries):
         raise typer.Exit(1)
+
+
+def _task(options: TaskOptions, rows: Examples, model: str) -> Task:
+    """The task on these rows, with the model's chat template if it reads conversations."""
+    from ..hf.loading import load_tokenizer
+
+    task = options.task(rows, model=model)
+    if task.chat is not None:
+        task.read_chat(load_tokenizer(model))
+    return task
 
 
 def _splits(

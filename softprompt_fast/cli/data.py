@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..base.extras import require
-from ..base.fields import POSITIVE_INTEGER, TEXTS, check_fields, described, one_of
+from ..base.fields import POSITIVE_INTEGER, TEXTS, YES_OR_NO, check_fields, described, one_of
 from .options import DATA
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ class DataOptions:
     encoding: str | None = field(
         default=None, metadata=described("Encoding of a text file. By default the file shows it.", group=DATA)
     )
+    no_header: bool = field(
+        default=False,
+        metadata=described(
+            "The first row of a csv or tsv file holds data. The columns are called 1, 2, 3 and so on.",
+            YES_OR_NO,
+            group=DATA,
+            flags=("--no-header",),
+        ),
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -44,7 +53,14 @@ class DataOptions:
         from ..tasks.templates import unescaped
 
         delimiter = None if self.delimiter is None else unescaped(self.delimiter)
-        return load_rows(source, self.split, config=self.config, delimiter=delimiter, encoding=self.encoding)
+        return load_rows(
+            source,
+            self.split,
+            config=self.config,
+            delimiter=delimiter,
+            encoding=self.encoding,
+            header=not self.no_header,
+        )
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,6 @@ def predict(
     from ..inference.answer_log import AnswerLog
     from ..inference.files import answer_rows
 
-    if engine == "ray" and template is not None:
-        raise ValueError("--template cannot be combined with --engine ray")
     rows = data_options.read(data)
     folders = folders_by_name(prompt)
     task = given_task(folders, template, label_word)
@@ -149,7 +147,8 @@ def predict(
         assert output is not None
         names = names_of_rows(rows, prompt_name_column, list(folders))
         base = base_model_name(prompt, model)
-        write_file(rows, RayAnswers(rows, names, prompt, base, workers, options, settings), output, resume)
+        distributed = RayAnswers(rows, names, prompt, base, workers, options, settings, task=task, force=force)
+        write_file(rows, distributed, output, resume)
         return
     pipe = load_pipeline(prompt, model, force=force, task=task, **settings)
     if ensemble:

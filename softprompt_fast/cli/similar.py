@@ -69,6 +69,7 @@ def similar(
     tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     sources = {n: tuned.prompts[n].detach() for n in folders if own is None or folders[n].resolve() != own.resolve()}
     if task is not None:
+        task.read_chat(tokenizer)
         _check_places(task, {name: folders[name] for name in sources})
     with progress_bar(len(rows) * (1 + len(sources)), console) as advance:
         ranking = rank_prompts(

@@ -84,6 +84,7 @@ def train(
     require("train", "accelerate", "datasets", "sklearn", purpose="train")
     if tensorboard:
         require("train", "tensorboard", purpose="--tensorboard")
+    _check_prompt_name(name, "--name")
     settings = settings_of(init="text") if "text" in (member_init or ()) else settings_of()
     if member_init and members not in (1, len(member_init)):
         raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
@@ -154,7 +155,6 @@ def _held_out_groups(
 
 def _groups(rows: Examples, column: str) -> dict[str, Examples]:
     """The rows of each task."""
-    from ..prompts.fast_soft_prompt import check_name
     from ..tasks.rows import grouped, place
     from ..tasks.values import is_missing, label_name
 
@@ -168,5 +168,15 @@ def _groups(rows: Examples, column: str) -> dict[str, Examples]:
 
     groups = grouped(rows, task_of)
     for task in groups:
-        check_name(task)
+        _check_prompt_name(task, f"a task of column {column!r}")
     return groups
+
+
+def _check_prompt_name(name: str, what: str) -> None:
+    """Checks a name of a prompt; an error says where it comes from."""
+    from ..prompts.fast_soft_prompt import check_name
+
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`name`", what)) from error

@@ -109,7 +109,8 @@ def _train(work: Work, model: Any, backend: Backend, keep: Any) -> Trained:
         chosen = [targets[i] for i in indices]
         logits = backend.target_logits([texts[i] for i in indices], chosen)
         tokens = torch.tensor([token for target in chosen for token in target], device=logits.device)
-        return loss(logits, tokens)
+        rows = torch.tensor([row for row, target in enumerate(chosen) for _ in target], device=logits.device)
+        return loss(logits, tokens, rows)
 
     return train(
         model,

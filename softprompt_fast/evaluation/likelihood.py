@@ -15,6 +15,8 @@ from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.collation import length_order, padded
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import IGNORED, encode_targets, encode_text, label_words
+from ..tasks.examples import check_complete
+from ..tasks.label_tree import LabelTree
 from ..tasks.task import Task
 from .scores import RowScores
 
@@ -101,12 +103,19 @@ def target_log_likelihoods(backend: Backend, texts: Ids, targets: Ids) -> Tensor
 
 @torch.no_grad()
 def label_log_probabilities(backend: Backend, texts: Ids, words: Ids) -> Tensor:
-    """[B, C], log-probability of each label among the labels, by their words; float64, on the host."""
-    if all(len(word) == 1 for word in words):
-        scores = backend.next_logits(texts)[:, [word[0] for word in words]].double().cpu()
-    else:
-        scores = torch.stack([target_log_likelihoods(backend, texts, [word] * len(texts)) for word in words], 1)
-    return scores.log_softmax(-1)
+    """[B, C], log-probability of each label among the labels, by their words; float64, on the host.
+
+    See :class:`LabelTree`.
+    """
+    tree = LabelTree(words)
+    values = {}
+    for path in tree.paths:
+        targets = [[*path, 0]] * len(texts)  # the last token is predicted, not read
+        logits = backend.target_logits(texts, targets) if path else backend.next_logits(texts)
+        logits = logits.view(len(texts), len(path) + 1, -1)
+        for prefix in tree.branches_on(path):
+            values[prefix] = logits[:, len(prefix), tree.branches[prefix]].double().cpu()
+    return tree.scores(values, len(texts)).log_softmax(-1)
 
 
 @dataclass
@@ -148,10 +157,11 @@ def encode_rows(
         texts: token ids that replace the rows' own texts.
 
     Raises:
-        ValueError: no rows, or a row whose label the task does not know.
+        ValueError: no rows, a row without text or target, or a label that the task does not know.
     """
     if not rows:
         raise ValueError("`rows` must hold at least one row, got none")
+    check_complete(task, rows, "rows")
     with counting_cuts():
         if texts is None:
             texts = [encode_text(task, row, tokenizer, encoder_decoder=encoder_decoder) for row in rows]

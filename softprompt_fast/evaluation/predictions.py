@@ -9,6 +9,7 @@ from ..base.modules import evaluating
 from ..hf.generation_options import with_end_token
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import pad_token_id, padded
+from ..tasks.containers import as_rows
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import encode_text, label_words, moved_space
 from ..tasks.examples import Examples
@@ -37,6 +38,7 @@ def predict(
         Classification: ``{"prediction": label, "scores": {label: probability}}``, probabilities among the labels.
         Generation: ``{"prediction": text}``.
     """
+    rows = as_rows(rows)
     backend = ModelBackend(model, prompt_name(model, task, prompt))
     with counting_cuts():
         texts = [encode_text(task, row, tokenizer, encoder_decoder=backend.encoder_decoder) for row in rows]
@@ -73,8 +75,10 @@ def evaluate(
         of the responses) and ``perplexity``. Both: ``rows``.
 
     Raises:
-        ValueError: no rows, or a row whose label the task does not know.
+        ValueError: no rows, a row without text or target (``tasks.complete_rows`` leaves such rows out), or a label
+            that the task does not know.
     """
+    rows = as_rows(rows)
     backend = ModelBackend(model, prompt_name(model, task, prompt))
     encoded = encode_rows(task, rows, tokenizer, encoder_decoder=backend.encoder_decoder)
     with evaluating(model):

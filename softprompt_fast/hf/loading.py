@@ -34,7 +34,7 @@ def load_base_model(
     Raises:
         ValueError: an unknown dtype.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     _check_dtype(dtype)
     device = device or _default_device()
@@ -56,8 +56,15 @@ def load_base_model(
             config = AutoConfig.from_pretrained(**_files(name))
             kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model = kind.from_pretrained(**_files(name), dtype=type_of(config))
-        tokenizer = AutoTokenizer.from_pretrained(**_files(name))
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), load_tokenizer(name)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, named as for :func:`load_base_model`."""
+    from transformers import AutoTokenizer
+
+    with _without_bars():
+        return AutoTokenizer.from_pretrained(**_files(name))
 
 
 def resolve_dtype(name: str, dtype: str = "auto", device: str | None = None) -> DtypeChoice | None:

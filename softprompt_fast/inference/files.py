@@ -89,6 +89,11 @@ def check_output(output: Path, source: str | None = None, *, resume: bool = Fals
             raise ValueError(f"`output` must not be in the folder of the rows, got {output}")
     if output.is_dir():
         raise ValueError(f"`output` must be a file, got the folder {output}")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"`output` must be in a folder, got {output}, and {folder} is a file")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"`output` must be in a folder that can be written to, got {output}")
     if not resume and (output.exists() or _lines_of(output).exists()):
         raise FileExistsError(f"{output} already holds answers; resume, or choose another file")
 
@@ -120,6 +125,7 @@ def write_answers(
     check_output(output, resume=resume)
     lines = _lines_of(output)
     if resume and lines != output and output.exists():
+        _check_table(output, rows)
         return Written(0, 0)
     output.parent.mkdir(parents=True, exist_ok=True)
     finished = _finished(lines, rows)
@@ -202,7 +208,10 @@ def _finished(lines: Path, rows: Examples) -> int:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            written = plain(json.loads(line))
+            try:
+                written = plain(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"cannot resume: {lines}, line {count + 1} is not JSON ({error})") from error
             expected = plain(rows[count]) if count < len(rows) else None
             if expected is None or any(name not in written or written[name] != expected[name] for name in expected):
                 raise ValueError(
@@ -212,6 +221,19 @@ def _finished(lines: Path, rows: Examples) -> int:
             count += 1
         file.truncate(whole)
     return count
+
+
+def _check_table(output: Path, rows: Examples) -> None:
+    """Refuses a finished table that holds answers to other rows."""
+    from ..tasks.tables import load_rows
+
+    written = load_rows(str(output), delimiter=",")
+    if len(written) != len(rows) or any(
+        isinstance(value, str) and value.encode(errors="replace").decode() != (found.get(name) or "")
+        for row, found in zip(rows, written, strict=True)
+        for name, value in row.items()
+    ):
+        raise ValueError(f"cannot resume: {output} is finished and holds answers to other rows")
 
 
 def _read(lines: Path) -> Iterator[dict[str, Any]]:

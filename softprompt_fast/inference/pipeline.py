@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,14 @@ import numpy as np
 from ..evaluation.ensembles import COMBINATIONS, combine_members
 from ..hf import architecture
 from ..hf.generation_options import setting, with_end_token, with_settings
+from ..tasks.containers import listed
 from ..tasks.cuts import counting_cuts
+from ..tasks.label_tree import LabelTree
 from .engine import Engine
 from .prompt_bank import PromptBank
 from .requests import OnResult, Request, Result, Run, Unit, answer
-from .scoring import score_head, score_units
-from .texts import Encoded, Labels, Prompts, TextEncoder, Texts, listed, prompt_of_each
+from .scoring import label_scores, label_units, score_head, score_units
+from .texts import Encoded, Labels, Prompts, TextEncoder, Texts, prompt_of_each
 
 
 class SoftPromptPipeline:
@@ -99,30 +102,24 @@ class SoftPromptPipeline:
         def prepare(index: int) -> Request:
             names = members[index]
             words = self.encoder.label_words(labels, rows[index], names[0]) if not head else {}
+            tree = LabelTree(list(words.values()))
             encoded: Encoded = {}
             units: list[Unit] = []
             for name in names:
                 ids = self.encoder.ids(rows[index], name, encoded)
                 if head:
                     units.append(Unit(index, len(units), name, ids))
-                elif all(len(word) == 1 for word in words.values()):
-                    units.append(Unit(index, len(units), name, ids, choices=[word[0] for word in words.values()]))
                 else:
-                    units += [Unit(index, len(units) + i, name, ids, word) for i, word in enumerate(words.values())]
+                    units += label_units(tree, index, len(units), name, ids)
             names_of_labels = list(self._base.config.id2label.values()) if head else list(words)
 
             def finish(results: list[list[float]]) -> Result:
-                logits = np.asarray([value for values in results for value in values]).reshape(len(names), -1)
+                logits = np.asarray(results if head else label_scores(tree, results)).reshape(len(names), -1)
                 return combine_members(names_of_labels, logits, combine if ensemble is not None else None)
 
             return Request(units, finish)
 
-        def run(units: list[Unit]) -> list[Any]:
-            if head:
-                return score_head(self.engine, units)
-            scores = score_units(self.engine, units)
-            return [values if unit.choices else [sum(values)] for unit, values in zip(units, scores, strict=True)]
-
+        run = partial(score_head if head else score_units, self.engine)
         return self._answer(len(rows), prepare, run, on_result)
 
     def score(

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..prompts.peft_files import DEEP, peft_type, prompts_by_name, read_prompt
+from ..prompts.base_identity import check_known_base
+from ..prompts.peft_files import DEEP, peft_type, prompts_by_name, read_base, read_prompt
 from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
 from ..tasks.values import plain
@@ -42,18 +43,31 @@ class Worker:
             torch.set_num_threads(threads)
         model, tokenizer = load_base_model(base, settings["dtype"], settings["device"])
         bank = PromptBank(model)
-        for name, (vectors, task) in ray.get(prompts).items():
-            bank.add(name, torch.from_numpy(vectors.copy()), task=Task(**task) if task else None)
+        self.refusal: str | None = None
+        """Why the prompts cannot be used with this model. An error here would make Ray start workers for ever."""
+        for name, (vectors, task, (base_name, fingerprint)) in ray.get(prompts).items():
+            try:
+                check_known_base(name, base_name, fingerprint, model)
+                bank.add(name, torch.from_numpy(vectors.copy()), task=Task(**task) if task else None)
+            except ValueError as error:
+                self.refusal = str(error)
         self.options = options
         self.pipeline = SoftPromptPipeline(
             bank, tokenizer, max_batch_rows=settings["batch_size"], max_batch_tokens=settings["batch_tokens"]
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rows = [json.loads(row) for row in batch["row"]]
-        names = [json.loads(name) for name in batch["prompt"]]
-        results = answer_rows(self.pipeline, rows, names, self.options)
-        return {"index": batch["index"], "result": np.array([json.dumps(result) for result in results], dtype=object)}
+        texts = [""] * len(batch["index"])
+        if self.refusal is None:
+            rows = [json.loads(row) for row in batch["row"]]
+            names = [json.loads(name) for name in batch["prompt"]]
+            texts = [json.dumps(result) for result in answer_rows(self.pipeline, rows, names, self.options)]
+        refusals = [self.refusal or ""] * len(texts)
+        return {
+            "index": batch["index"],
+            "result": np.array(texts, dtype=object),
+            "refusal": np.array(refusals, dtype=object),
+        }
 
 
 class RayAnswers:
@@ -65,9 +79,12 @@ class RayAnswers:
         workers: number of workers; each gets a GPU if the cluster has some.
         options: generation options.
         settings: ``batch_size``, ``batch_tokens``, ``dtype``, ``device``.
+        task: of prompts whose folder has none.
+        force: also use prompts that were tuned on other weights than the model's.
 
     Raises:
-        ValueError: a deep prompt: workers get vectors, and a deep prompt has keys and values.
+        ValueError: a deep prompt: workers get vectors, and a deep prompt has keys and values. When answers are asked
+            for: a prompt that does not belong to the model.
     """
 
     def __init__(
@@ -79,6 +96,9 @@ class RayAnswers:
         workers: int,
         options: Mapping[str, Any],
         settings: Mapping[str, Any],
+        *,
+        task: Task | None = None,
+        force: bool = False,
     ) -> None:
         self.rows, self.names, self.base, self.workers = rows, names, base, workers
         self.options, self.settings = dict(options), dict(settings)
@@ -88,8 +108,12 @@ class RayAnswers:
         if deep:
             raise ValueError(f"--engine ray cannot be combined with deep prompts, got {', '.join(deep)}")
         for name, folder in folders.items():
-            task = asdict(Task.load(folder)) if (folder / TASK_FILE).is_file() else None
-            self.prompts[name] = (read_prompt(folder)[0].numpy(), task)
+            own = Task.load(folder) if (folder / TASK_FILE).is_file() else task
+            self.prompts[name] = (
+                read_prompt(folder)[0].numpy(),
+                None if own is None else asdict(own),
+                (None, None) if force else read_base(folder),
+            )
 
     def __call__(self, start: int) -> Iterator[list[Result]]:
         import ray
@@ -119,6 +143,8 @@ class RayAnswers:
         for batch in answered.iter_batches(batch_size=BATCH, batch_format="numpy"):
             if batch["index"].tolist() != list(range(expected, expected + len(batch["index"]))):
                 raise RuntimeError(f"rows came back out of order after row {expected}")
+            if refusal := str(batch["refusal"][0]):
+                raise ValueError(refusal)
             expected += len(batch["index"])
             yield [json.loads(result) for result in batch["result"]]
         if expected != len(self.rows):

@@ -26,8 +26,8 @@ class Unit:
     ids: list[int]
     target: list[int] = field(default_factory=list)
     """Tokens whose log-probabilities are asked for, one after the other, starting after `ids`."""
-    choices: list[int] | None = None
-    """Or: tokens that may follow `ids`."""
+    choices: list[tuple[int, list[int]]] | None = None
+    """Or: what is asked for is how likely these tokens follow `ids` and so many tokens of the target."""
 
     @property
     def length(self) -> int:

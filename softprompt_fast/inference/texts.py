@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..hf.architecture import context_length, is_causal, is_encoder_decoder
+from ..tasks.containers import listed
 from ..tasks.encoding import (
     answer_ids,
     checked,
@@ -20,6 +21,7 @@ from ..tasks.encoding import (
 )
 from ..tasks.examples import is_empty
 from ..tasks.task import Task
+from ..tasks.values import is_blank
 from .prompt_bank import PromptBank
 
 Text = str | Mapping[str, Any]
@@ -79,7 +81,7 @@ class TextEncoder:
         Raises:
             ValueError: no text, or another value than a string or a mapping with the template's columns.
         """
-        if is_missing(text) or (isinstance(text, str) and not text.strip()):
+        if is_missing(text) or (isinstance(text, str) and is_blank(text)):
             raise ValueError("the text is empty")
         if not isinstance(text, (str, Mapping)):
             raise ValueError(f"a text must be a string or a mapping of columns, got {type(text).__name__}")
@@ -152,8 +154,8 @@ class TextEncoder:
                 before = [checked(self._row(text, None, name)["text"])]
                 each = [continuation_ids(self.tokenizer, word, before) for word in said.values()]
             ids = dict(zip(said, with_ends(each, self.tokenizer) if all(each) else each, strict=True))
-        if len(ids) < 2 or not all(ids.values()):
-            raise ValueError(f"`labels` must be at least two words with tokens, got {dict(said)}")
+        if len({tuple(word) for word in ids.values()}) < 2 or not all(ids.values()):
+            raise ValueError(f"`labels` must be at least two words with different tokens, got {dict(said)}")
         return ids
 
     def _task(self, name: str | None) -> Task | None:
@@ -165,22 +167,6 @@ def is_missing(value: Any) -> bool:
     return (
         value is None or type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value)
     )
-
-
-def listed(values: Any, argument: str, what: str) -> list[Any]:
-    """The items of any container by position; the rows of a table as mappings.
-
-    Raises:
-        TypeError: one string or mapping, or no container.
-    """
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"`{argument}` must be a list of {what}, got one {type(values).__name__}")
-    if hasattr(values, "columns") and hasattr(values, "to_dict"):  # pandas
-        return list(values.to_dict("records"))
-    for method in ("to_dicts", "to_pylist"):  # polars' and pyarrow's tables
-        if hasattr(values, method):
-            return list(getattr(values, method)())
-    return list(values)
 
 
 def prompt_of_each(prompts: Prompts, texts: list[Any]) -> list[str | None]:

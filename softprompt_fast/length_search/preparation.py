@@ -14,8 +14,9 @@ from rich.console import Console
 from ..hf.architecture import context_length, is_encoder_decoder
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
-from ..tasks.encoding import encode, label_token_ids
+from ..tasks.encoding import encode, label_words
 from ..tasks.examples import Examples, digest
+from ..tasks.label_tree import LabelTree
 from ..tasks.task import Task
 from ..tuning.prompt_setup import check_form
 from ..tuning.settings import DEFAULT_STEPS, DEFAULT_TOKENS, TuningSettings
@@ -201,8 +202,8 @@ def measure_costs(
     check_room(model, longest_prompt, max(*train, *held_out))
     rows = settings.batch_size * settings.gradient_accumulation_steps
     passes = 1  # how often a text runs to be scored
-    if task.kind == "classification" and (encoder_decoder or label_token_ids(task, tokenizer) is None):
-        passes = len(task.labels)
+    if task.kind == "classification":
+        passes = len(LabelTree(label_words(task, tokenizer, encoder_decoder=encoder_decoder)).paths)
     if isinstance(model, DeepPromptModel):
         per_step = per_row = 0.0  # deep prompts run no prompt tokens
     elif model.runner is None or model.runner.unsupported is not None or encoder_decoder:

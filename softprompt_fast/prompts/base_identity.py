@@ -61,15 +61,24 @@ def check_base(folder: PathLike[str] | str, model: Any, *, force: bool = False) 
     Raises:
         ValueError: naming both models.
     """
-    if force:
-        return
-    name, fingerprint = read_base(folder)
+    if not force:
+        check_known_base(str(folder), *read_base(folder), model)
+
+
+def check_known_base(prompt: str, name: str | None, fingerprint: str | None, model: Any) -> None:
+    """As :func:`check_base`, of what an adapter folder says.
+
+    Args:
+        prompt: the folder or the name, for the message.
+        name: of the base model.
+        fingerprint: None: any model is accepted.
+    """
     if fingerprint is None:
         return
     own = base_fingerprint(model)
     if not same_base(fingerprint, own):
         raise ValueError(
-            f"{folder}: the prompt's base model must be {name or 'unnamed'!r} ({fingerprint}), got "
+            f"{prompt}: the prompt's base model must be {name or 'unnamed'!r} ({fingerprint}), got "
             f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} ({own}); force=True (--force) uses it "
             "nevertheless"
         )

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+logger = logging.getLogger("softprompt_fast")
+
 DELIMITERS = (",", ";", "\t", "|")
 SHOWN = 5
 """Lines that an error names."""
+SEEN, WORDS = 1000, 8
+"""Rows that are compared with the names of the columns; a longer name in words is a text."""
+NO_HEADER = "if the file has no header, give `header=False` (--no-header)"
 LIMIT = sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1
 """Longest cell; Python's own limit is 131,072 characters."""
 
@@ -29,14 +35,15 @@ class Record:
 
 
 def read_csv(
-    text: str, name: str, *, tabs: bool, delimiter: str | None = None
+    text: str, name: str, *, tabs: bool, delimiter: str | None = None, header: bool = True
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Rows and their lines. An empty cell is None; every other cell is its text.
 
     Args:
         name: of the file, for messages.
         tabs: the file is tab-separated; quotes may then be part of the text, as the file itself shows.
-        delimiter: None: found from the header and from the number of fields in each row.
+        delimiter: None: found from the first row and from the number of fields in each row.
+        header: the first row names the columns. Without a header they are called 1, 2, 3 and so on.
 
     Raises:
         ValueError: rows of other lengths than the header, torn quotes, or duplicate names, with their lines.
@@ -45,14 +52,14 @@ def read_csv(
     first = 0
     if lines and (match := re.fullmatch(r'"?sep=(.)"?\s*', lines[0], re.IGNORECASE)):
         delimiter, first = delimiter or match[1], 1
-    if delimiter is not None and len(delimiter) != 1:
-        raise ValueError(f"`delimiter` must be one character, got {delimiter!r}")
-    body = _Body(lines[first:], first + 1, name)
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise ValueError(f"`delimiter` must be one character, not a quote or a line break, got {delimiter!r}")
+    body = _Body(lines[first:], first + 1, name, header)
     if tabs and delimiter is None:
         delimiter = "\t"
     if delimiter is None:
         delimiter = _find_delimiter(body)
-    return _table(_tab_separated(body) if delimiter == "\t" else body.records(delimiter), name, delimiter)
+    return _table(_tab_separated(body) if delimiter == "\t" else body.records(delimiter), body, delimiter)
 
 
 @dataclass
@@ -63,6 +70,21 @@ class _Body:
     start: int
     """Line of the file at which they begin, counted from 1."""
     name: str
+    header: bool
+
+    def names(self, records: Sequence[Record]) -> list[str]:
+        """The names of the columns, without the empty ones that a separator at the end of the header makes."""
+        if not self.header:
+            return [str(number) for number in range(1, len(records[0].fields) + 1)]
+        names = list(records[0].fields)
+        while len(names) > 1 and not names[-1].strip():
+            names.pop()
+        return names
+
+    def misfits(self, records: Sequence[Record]) -> list[Record]:
+        """Rows of another length than the first. Empty fields after the last do not count."""
+        width = len(self.names(records))
+        return [record for record in records[1:] if len(record.fields) < width or any(record.fields[width:])]
 
     def records(self, delimiter: str, *, quotes: bool = True) -> list[Record]:
         """All rows with content.
@@ -108,7 +130,7 @@ def _fits(body: _Body, delimiter: str, *, quotes: bool = True) -> bool:
         records = body.records(delimiter, quotes=quotes)
     except ValueError:
         return False
-    return bool(records) and len(records[0].fields) > 1 and not _misfits(records)
+    return bool(records) and len(records[0].fields) > 1 and not body.misfits(records)
 
 
 def _tab_separated(body: _Body) -> list[Record]:
@@ -155,36 +177,41 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _misfits(records: Sequence[Record]) -> list[Record]:
-    """Rows of another length than the header. Empty fields after the last do not count."""
-    width = len(_header(records[0].fields))
-    return [record for record in records[1:] if len(record.fields) < width or any(record.fields[width:])]
-
-
-def _header(fields: Sequence[str]) -> list[str]:
-    """The names of the columns, without the empty ones that a separator at the end of the line makes."""
-    names = list(fields)
-    while len(names) > 1 and not names[-1].strip():
-        names.pop()
-    return names
-
-
-def _table(records: list[Record], name: str, delimiter: str) -> tuple[list[dict[str, Any]], list[int]]:
-    if len(records) < 2:
+def _table(records: list[Record], body: _Body, delimiter: str) -> tuple[list[dict[str, Any]], list[int]]:
+    name = body.name
+    if len(records) < 1 + body.header:
         raise ValueError(f"{name} holds no rows" + ("" if not records else " after its header"))
-    names = _header(records[0].fields)
+    names = body.names(records)
     if double := sorted({column for column in names if names.count(column) > 1}):
         raise ValueError(
             f"{name}, line {records[0].line}: the header must name each column once, got "
-            f"{', '.join(map(repr, double))} more than once"
+            f"{', '.join(map(repr, double))} more than once; {NO_HEADER}"
         )
-    if wrong := _misfits(records):
+    if wrong := body.misfits(records):
         shown = ", ".join(f"line {r.line} has {len(r.fields)}" for r in wrong[:SHOWN])
+        first = f"header ({', '.join(names)})" if body.header else "first row"
         raise ValueError(
-            f"{name}: {len(wrong)} of {len(records) - 1} rows do not have the {len(names)} fields of the header "
-            f"({', '.join(names)}), separated by {delimiter!r}: {shown}{' and others' if len(wrong) > SHOWN else ''}; "
+            f"{name}: {len(wrong)} of {len(records) - body.header} rows do not have the {len(names)} fields of the "
+            f"{first}, separated by {delimiter!r}: {shown}{' and others' if len(wrong) > SHOWN else ''}; "
             "a field with separators in it is enclosed in quotes, and `delimiter` (--delimiter) gives another separator"
         )
+    if body.header:
+        if data := _like_data(names, records[1:]):
+            logger.warning(
+                "%s, line %d names the columns, but looks like data (%r); %s", name, records[0].line, data, NO_HEADER
+            )
+        records = records[1:]
     width = len(names)
-    rows = [dict(zip(names, (cell or None for cell in record.fields[:width]), strict=True)) for record in records[1:]]
-    return rows, [record.line for record in records[1:]]
+    rows = [dict(zip(names, (cell or None for cell in record.fields[:width]), strict=True)) for record in records]
+    return rows, [record.line for record in records]
+
+
+def _like_data(names: Sequence[str], records: Sequence[Record]) -> str | None:
+    """A name of a column that is a value: it recurs in its column, is a number among numbers, or is a sentence."""
+    counted = all(name == str(place) for place, name in enumerate(names, int(names[0] == "1")))
+    for place, name in enumerate(names):
+        cells = [record.fields[place] for record in records[:SEEN]]
+        number = _is_number(name) and not counted and all(_is_number(cell) for cell in cells if cell)
+        if (name.strip() and name in cells) or number or len(name.split()) > WORDS:
+            return name
+    return None

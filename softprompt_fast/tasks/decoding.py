@@ -20,6 +20,19 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 COMPRESSIONS = ((b"\x1f\x8b", gzip.decompress), (b"BZh", bz2.decompress), (b"\xfd7zXZ\x00", lzma.decompress))
+FOREIGN = (
+    (b"PK\x03\x04", "a zip archive or a spreadsheet; unpack it, or save the sheet as csv"),
+    (b"\xd0\xcf\x11\xe0", "a spreadsheet; save it as csv"),
+    (b"PAR1", "a parquet file; name it .parquet"),
+    (b"ARROW1", "an Arrow file; save it as parquet"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it"),
+    (b"SQLite format 3", "a database; save the rows as csv"),
+    (b"%PDF", "a PDF document"),
+    (b"<!doctype html", "a web page; download the file itself"),
+    (b"<html", "a web page; download the file itself"),
+    (b"version https://git-lfs", "a pointer of Git LFS; `git lfs pull` brings the file itself"),
+)
+"""First bytes of files that are often given another file's name, in lower case where they are text."""
 WESTERN = (
     r"\xc0-\xd6\xd8-\xf6\xf8-\xff\u0152\u0153\u0160\u0161\u017d\u017e\u0178"  # letters
     r"\xa0\xa1\xa3\xa7\xa9\xab\xae\xb0\xb4\xb7\xbb\xbf\u20ac"  # signs
@@ -34,8 +47,20 @@ def decompressed(data: bytes) -> bytes:
     """The contents of a gz, bz2 or xz file, known by its first bytes; other bytes as they are."""
     for mark, function in COMPRESSIONS:
         if data.startswith(mark):
-            return function(data)
+            return decompressed(function(data))
     return data
+
+
+def check_contents(data: bytes, name: str) -> None:
+    """Refuses files that their first bytes show to be no text.
+
+    Raises:
+        ValueError: what the file is, and what to do.
+    """
+    start = data[:64].lstrip()
+    for mark, what in FOREIGN:
+        if start.startswith(mark) or start.lower().startswith(mark):
+            raise ValueError(f"{name} is {what}")
 
 
 def read_bytes(path: Path, name: str) -> bytes:

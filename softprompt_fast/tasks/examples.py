@@ -9,16 +9,21 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .containers import as_rows
 from .rows import Examples as Examples
-from .rows import choose, places
+from .rows import choose, place, places
 from .task import Task
-from .values import is_missing, label_name, matching_label
+from .values import is_missing, label_name, matching_label, messages_of
 
 logger = logging.getLogger("softprompt_fast")
+
+UNREADABLE = "readable text"
+"""What a row lacks whose text, label or response is a list, a mapping or no valid Unicode."""
 
 
 def split_rows(rows: Examples, held_out: float | int, seed: int = 0) -> tuple[Examples, Examples]:
     """Shuffles rows with a seed and holds out a share (below 1) or a number of them; returns the others and those."""
+    rows = as_rows(rows)
     count = round(len(rows) * held_out) if held_out < 1 else int(held_out)
     if not 0 < count < len(rows):
         raise ValueError(f"`held_out` must leave rows on both sides of {len(rows)}, got {held_out}")
@@ -38,27 +43,77 @@ def is_empty(task: Task, row: Mapping[str, Any]) -> bool:
     return all(name in row and is_missing(row[name]) for name in task.columns)
 
 
+def unreadable(task: Task, row: Mapping[str, Any]) -> str | None:
+    """Why the text, the label or the response of a row cannot be read; None: it can, or it is missing.
+
+    Raises:
+        ValueError: a value that is not one label.
+    """
+    target = task.target_column
+    if task.kind == "classification" and not isinstance(row.get(target), str):
+        label_name(row.get(target), target)
+    for column in dict.fromkeys((*task.columns, target)):
+        value = row.get(column)
+        if task.chat is not None and messages_of(value) is not None:
+            continue  # it is rendered when the chat template is known
+        try:
+            task.cell(value, column)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
 def has_target(task: Task, row: Mapping[str, Any]) -> bool:
     """Whether a row holds a label that the task knows, or a response."""
     if is_missing(row.get(task.target_column)):
         return False
-    return (
-        task.kind == "generation"
-        or matching_label(label_name(row[task.target_column], task.target_column), task.label_words) is not None
-    )
+    if task.kind == "generation":
+        return True
+    try:
+        name = label_name(row[task.target_column], task.target_column)
+    except ValueError:
+        if isinstance(row[task.target_column], str):
+            return False
+        raise
+    return matching_label(name, task.label_words) is not None
 
 
 def lacks(task: Task, row: Mapping[str, Any]) -> str | None:
-    """What a row must have to be scored and lacks: "text", or the target's column. None: it has both.
+    """What a row must have to be scored and lacks: "text", the target's column, or "readable text" and why.
+
+    Returns:
+        None for a row that lacks nothing.
 
     Raises:
-        ValueError: no such column.
+        ValueError: no such column, or a value that is not one label.
     """
     if is_empty(task, row):
         return "text"
     if task.target_column not in row:
         raise ValueError(f"no column {task.target_column!r} in the data, which has {list(row)}")
-    return repr(task.target_column) if is_missing(row[task.target_column]) else None
+    if is_missing(row[task.target_column]):
+        return repr(task.target_column)
+    reason = unreadable(task, row)
+    return None if reason is None else f"{UNREADABLE}: {reason}"
+
+
+def check_complete(task: Task, rows: Sequence[Mapping[str, Any]], argument: str) -> None:
+    """Refuses rows without text or target.
+
+    Args:
+        argument: the name of the rows, for the message.
+
+    Raises:
+        ValueError: how many rows lack one, the first of them, and what to do.
+    """
+    lacking = {i: what for i, row in enumerate(rows) if (what := lacks(task, row)) is not None}
+    if lacking:
+        first = min(lacking)
+        raise ValueError(
+            f"`{argument}` must hold text and {task.target_column!r} in each row of {task.prompt!r}, "
+            f"{len(lacking)} of {len(rows)} lack one: {place(rows, first)} has no {lacking[first]}; "
+            "tasks.complete_rows(task, rows) leaves such rows out"
+        )
 
 
 def complete_rows(task: Task, rows: Examples) -> Examples:
@@ -67,6 +122,7 @@ def complete_rows(task: Task, rows: Examples) -> Examples:
     Raises:
         ValueError: no row is left, or no such column.
     """
+    rows = as_rows(rows)
     return _kept(task, rows, [lacks(task, row) for row in rows])
 
 
@@ -80,6 +136,8 @@ def usable_rows(task: Task, rows: Sequence[Mapping[str, Any]]) -> Examples:
     def lacks_here(row: Mapping[str, Any]) -> str | None:
         if is_empty(task, row):
             return "text"
+        if not is_missing(row.get(task.target_column)) and (reason := unreadable(task, row)) is not None:
+            return f"{UNREADABLE}: {reason}"
         return None if has_target(task, row) else f"known {task.target_column}"
 
     return _kept(task, rows, [lacks_here(row) for row in rows])
@@ -90,12 +148,14 @@ def _kept(task: Task, rows: Sequence[Mapping[str, Any]], lacking: Sequence[str |
     indices = [i for i, what in enumerate(lacking) if what is None]
     if len(indices) == len(rows):
         return choose(rows, indices)
-    out = {
-        what: [i for i, other in enumerate(lacking) if other == what]
-        for what in dict.fromkeys(lacking)
-        if what is not None
-    }
-    reasons = "; ".join(f"no {what} ({places(rows, which)})" for what, which in out.items())
+    out: dict[str, list[int]] = {}
+    whys: dict[str, str] = {}
+    for i, lack in enumerate(lacking):
+        if lack is not None:
+            what, _, why = lack.partition(": ") if lack.startswith(UNREADABLE) else (lack, "", "")
+            out.setdefault(what, []).append(i)
+            whys.setdefault(what, f": {why}" if why else "")
+    reasons = "; ".join(f"no {what} ({places(rows, which)}{whys[what]})" for what, which in out.items())
     if not indices:
         raise ValueError(
             f"`rows` must hold rows with text and {task.target_column!r}, got none among {len(rows)}: {reasons}"

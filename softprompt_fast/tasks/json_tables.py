@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+LINE_END = re.compile(r"\r\n|\n|\r")
+"""No other character that Python takes for the end of a line: these may be part of a text."""
 Read = tuple[list[dict[str, Any]], list[int]]
 """Rows, and the line (JSON lines) or the number (JSON) of each, counted from 1."""
 
@@ -19,7 +22,7 @@ def read_json_lines(text: str, name: str) -> Read:
     if text.lstrip().startswith("["):
         return read_json(text, name)
     rows, numbers = [], []
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(LINE_END.split(text), 1):
         line = line.strip()
         if not line:
             continue
@@ -59,6 +62,10 @@ def _parsed(text: str, place: str) -> Any:
         raise ValueError(f"{place}: not JSON ({error})") from error
     except RecursionError as error:
         raise ValueError(f"{place}: nested too deeply") from error
+    except ValueError as error:
+        if str(error).startswith(place):
+            raise
+        raise ValueError(f"{place}: a number with too many digits ({error})") from error
 
 
 def _object(pairs: list[tuple[str, Any]], place: str) -> dict[str, Any]:
@@ -77,7 +84,9 @@ def _checked(row: Any, place: str) -> dict[str, Any]:
 
 
 def _rows_of(data: Mapping[str, Any], name: str) -> Any:
-    """The rows of an object: of the one list of objects in it, or by columns, as pandas writes them."""
+    """The rows of an object: of the one list of objects in it, or by columns or numbers, as pandas writes them."""
+    if not data:
+        return []
     tables = [key for key, value in data.items() if isinstance(value, list) and value and _objects(value)]
     if len(tables) == 1 and not any(isinstance(value, list) for key, value in data.items() if key != tables[0]):
         return data[tables[0]]
@@ -91,6 +100,13 @@ def _rows_of(data: Mapping[str, Any], name: str) -> Any:
             raise ValueError(f"{name} must have columns of one length, got {lengths}")
         return [dict(zip(data, values, strict=True)) for values in zip(*columns, strict=True)]
     if columns and all(isinstance(column, dict) for column in columns):
+        if _counted(data) and not any(_counted(column) for column in columns):
+            return columns
+        if not all(_counted(column) for column in columns):
+            raise ValueError(
+                f"{name} can be read by rows or by columns ({', '.join(map(repr, list(data)[:3]))}, ...); make it a "
+                "list of rows (orient='records' in pandas)"
+            )
         if any(list(column) != list(columns[0]) for column in columns):
             raise ValueError(f"{name} must have columns with the same rows, got others in some")
         return [{key: column[row] for key, column in data.items()} for row in columns[0]]
@@ -100,6 +116,11 @@ def _rows_of(data: Mapping[str, Any], name: str) -> Any:
         f"{name} must hold a list of rows, got an object with {', '.join(map(repr, data))}; "
         "put the rows' list alone in a file"
     )
+
+
+def _counted(data: Mapping[str, Any]) -> bool:
+    """Whether the keys are numbers of rows."""
+    return all(key.isdecimal() for key in data)
 
 
 def _objects(values: list[Any]) -> bool:

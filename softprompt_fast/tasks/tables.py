@@ -7,10 +7,10 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .csv_tables import read_csv
-from .decoding import decode, read_bytes
+from .decoding import check_contents, decode, read_bytes
 from .json_tables import read_json, read_json_lines
 from .rows import Origin, Rows, joined
 
@@ -27,6 +27,14 @@ SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files of a folder that ``datasets`` has written with ``save_to_disk``."""
 
 
+class TextForm(NamedTuple):
+    """How a text file is read; see :func:`load_rows`."""
+
+    delimiter: str | None
+    encoding: str | None
+    header: bool
+
+
 def load_rows(
     source: str,
     split: str | None = None,
@@ -34,6 +42,7 @@ def load_rows(
     config: str | None = None,
     delimiter: str | None = None,
     encoding: str | None = None,
+    header: bool = True,
 ) -> Rows:
     """Rows of a file, of a folder of files, or of a dataset on the hub.
 
@@ -44,6 +53,7 @@ def load_rows(
         config: configuration of a dataset on the hub.
         delimiter: between the fields of a csv or tsv file. By default the file shows it.
         encoding: of a text file. By default the file shows it.
+        header: the first row of a csv or tsv file names the columns. False: they are called 1, 2, 3 and so on.
 
     Returns:
         A list of dicts that also knows the file and line of each row.
@@ -52,7 +62,10 @@ def load_rows(
         ValueError: an unknown kind of file, one that cannot be read as it is, or no rows.
         FileNotFoundError: no such file.
     """
+    if source in ("", "-"):
+        raise ValueError(f"the data must be a file, a folder or a dataset on the hub, got {source!r}")
     path = Path(source)
+    form = TextForm(delimiter, encoding, header)
     if not path.exists():
         if kind_of(path) is not None or not HUB_NAME.fullmatch(source) or path.is_absolute():
             raise FileNotFoundError(f"no such file: {source}")
@@ -60,11 +73,11 @@ def load_rows(
     elif config is not None:
         raise ValueError(f"`config` is for datasets on the hub, and {source} is a file or folder")
     elif path.is_dir():
-        rows = _from_folder(path, split, delimiter, encoding)
+        rows = _from_folder(path, split, form)
     elif split is not None:
         raise ValueError(f"`split` is for datasets on the hub, and {source} is a file")
     else:
-        rows = _from_file(path, delimiter, encoding)
+        rows = _from_file(path, form)
     if not rows:
         raise ValueError(f"{source} holds no rows")
     return rows
@@ -95,7 +108,7 @@ def from_arrow(table: pa.Table, name: str, classes: dict[str, list[str]] | None 
     return Rows(rows, [Origin(name, "row", number) for number in range(1, len(rows) + 1)], table)
 
 
-def _from_file(path: Path, delimiter: str | None, encoding: str | None) -> Rows:
+def _from_file(path: Path, form: TextForm) -> Rows:
     kind, name = kind_of(path), str(path)
     if kind is None:
         raise ValueError(
@@ -103,11 +116,16 @@ def _from_file(path: Path, delimiter: str | None, encoding: str | None) -> Rows:
             "of a dataset on the hub"
         )
     data = read_bytes(path, name)
+    if not form.header and kind not in (".csv", ".tsv"):
+        raise ValueError(f"`header` (--no-header) is for csv and tsv files, got {path}")
     if kind == ".parquet":
+        if not data.startswith(b"PAR1"):
+            check_contents(data, name)
         return _from_parquet(data, name)
-    text = decode(data, name, encoding)
+    check_contents(data, name)
+    text = decode(data, name, form.encoding)
     if kind in (".csv", ".tsv"):
-        rows, numbers = read_csv(text, name, tabs=kind == ".tsv", delimiter=delimiter)
+        rows, numbers = read_csv(text, name, tabs=kind == ".tsv", delimiter=form.delimiter, header=form.header)
         return Rows(rows, [Origin(name, "line", number) for number in numbers])
     in_lines = kind in (".jsonl", ".ndjson")
     rows, numbers = (read_json_lines if in_lines else read_json)(text, name)
@@ -138,11 +156,15 @@ def _classes_of_metadata(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     }
 
 
-def _from_folder(folder: Path, split: str | None, delimiter: str | None, encoding: str | None) -> Rows:
+def _from_folder(folder: Path, split: str | None, form: TextForm) -> Rows:
     """Rows of all files of a folder, in the order of their names."""
     if any((folder / name).is_file() for name in SAVED):
         return _saved_to_disk(folder, split)
-    files = sorted(file for file in folder.iterdir() if file.is_file() and kind_of(file) is not None)
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and kind_of(file) is not None and not file.name.startswith(".")  # of editors and systems
+    )
     by_split: dict[str, list[Path]] = {}
     for file in files:
         match = SPLITS.match(file.name)
@@ -160,7 +182,7 @@ def _from_folder(folder: Path, split: str | None, delimiter: str | None, encodin
         raise ValueError(f"{folder} must hold {', '.join(SUFFIXES)} files, got none")
     if len(kinds := sorted({str(kind_of(file)) for file in files})) > 1:
         raise ValueError(f"{folder} must hold files of one kind, got {', '.join(kinds)}")
-    parts = [_from_file(file, delimiter, encoding) for file in files]
+    parts = [_from_file(file, form) for file in files]
     return _joined([part for part in parts if part])
 
 
@@ -196,7 +218,7 @@ def _saved_to_disk(folder: Path, split: str | None) -> Rows:
         data = data[chosen]
     elif split is not None:
         raise ValueError(f"`split` is for folders with several splits, and {folder} holds one")
-    return _of_dataset(data, str(folder))
+    return from_dataset(data, str(folder))
 
 
 def _from_hub(name: str, split: str, config: str | None) -> Rows:
@@ -207,7 +229,7 @@ def _from_hub(name: str, split: str, config: str | None) -> Rows:
     for log in quiet:
         log.setLevel(logging.ERROR)  # a line for each of a dozen attempts
     try:
-        return _of_dataset(load_dataset(name, config, split=split), name)
+        return from_dataset(load_dataset(name, config, split=split), name)
     except Exception as error:  # the library's errors have no common class
         raise ValueError(_why_not(name, split, error)) from error
     finally:
@@ -226,7 +248,8 @@ def _why_not(name: str, split: str, error: Exception) -> str:
     )
 
 
-def _of_dataset(data: Any, name: str) -> Rows:
+def from_dataset(data: Any, name: str) -> Rows:
+    """Rows of a dataset of ``datasets``. Numbers of classes become the classes' names."""
     table = data.with_format("arrow")[:]
     names = {column: getattr(feature, "names", None) for column, feature in data.features.items()}
     return from_arrow(table, name, {column: found for column, found in names.items() if found})

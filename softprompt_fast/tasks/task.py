@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from . import chat, templates
+from .containers import as_rows
 from .rows import place
-from .values import is_missing, label_name, label_names, matching_label, messages_of, text_of
+from .values import is_blank, is_missing, label_name, label_names, matching_label, messages_of, text_of
 from .words import spaced
 
 TASK_FILE = "task.json"
@@ -87,8 +88,8 @@ class Task:
                     f"the template names column {name!r}, but the data has {list(row)}; "
                     "a column is named as it is called, and braces around other text are doubled: {{ and }}"
                 )
-            values[name] = self._cell(row[name], name)
-        if not any(value.strip() for value in values.values()):
+            values[name] = self.cell(row[name], name)
+        if all(is_blank(value) for value in values.values()):
             raise ValueError("the text is empty")
         return templates.render(self.template, values)
 
@@ -123,8 +124,12 @@ class Task:
             raise ValueError(f"the row has no {self.target_column!r}")
         return row[self.target_column]
 
-    def _cell(self, value: Any, column: str) -> str:
-        """The text of a column; a conversation is written as the model's chat template says."""
+    def cell(self, value: Any, column: str) -> str:
+        """The text of a column's value; a conversation is written as the model's chat template says.
+
+        Raises:
+            ValueError: a value that is no text, naming the column and the value.
+        """
         messages = messages_of(value)
         if messages is None:
             return text_of(value, column)
@@ -171,6 +176,7 @@ def classification_task(
     Args:
         template: None: the text, a line break and the label column's name with a colon.
     """
+    rows = as_rows(rows)
     name = label_column.capitalize().replace("{", "{{").replace("}", "}}")
     template = template or f"{templates.field(text_column)}\n{name}:"
     if label_words is None:
@@ -195,7 +201,8 @@ def names_in(rows: Sequence[Mapping[str, Any]], column: str) -> set[str]:
             try:
                 names.add(label_name(row[column], column))
             except ValueError as error:
-                raise ValueError(f"{place(rows, i)}: {error}") from error
+                if not isinstance(row[column], str):  # text that is no valid Unicode costs its row only
+                    raise ValueError(f"{place(rows, i)}: {error}") from error
     return names
 
 

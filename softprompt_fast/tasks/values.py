@@ -8,6 +8,7 @@ import decimal
 import math
 import numbers
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -26,13 +27,18 @@ def is_missing(value: Any) -> bool:
     if value is None:
         return True
     if isinstance(value, str):
-        return not value.strip()
+        return is_blank(value)
     if isinstance(value, numbers.Number):
         return value != value
     kind = type(value).__name__
     if kind in ("datetime64", "timedelta64"):  # of numpy
         return bool(value != value)
     return kind in ("NaTType", "NAType")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: only white space, control and formatting characters (zero width)."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def scalar(value: Any) -> Any:

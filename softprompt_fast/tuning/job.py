@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..tasks.containers import as_rows
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .settings import TuningSettings
@@ -23,6 +24,10 @@ class TuningJob:
     """Settings of the prompt's initial values; None: the run's settings."""
     scorer: Callable[[str | None], dict[str, float]] | None = None
     """Replaces :func:`evaluate`: gives the held-out scores of the prompt with this name; None: without a prompt."""
+
+    def __post_init__(self) -> None:
+        self.train_rows = as_rows(self.train_rows, "train_rows")
+        self.held_out_rows = as_rows(self.held_out_rows, "held_out_rows")
 
 
 @dataclass

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..tasks.encoding import IGNORED, label_token_ids
+from ..tasks.encoding import IGNORED, label_words
+from ..tasks.label_tree import LabelTree
 from ..tasks.task import Task
 
 
@@ -76,6 +77,56 @@ class LabelLoss(AnswerLoss):
         )
 
 
+class LabelWordsLoss(AnswerLoss):
+    """Cross entropy at the branches of the label words' :class:`LabelTree`, for words of several tokens.
+
+    The targets of a row are the tokens of its label's word, one after the other.
+
+    Args:
+        words: token ids of each label's word.
+        label_smoothing: share of the target that is spread over all tokens of a branch, 0 to 1.
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]], label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+        branches = LabelTree(words).branches
+        prefixes = sorted({tuple(word[:step]) for word in words for step in range(len(word))}, key=len)
+        nodes = {prefix: node for node, prefix in enumerate(prefixes)}  # the empty one comes first
+        tokens = list(dict.fromkeys(token for word in words for token in word))
+        self.depth = max(map(len, words))
+        self._ids = torch.tensor(tokens)
+        # A last node without branches is for what follows a word.
+        self._next = torch.tensor(
+            [[nodes.get((*prefix, token), len(nodes)) for token in tokens] for prefix in prefixes]
+            + [[len(nodes)] * len(tokens)]
+        )
+        self._allowed = torch.tensor(
+            [[token in branches.get(prefix, ()) for token in tokens] for prefix in prefixes] + [[False] * len(tokens)]
+        )
+
+    def total(self, logits: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
+        assert rows is not None
+        if self._ids.device != logits.device:
+            self._ids, self._next, self._allowed = (
+                part.to(logits.device) for part in (self._ids, self._next, self._allowed)
+            )
+        places = (targets[:, None] == self._ids).to(torch.uint8).argmax(1)
+        continues = (rows == rows.roll(1)) & (targets.roll(1) != IGNORED)
+        continues[:1] = False
+        nodes = torch.zeros_like(places)
+        for _ in range(self.depth - 1):  # each pass is right for one more token of every row
+            nodes = torch.where(continues, self._next[nodes, places].roll(1), 0)
+        allowed = self._allowed[nodes]
+        # Not minus infinity: where no token is allowed its gradient would be NaN, although nothing is counted there.
+        among = logits[:, self._ids].float()
+        log_probabilities = among.masked_fill(~allowed, torch.finfo(among.dtype).min).log_softmax(-1)
+        losses = -log_probabilities.gather(1, places[:, None])[:, 0]
+        spread = -log_probabilities.masked_fill(~allowed, 0.0).sum(1) / allowed.sum(1).clamp(min=1)
+        losses = (1 - self.label_smoothing) * losses + self.label_smoothing * spread
+        counted = (targets != IGNORED) & allowed.gather(1, places[:, None])[:, 0]
+        return torch.where(counted, losses, 0.0).sum()
+
+
 class MixedLoss(AnswerLoss):
     """Several tasks in one batch, each with its own loss.
 
@@ -102,9 +153,15 @@ def choose_loss(
 ) -> AnswerLoss:
     """The loss of a task.
 
-    The objective "labels" needs labels of one token each and a decoder; otherwise the loss is :class:`VocabularyLoss`.
+    The objective "labels" compares labels only: :class:`LabelLoss` for words of one token, else
+    :class:`LabelWordsLoss`. Encoder-decoders with words of one token use :class:`VocabularyLoss`, as all others do.
     """
-    words = label_token_ids(task, tokenizer)
-    if objective == "labels" and words is not None and not encoder_decoder:
-        return LabelLoss(words, label_smoothing)
-    return VocabularyLoss(label_smoothing)
+    words = label_words(task, tokenizer, encoder_decoder=encoder_decoder)
+    if objective != "labels" or not words:
+        return VocabularyLoss(label_smoothing)
+    if any(len(word) > 1 for word in words):
+        return LabelWordsLoss(words, label_smoothing)
+    tokens = [word[0] for word in words]
+    if encoder_decoder or len(set(tokens)) < len(tokens):
+        return VocabularyLoss(label_smoothing)
+    return LabelLoss(tokens, label_smoothing)

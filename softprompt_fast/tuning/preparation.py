@@ -21,8 +21,7 @@ from ..prompts.fast_soft_prompt import check_name
 from ..prompts.placement import bos_vector
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import check_label_words, encode
-from ..tasks.examples import Examples, lacks
-from ..tasks.rows import place
+from ..tasks.examples import Examples, check_complete
 from ..tasks.words import alike
 from .job import TuningJob
 from .objective import AnswerLoss, choose_loss
@@ -84,13 +83,7 @@ def check_jobs(jobs: Sequence[TuningJob], settings: TuningSettings, shared_token
         for argument, rows in (("train_rows", job.train_rows), ("held_out_rows", job.held_out_rows)):
             if not rows:
                 raise ValueError(f"`{argument}` must hold at least one row, got none for {job.task.prompt!r}")
-            lacking = {i: what for i, row in enumerate(rows) if (what := lacks(job.task, row)) is not None}
-            if lacking:
-                first = min(lacking)
-                raise ValueError(
-                    f"`{argument}` must hold text and {job.task.target_column!r} in each row of {job.task.prompt!r}, "
-                    f"{len(lacking)} of {len(rows)} lack one: {place(rows, first)} has no {lacking[first]}"
-                )
+            check_complete(job.task, rows, argument)
     if settings.placement == "after_bos" and shared_tokens:
         raise ValueError("`shared_tokens` cannot be combined with placement='after_bos'")
 

@@ -65,7 +65,7 @@ class TuningSettings:
     objective: str = field(
         default="labels",
         metadata=described(
-            "Cross entropy among the label words, if each is one token (labels), or among all tokens (vocabulary).",
+            "Cross entropy among the labels (labels), or among all tokens (vocabulary).",
             one_of("labels", "vocabulary"),
             group=TRAINING,
         ),

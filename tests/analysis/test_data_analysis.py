@@ -123,6 +123,25 @@ def test_label_words_of_several_tokens_and_clashes() -> None:
     assert analysis.first_token_clashes == [["yes", "no"]]  # both are the unknown token
 
 
+def test_labels_of_held_out_rows_alone_and_rows_that_cannot_be_read() -> None:
+    rows = [*reviews(), {"text": ["film"], "label": "yes"}, {"text": "bad \ud83d", "label": "yes"}]
+    held_out = [*reviews(9), {"text": "film", "label": "perhaps"}, {"text": {"a": 1}, "label": "no"}]
+    analysis = analysed(rows, held_out, sample=0)
+    assert analysis.held_out_labels == ["perhaps"] and analysis.empty_rows == 2
+    said = "\n".join(analysis.recipe.warnings)
+    assert "no training row has the labels ['perhaps'] of held-out rows" in said
+    assert "2 of 66 training rows have no text or no readable one" in said
+
+
+def test_responses_that_are_cut_are_reported() -> None:
+    rows = [{"text": "film", "label": "very " * (i % 4)} for i in range(1, 9)]
+    task = Task("generation", "{text}", "label", max_length=3)
+    analysis = analysed(rows, task=task, sample=0)
+    assert analysis.cut_responses == 1 / 3
+    assert any("33.33% of the responses are longer than max_length=3" in w for w in analysis.recipe.warnings)
+    assert analysed(rows, task=Task("generation", "{text}", "label"), sample=0).cut_responses == 0
+
+
 def test_generation_tasks_have_lengths_and_no_classes(tmp_path: Path) -> None:
     rows = [{"text": row["text"], "label": "very fine film"} for row in reviews()]
     analysis = analysed(rows, rows[:9], task=TASKS["generation"])

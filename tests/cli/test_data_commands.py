@@ -110,6 +110,27 @@ def test_evaluate_leaves_out_what_cannot_be_scored(
     assert rows(run("evaluate", prompts["story"], [{"text": "film", "response": r} for r in (None, "fine", " ")])) == 1
 
 
+def test_evaluate_leaves_out_what_cannot_be_read(
+    prompts: dict[str, Path], run: Run, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    texts = ["fine film", "bad \ud83d", ["fine"], {"a": 1}, "dull film"]
+    result = run("evaluate", prompts["tone"], [{"text": text, "label": i % 2} for i, text in enumerate(texts)])
+    assert json.loads(result.stdout)["rows"] == 2
+    assert f"3 of 5 rows are left out: no readable text ({tmp_path / 'data.jsonl'}, lines 2, 3, 4: " in caplog.text
+
+
+def test_a_file_without_a_header(prompts: dict[str, Path], run: Run, tmp_path: Path, model_folder: Path) -> None:
+    data = "fine film,yes\ndull film,no\npoor film,no\n"
+    path = tmp_path / "data.csv"
+    path.write_text(data * 4)
+    columns = ("--no-header", "--text-column", "1", "--label-column", "2", "--template", "{1} Label :")
+    result = train(model_folder, path, tmp_path / "run", *columns)
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = answers(run("predict", tmp_path / "run", data, "--no-header", name="data.csv"))
+    assert [row["1"] for row in found] == ["fine film", "dull film", "poor film"]
+    assert json.loads(run("evaluate", tmp_path / "run", data, "--no-header", name="data.csv").stdout)["rows"] == 3
+
+
 @pytest.mark.parametrize(
     ("data", "name", "message"),
     [
@@ -190,6 +211,28 @@ def test_errors_of_an_earlier_run_are_not_counted(prompts: dict[str, Path], run:
     )
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_finished_file_is_resumed_for_its_own_rows_only(
+    prompts: dict[str, Path], run: Run, tmp_path: Path, suffix: str
+) -> None:
+    output = tmp_path / "new" / f"a.{suffix}"
+    rows = [{"text": "film", "number": 1}, {"text": " bad \ud83d", "number": None}]
+    run("predict", prompts["tone"], rows, "-o", output, status=3)
+    assert "wrote 0 rows" in run("predict", prompts["tone"], rows, "-o", output, "--resume").output
+    for other in ([*rows, rows[0]], [{"text": "other", "number": 1}, rows[1]]):
+        result = run("predict", prompts["tone"], other, "-o", output, "--resume", status=1)
+        assert "is finished and holds answers to other rows" in str(result.exception)
+
+
+def test_resuming_a_broken_file_names_its_line(prompts: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    output = tmp_path / "a.jsonl"
+    run("predict", prompts["tone"], BAD_TEXTS, "-o", output, status=3)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + b"\x00" * 9 + b"\n")
+    result = run("predict", prompts["tone"], BAD_TEXTS, "-o", output, "--resume", status=1)
+    assert f"cannot resume: {output}, line 2 is not JSON" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("output", "more", "message"),
     [
@@ -197,6 +240,8 @@ def test_errors_of_an_earlier_run_are_not_counted(prompts: dict[str, Path], run:
         ("link.jsonl", ("--resume",), "`output` must be another file than the one of the rows"),
         ("a.txt", (), "`output` must end in .jsonl, .csv, .parquet"),
         ("there.csv", (), "already holds answers; resume, or choose another file"),
+        ("data.jsonl/a.jsonl", (), "must be in a folder"),
+        ("-", (), "`output` must end in .jsonl, .csv, .parquet"),
         (None, ("--resume",), "--resume cannot be used without --output"),
     ],
 )
@@ -288,6 +333,21 @@ def test_train_and_predict_on_conversations(tmp_path: Path) -> None:
     assert result.exit_code == 0, (result.output, result.exception)
     task = Task.load(tmp_path / "run")
     assert task.text({"messages": turns("fine film", "yes")}) == "fine film : " and task.columns == ["messages"]
-    common = ["predict", "-p", str(tmp_path / "run"), "-d", str(data), "--dtype", "float32", "--max-new-tokens", "2"]
-    found = answers(CliRunner().invoke(app, common))
+    common = ["-d", str(data), "--dtype", "float32"]
+    found = answers(CliRunner().invoke(app, ["predict", "-p", str(tmp_path / "run"), *common, "--max-new-tokens", "2"]))
     assert len(found) == 12 and all("prediction" in row and "messages" in row for row in found)
+    chat = [*common, "--task", "generation", "-m", str(model)]
+    result = CliRunner().invoke(app, ["similar", "-p", str(tmp_path / "run"), *chat])
+    assert result.exit_code == 0, (result.output, result.exception)
+    output = str(tmp_path / "compared")
+    result = CliRunner().invoke(app, ["compare", *chat, "-o", output, "--methods", "zero-shot", "--threads", "1"])
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+def test_names_of_prompts_are_refused_by_their_option(model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row | {"task": "v 1"}) + "\n" for row in reviews(12)))
+    result = train(model_folder, data, tmp_path / "run", "--name", "v1.0")
+    assert str(result.exception).startswith("--name must be 1 to 128 letters, digits")
+    result = train(model_folder, data, tmp_path / "run", "--task-column", "task")
+    assert str(result.exception).startswith("a task of column 'task' must be 1 to 128 letters, digits")

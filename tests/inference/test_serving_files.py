@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -188,3 +190,56 @@ def test_ray_loses_no_row_when_a_worker_dies(folders: dict[str, Path], tmp_path:
     common = ("-p", folders["prompts"], "-d", data, "--prompt-name-column", "task", "--dtype", "float32")
     run("predict", *common, "-o", local, "--max-new-tokens", "3")
     assert [row["prediction"] for row in read(local)] == [row["prediction"] for row in found]
+
+
+class InThisProcess:
+    """What the engine uses of Ray's data, run here."""
+
+    def __init__(self, items: list[dict[str, Any]]) -> None:
+        self.items = items
+
+    def map_batches(self, worker: Any, fn_constructor_args: Any, **options: Any) -> InThisProcess:
+        self.worker = worker(*fn_constructor_args)
+        return self
+
+    def iter_batches(self, **options: Any) -> Any:
+        yield self.worker({key: np.array([item[key] for item in self.items]) for key in self.items[0]})
+
+
+def test_ray_checks_the_base_and_takes_a_template(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray.data, "from_items", lambda items, **options: InThisProcess(items))
+    other, bare = tmp_path / "other", tmp_path / "bare"
+    another = build("llama")
+    with torch.no_grad():
+        for parameter in another.parameters():
+            parameter.neg_()
+    another.save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    shutil.copytree(folders["prompts"] / "tone", bare)
+    (bare / "task.json").unlink()
+    data = write(tmp_path / "data.jsonl", [{"text": "film"}, {"text": "dull film"}])
+    common = ("-d", data, "--dtype", "float32", "--engine", "ray", "--workers", "1", "-p", folders["prompts"] / "tone")
+    result = CliRunner().invoke(app, ["predict", *map(str, (*common, "-m", other, "-o", tmp_path / "a.jsonl"))])
+    assert result.exit_code == 1 and "tone: the prompt's base model must be" in str(result.exception)
+    run("predict", *common, "-m", other, "-o", tmp_path / "b.jsonl", "--force")
+    task = (
+        "--template",
+        "{text} Label :",
+        "--label-word",
+        "good=yes",
+        "--label-word",
+        "bad=no",
+        "-m",
+        folders["model"],
+    )
+    run("predict", *common[:-1], bare, *task, "-o", tmp_path / "c.jsonl")
+    run("predict", *common, "-o", tmp_path / "d.jsonl")
+    answers = [[row["prediction"] for row in read(tmp_path / f"{name}.jsonl")] for name in "cd"]
+    assert answers[0] == answers[1] and set(answers[0]) <= {"good", "bad"}

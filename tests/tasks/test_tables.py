@@ -59,6 +59,10 @@ READ: dict[str, tuple[str, bytes | str, dict[str, Any], list[dict[str, Any]]]] =
     "sep of commas": ("a.csv", "sep=,\ntext,label\na,b\nc,d\n", {}, TWO),
     "given": ("a.csv", "text~label\na~b\nc~d\n", {"delimiter": "~"}, TWO),
     "one column": ("a.csv", "text\na; b\nc\n", {}, texts("a; b", "c")),
+    # without a header
+    "no header": ("a.csv", "a film,pos\nb,neg\n", {"header": False}, [{"1": "a film", "2": "pos"}, {"1": "b", "2": "neg"}]),
+    "no header, a hole": ("a.csv", "a,\nb,neg\n", {"header": False}, [{"1": "a", "2": None}, {"1": "b", "2": "neg"}]),
+    "no header, one row": ("a.tsv", "a\ta\n", {"header": False}, [{"1": "a", "2": "a"}]),
     # encodings
     "mark": ("a.csv", "\ufefftext;label\r\né;2,5\r\n", {}, [{"text": "é", "label": "2,5"}]),
     "utf-16": ("a.csv", "text,label\na,b\nc,d\n".encode("utf-16"), {}, TWO),
@@ -75,12 +79,15 @@ READ: dict[str, tuple[str, bytes | str, dict[str, Any], list[dict[str, Any]]]] =
     # compressed, other suffixes
     "gz": ("a.csv.gz", gzip.compress(b"text,label\na,b\nc,d\n"), {}, TWO),
     "gz under another name": ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), {}, texts("a")),
+    "gz twice": ("a.csv.gz", gzip.compress(gzip.compress(b"text,label\na,b\nc,d\n")), {}, TWO),
     "ndjson": ("a.ndjson", '{"text": "a"}\n', {}, texts("a")),
     "upper case": ("A.JSONL", '{"text": "a"}\n', {}, texts("a")),
     "glob signs": ("a[1]*.csv", "text\na\n", {}, texts("a")),
     # JSON keeps its types, and dates are text
     "jsonl dates": ("a.jsonl", '{"d": "2024-05-01"}\n{"d": "2024-05-01T10:00:00+02:00"}\n', {}, [{"d": "2024-05-01"}, {"d": "2024-05-01T10:00:00+02:00"}]),
     "jsonl types": ("a.jsonl", '{"text": 1.5}\n{"text": "x"}\n{"text": true}\n{"text": null}\n', {}, texts(1.5, "x", True, None)),
+    "jsonl old mac": ("a.jsonl", '{"text": "a"}\r{"text": "b"}\r', {}, texts("a", "b")),
+    "jsonl beyond floats": ("a.jsonl", '{"text": 9007199254740993}\n', {}, texts(9007199254740993)),
     "jsonl columns": ("a.jsonl", '{"a": 1}\n{"b": 2}\n', {}, [{"a": 1, "b": None}, {"a": None, "b": 2}]),
     "jsonl commas": ("a.jsonl", '{"text": "a"},\n{"text": "b"}\n', {}, texts("a", "b")),
     "jsonl surrogate": ("a.jsonl", '{"text": "a"}\n{"text": "bad \\ud83d end"}\n', {}, texts("a", "bad \ud83d end")),
@@ -90,6 +97,7 @@ READ: dict[str, tuple[str, bytes | str, dict[str, Any], list[dict[str, Any]]]] =
     "json under a key": ("a.json", '{"version": "1", "data": [{"text": "a"}]}', {}, texts("a")),
     "json columns": ("a.json", '{"text": ["a", "b"]}', {}, texts("a", "b")),
     "json of pandas": ("a.json", pd.DataFrame(texts("a", "b")).to_json(), {}, texts("a", "b")),
+    "json rows of pandas": ("a.json", pd.DataFrame(texts("a", "b")).to_json(orient="index"), {}, texts("a", "b")),
     "json split of pandas": ("a.json", pd.DataFrame(texts("a", "b")).to_json(orient="split"), {}, texts("a", "b")),
     "json lines": ("a.json", '{"text": "a"}\n{"text": "b"}\n', {}, texts("a", "b")),
 }  # fmt: skip
@@ -114,6 +122,18 @@ REFUSED: dict[str, tuple[str, bytes | str, dict[str, Any], str]] = {
     "backslash quotes": ("a.csv", 'text,label\n"a \\"b\\" c",d\n', {}, r"line 2: the quotes .* doubled"),
     "duplicate names": ("a.csv", "text,text\na,b\n", {}, r"line 1: .* 'text' more than once"),
     "several without a name": ("a.csv", "text,,,label\na,b,c,d\n", {}, r"'' more than once"),
+    "no header, short row": ("a.csv", "a,b\nc\n", {"header": False}, r"1 of 2 rows do not have the 2 fields of the first row, .* line 2 has 1"),
+    "no header of jsonl": ("a.jsonl", '{"a": 1}\n', {"header": False}, r"`header` \(--no-header\) is for csv and tsv files"),
+    "no header asked for": ("a.csv", "good,good\nbad,good\n", {}, r"'good' more than once; .*--no-header"),
+    "delimiter of two": ("a.csv", "a||b\n", {"delimiter": "||"}, "must be one character, .* got '||'"),
+    "delimiter of quotes": ("a.csv", 'a"b\n', {"delimiter": '"'}, "not a quote or a line break"),
+    "named rows": ("a.json", '{"x": {"text": "a"}, "y": {"text": "b"}}', {}, r"can be read by rows or by columns \('x', 'y', ...\)"),
+    "empty object": ("a.json", "{}", {}, "a.json holds no rows"),
+    "endless number": ("a.jsonl", '{"a": 1}\n{"a": ' + "1" * 5000 + "}\n", {}, r"a.jsonl, line 2: a number with too many digits"),
+    "archive": ("a.csv", b"PK\x03\x04" + bytes(40), {}, "is a zip archive or a spreadsheet"),
+    "parquet as csv": ("a.csv", b"PAR1" + bytes(40), {}, "is a parquet file"),
+    "web page": ("a.csv", "\n<!DOCTYPE html>\n<html></html>\n", {}, "is a web page"),
+    "pointer": ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", {}, "is a pointer of Git LFS"),
     "header alone": ("a.csv", "text,label\n", {}, "holds no rows after its header"),
     "empty csv": ("a.csv", "", {}, "a.csv holds no rows"),
     "empty jsonl": ("a.jsonl", "", {}, "a.jsonl holds no rows"),
@@ -146,6 +166,31 @@ def test_files_that_are_refused(tmp_path: Path, case: str) -> None:
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     with pytest.raises(ValueError, match=message):
         load_rows(str(path), **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "value"),
+    [
+        ("film 0,pos\nfilm 1,neg\nfilm 2,pos\n", "pos"),
+        ("text,3\na,1\nb,2\n", "3"),
+        ("A film that nobody in this town should ever see,x\nb,y\n", "A film that nobody in this town should ever see"),
+    ],
+)
+def test_a_first_row_that_looks_like_data_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, data: str, value: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(data)
+    load_rows(str(path))
+    assert f"{path}, line 1 names the columns, but looks like data ({value!r}); if the file has no" in caplog.text
+
+
+@pytest.mark.parametrize("data", ["text,label\na,1\nb,2\n", "0,1,2\n3,4,5\n", "1,2\na,b\n", ",text\n0,a\n"])
+def test_a_header_does_not_look_like_data(tmp_path: Path, caplog: pytest.LogCaptureFixture, data: str) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(data)
+    load_rows(str(path))
+    assert not caplog.text
 
 
 def test_a_late_note_changes_no_other_cell(tmp_path: Path) -> None:
@@ -210,6 +255,7 @@ def test_a_folder_of_files(tmp_path: Path) -> None:
     for number in (1, 0):
         (tmp_path / f"part-{number}.jsonl").write_text(f'{{"text": "{number}"}}\n')
     (tmp_path / "_SUCCESS").write_text("")
+    (tmp_path / "._part-0.jsonl").write_bytes(b"\x00\x05\x16\x07")  # macOS writes such files beside others
     rows = load_rows(str(tmp_path))
     assert list(rows) == texts("0", "1") and place(rows, 1) == f"{tmp_path / 'part-1.jsonl'}, line 1"
     (tmp_path / "test-0.jsonl").write_text('{"text": "t"}\n')
@@ -266,6 +312,12 @@ def test_a_dataset_takes_a_configuration_and_a_split(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["missing.csv", "data/*.jsonl", "/nowhere/x", "missing.JSONL.gz"])
 def test_a_path_that_is_no_file(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"no such file"):
+        load_rows(name)
+
+
+@pytest.mark.parametrize("name", ["", "-"])
+def test_a_source_that_names_nothing(name: str) -> None:
+    with pytest.raises(ValueError, match="must be a file, a folder or a dataset"):
         load_rows(name)
 
 

@@ -178,6 +178,29 @@ def test_rows_that_lack_something_are_left_out_by_line(tmp_path: Path, caplog: p
         complete_rows(task, [{"text": "x"}])
 
 
+def test_rows_that_cannot_be_read_cost_themselves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.jsonl"
+    values = ['"a"', '"bad \\ud83d"', '["x"]', '{"y": 1}', '"b"', "null"]
+    path.write_text("".join(f'{{"text": {value}, "label": {i % 2}}}\n' for i, value in enumerate(values)))
+    rows = load_rows(str(path))
+    task = classification_task(rows, prompt="p")
+    with caplog.at_level(logging.WARNING, "softprompt_fast"):
+        for kept in (complete_rows(task, rows), usable_rows(task, rows)):
+            assert [row["text"] for row in kept] == ["a", "b"]
+    assert (
+        f"4 of 6 rows are left out: no readable text ({path}, lines 2, 3, 4: column 'text' must hold valid Unicode text, "
+        f"got half a surrogate pair in 'bad \\ud83d'); no text ({path}, line 6)"
+    ) in caplog.text
+    answers = [{"prompt": "q", "response": response} for response in ("a", ["a"], "\ud83d", None)]
+    assert complete_rows(generation_task(), answers) == answers[:1]
+    labels = [{"text": "a", "label": label} for label in ("x", "y", "\ud83d")]
+    assert classification_task(labels).labels == ["x", "y"]
+    assert complete_rows(classification_task(labels), labels) == labels[:2]
+    assert usable_rows(classification_task(labels), labels) == labels[:2]
+    with pytest.raises(ValueError, match="must hold one label in each row, got list"):
+        complete_rows(task, [{"text": "a", "label": [1]}])
+
+
 def test_strict_json() -> None:
     row = {
         "nan": float("nan"),

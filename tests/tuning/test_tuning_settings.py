@@ -18,7 +18,7 @@ from softprompt_fast.prompts.placement import bos_vector
 from softprompt_fast.tasks.task import Task, classification_task
 from softprompt_fast.tuning.best import BestPrompts
 from softprompt_fast.tuning.job import TuningResult
-from softprompt_fast.tuning.objective import LabelLoss, MixedLoss, VocabularyLoss, choose_loss
+from softprompt_fast.tuning.objective import LabelLoss, LabelWordsLoss, MixedLoss, VocabularyLoss, choose_loss
 from softprompt_fast.tuning.prompt_setup import mean_norm
 from softprompt_fast.tuning.run import tune
 from softprompt_fast.tuning.settings import TuningSettings, instruction
@@ -94,19 +94,49 @@ def test_a_loss_function_is_refused_where_labels_are_no_tokens() -> None:
         tuned(ids, mask, torch.tensor([0, 1, 0, 1]), "a", loss_function=VocabularyLoss())
 
 
-def test_labels_are_compared_where_each_is_one_token() -> None:
+def test_labels_are_compared_at_their_branches() -> None:
     tokenizer = tiny_tokenizer()
     one, several = (
         classification_task(reviews()),
         Task("classification", "{text}", "label", {"yes": " very fine", "no": " dull"}),
     )
     assert isinstance(choose_loss("labels", one, tokenizer), LabelLoss)
+    for encoder_decoder in (False, True):
+        loss = choose_loss("labels", several, tokenizer, encoder_decoder=encoder_decoder)
+        assert isinstance(loss, LabelWordsLoss)
     for loss in (
         choose_loss("vocabulary", one, tokenizer),
-        choose_loss("labels", several, tokenizer),
+        choose_loss("vocabulary", several, tokenizer),
         choose_loss("labels", one, tokenizer, encoder_decoder=True),
     ):
         assert isinstance(loss, VocabularyLoss)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_of_words_is_that_of_each_branch(smoothing: float) -> None:
+    end = 2
+    words = [[9, 3, end], [9, 3, 4, end], [9, 5, 6, end], [9, 5, 6, 7]]
+    allowed = {(9,): [3, 5], (9, 3): [end, 4], (9, 5, 6): [end, 7]}
+    rows = torch.tensor([0] * 3 + [1] * 4 + [3] * 4 + [0])  # the last place is one without a target
+    chosen = [words[0], words[1], words[3]]
+    targets = torch.tensor([*(token for word in chosen for token in word), -100])
+    logits = torch.randn(len(targets), 12, requires_grad=True)
+    expected, at = torch.zeros(()), 0
+    for word in chosen:
+        for step, token in enumerate(word):
+            if (among := allowed.get(tuple(word[:step]))) is not None:
+                values = logits[at + step, among].log_softmax(-1)
+                expected = expected - (1 - smoothing) * values[among.index(token)] - smoothing * values.mean()
+        at += len(word)
+    loss = LabelWordsLoss(words, smoothing)(logits, targets, rows)
+    assert torch.allclose(loss, expected / 11)
+    (got,), (wanted,) = (torch.autograd.grad(each, logits, retain_graph=True) for each in (loss, expected / 11))
+    assert torch.allclose(got, wanted, atol=1e-7)
+    after = torch.cat([targets[:3], torch.tensor([8]), targets[3:]])  # a token after a word, as encoder-decoders have
+    more = LabelWordsLoss(words, smoothing).total(
+        torch.cat([logits[:3], torch.randn(1, 12), logits[3:]]), after, torch.cat([rows[:3], rows[:1], rows[3:]])
+    )
+    assert torch.allclose(more, expected)
 
 
 def test_the_objective_changes_what_is_learnt(tmp_path: Path) -> None:
