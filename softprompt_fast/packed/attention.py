@@ -110,8 +110,9 @@ def _attend(
     plain = not any(group.prefixes) and (not window or window >= group.keys)
     mask = None if plain and softcap is None and sinks is None else group.mask(window, dtype)
     if softcap is None and sinks is None:
+        k, v, options = heads_for_sdpa(q, k, v, masked=mask is not None)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, **_grouped(q, k)
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, **options
         )
     else:
         assert mask is not None
@@ -127,8 +128,18 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return torch.float32 if query.device.type == "cpu" and query.dtype.itemsize == 2 else query.dtype
 
 
-def _grouped(query: Tensor, key: Tensor) -> dict[str, bool]:
-    return {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+def heads_for_sdpa(query: Tensor, key: Tensor, value: Tensor, masked: bool) -> tuple[Tensor, Tensor, dict[str, bool]]:
+    """Keys and values [B, H', S, E] as SDPA takes them for queries [B, H, T, E], and its option.
+
+    On CUDA no fused kernel takes both a mask and fewer heads of keys. SDPA would keep all scores in memory, which costs
+    far more than repeated keys.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1:
+        return key, value, {}
+    if masked and query.device.type == "cuda":
+        return key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), {}
+    return key, value, {"enable_gqa": True}
 
 
 def explicit_attention(
