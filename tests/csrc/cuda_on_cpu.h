@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstddef>
 #include <functional>
+#include <memory>
 #include <random>
 #include <stdexcept>
 #include <vector>
@@ -68,6 +69,8 @@ class Block {
     for (Fiber& fiber : fibers_) __tsan_destroy_fiber(fiber.identity);
 #endif
   }
+
+  unsigned threads() const { return static_cast<unsigned>(fibers_.size()); }
 
   // Runs every thread of one block to its end.
   void run(const std::function<void()>& thread_code);
@@ -199,7 +202,9 @@ inline void Block::run(const std::function<void()>& thread_code) {
 // kernel<<<blocks, threads>>>(arguments...)
 template <class Kernel, class... Arguments>
 void play(Kernel kernel, unsigned blocks, unsigned threads, const Arguments&... arguments) {
-  Block block(threads);
+  static std::unique_ptr<Block> kept;  // making fibers takes longer than small kernels
+  if (!kept || kept->threads() != threads) kept = std::make_unique<Block>(threads);
+  Block& block = *kept;
   gridDim.x = blocks;
   blockDim.x = threads;
   const std::function<void()> code = [&] { kernel(arguments...); };

@@ -202,7 +202,7 @@ def assert_defined(op: Callable[..., Any], arguments: Arguments) -> bool:
         assert first == second
         return False
     for one, other in zip(first, second, strict=True):
-        assert one.device.type == "meta" or same_bits(one, other), f"{one}\n{other}"
+        assert one.device.type == "meta" or same_bits(one, other), "another result in other memory"
     return True
 
 

@@ -240,6 +240,13 @@ def test_the_key_changes_with_the_machine(monkeypatch: pytest.MonkeyPatch, targe
     assert build.plan(cuda=False).key != key
 
 
+def test_further_flags_make_a_build_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = build.plan(cuda=False).key
+    monkeypatch.setenv("SOFTPROMPT_FAST_CXXFLAGS", "-g -fsanitize=address")
+    plan = build.plan(cuda=False)
+    assert plan.key != key and plan.cflags[-2:] == plan.ldflags[-2:] == ("-g", "-fsanitize=address")
+
+
 def test_the_key_changes_with_the_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(build, "cuda_toolkit", lambda: "/toolkit")
