@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base.extras import require
+from ..base.locations import located
 from .answers import (
     AnswersFile,
     BatchTokens,
@@ -115,6 +116,7 @@ def predict(
 
     if engine == "ray" and template is not None:
         raise ValueError("--template cannot be combined with --engine ray")
+    prompt = located(prompt)
     rows = data_options.read(data)
     folders = folders_by_name(prompt)
     task = given_task(folders, template, label_word)
