@@ -40,7 +40,8 @@ class Answered:
         task = self.tasks[0]
         for i, (first, second) in enumerate(zip(*self.answers, strict=True)):
             if first != second:
-                yield i, place(self.rows, i), task.text(self.rows[i]), _target(task, self.rows[i]), first, second
+                text = " | ".join(str(self.rows[i][column]) for column in task.columns)
+                yield i, place(self.rows, i), text, _target(task, self.rows[i]), first, second
 
 
 def answer_with_both(

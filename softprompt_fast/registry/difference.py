@@ -47,6 +47,7 @@ class ChangedAnswer:
     place: str
     """Where it was read."""
     text: str
+    """The columns that the task reads."""
     target: str | None
     """Its label or response; None: it has none."""
     first: str
