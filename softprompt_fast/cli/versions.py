@@ -111,6 +111,9 @@ def list_versions(
     if as_json:
         _print_json([version.to_json() for version in every])
         return
+    if not every:
+        console.print(f"no versions in {prompts.uri}", highlight=False, soft_wrap=True)
+        return
     print_versions(every, Console())
     for one in names:
         print_history(prompts.history(one)[-MOVES_SHOWN:], Console())

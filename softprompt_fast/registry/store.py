@@ -30,7 +30,7 @@ EXPERIMENT = "softprompt_fast"
 KIND, PROMPT = "softprompt_fast.kind", "soft prompt"
 """The tag by which our registered models are told from others."""
 RECORD_TAG = "softprompt_fast.record"
-TIMEOUT = 5.0
+TIMEOUT = 3.0
 """Seconds after which a server that does not answer is given up."""
 
 
@@ -280,11 +280,13 @@ def _check_answers(uri: str) -> None:
     try:
         with urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT):
             return
-    except HTTPError:
-        return  # it answers; whether it lets us in, MLflow's client finds out
+    except HTTPError as error:
+        if error.code in (401, 403):
+            return  # it answers; whether it lets us in, MLflow's client finds out
+        reason: object = f"/health gave status {error.code}"
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise ConnectionError(f"the registry {uri} must be an MLflow server that answers: {reason}") from error
+    raise ConnectionError(f"the registry {uri} must be an MLflow server that answers: {reason}")
 
 
 def _parameters(record: Record) -> Mapping[str, Any]:
