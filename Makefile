@@ -17,10 +17,11 @@ AGES := oldest newest
 CORE := tests/hf tests/models tests/packed tests/inference
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 
-.PHONY: help demo test sweep versions lint format docs bench gpu clean
+.PHONY: help demo examples test sweep versions lint format docs bench gpu clean
 
 help:
 	@echo "make demo              tune a prompt on movie reviews, on the CPU"
+	@echo "make examples          versions of prompts in production, on the CPU (examples/production.sh)"
 	@echo "make test              run the tests; TESTS=tests/ops runs some of them"
 	@echo "make sweep             compare every model type of transformers with each row run alone; writes docs/support.json"
 	@echo "make versions          run the core tests with the oldest and the newest transformers"
@@ -30,10 +31,13 @@ help:
 	@echo "make bench             measure the op into benchmarks/results/op_cpu.csv"
 	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmark"
 	@echo "make clean             remove build files and caches"
-	@echo "demo, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
+	@echo "demo, examples, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
 demo: $(DEMO)
 	@$(BIN)/softprompt-fast demo
+
+examples: $(TEST)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/production.sh
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)

@@ -29,6 +29,9 @@ PUBLIC = {
     """,
     "softprompt_fast.comparison": "Comparison METHODS compare parse_options",
     "softprompt_fast.length_search": "Candidate DEFAULT_LENGTHS LogRange RungResult SearchResult search",
+    "softprompt_fast.registry": """
+        ChangedAnswer Distance Move PromptRegistry PromptVersion Record VersionDifference
+    """,
 }
 
 

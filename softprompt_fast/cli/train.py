@@ -28,7 +28,7 @@ from .options import (
     with_options,
 )
 from .output import console
-from .versions import check_register, pinned_init, register_prompts
+from .versions import prepare_register, register_prompts
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
@@ -87,8 +87,7 @@ def train(
     require("train", "accelerate", "datasets", "sklearn", purpose="train")
     if tensorboard:
         require("train", "tensorboard", purpose="--tensorboard")
-    check_register(register)
-    settings = pinned_init(settings_of(init="text") if "text" in (member_init or ()) else settings_of())
+    settings = prepare_register(register, settings_of(init="text") if "text" in (member_init or ()) else settings_of())
     if member_init and members not in (1, len(member_init)):
         raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
     several = member_init or members
@@ -122,11 +121,8 @@ def train(
     for job in jobs:
         job.task.read_chat(tokenizer)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
-    common: dict[str, Any] = {
-        "resume": resume,
-        "report_to": ("tensorboard",) if tensorboard else (),
-        "console": console,
-    }
+    loggers = ("tensorboard",) if tensorboard else ()
+    common: dict[str, Any] = {"resume": resume, "report_to": loggers, "console": console}
     if several != 1:
         (job,) = jobs
         ensemble = tune_ensemble(
@@ -137,8 +133,7 @@ def train(
         results = tune_tasks(tuned, tokenizer, jobs, output, settings, shared_tokens=shared_tokens, **common)
     if results[0].interrupted:
         console.print(f"interrupted at step {results[0].steps}; run the same command with --resume to continue")
-    elif register is not None:
-        register_prompts(register, [result.folder for result in results])
+    register_prompts(None if results[0].interrupted else register, [result.folder for result in results])
     more = {"--ensemble": several != 1, "--prompt-name-column": task_column}
     folder = output if several != 1 or task_column is not None else results[0].folder
     commands = after_training(given_options(context), results, prompt=str(folder), more=more)

@@ -73,7 +73,7 @@ def add(
         str | None,
         typer.Option(help="Version that the prompt was tuned from. By default the one that --init named, if any."),
     ] = None,
-    description: Annotated[str, typer.Option(help="What is special about this version.")] = "",
+    description: Annotated[str, typer.Option(help="Note that is shown with the version.")] = "",
     template: TaskTemplate = None,
     label_word: TaskWords = None,
     target_column: Annotated[
@@ -270,33 +270,32 @@ def versions_app() -> typer.Typer:
     return app
 
 
-def check_register(name: str | None) -> None:
-    """Checks before a run that its prompt can be registered afterwards.
+def prepare_register(name: str | None, settings: TuningSettings) -> TuningSettings:
+    """Checks before a run that its prompt can be registered afterwards, if a name is given.
+
+    Returns:
+        The settings with the number of the version that ``init`` names, because an alias can move during the run.
 
     Raises:
         ImportError: MLflow is not installed.
         ValueError: a name that is not allowed.
         OSError: the registry does not answer or cannot be written.
     """
-    if name is None:
-        return
-    require("production", *PACKAGES, purpose="--register")
-    from ..registry.prompt_registry import PromptRegistry
-    from ..registry.version_names import check_registered_name
+    if name is not None:
+        require("production", *PACKAGES, purpose="--register")
+        from ..registry.version_names import check_registered_name
 
-    check_registered_name(name)
-    PromptRegistry().prepare()
-
-
-def pinned_init(settings: TuningSettings) -> TuningSettings:
-    """The settings with the number of the version that ``init`` names, because an alias can move before the end."""
+        check_registered_name(name)
+        _registry(None).prepare()
     if not isinstance(settings.init, str) or not names_a_version(settings.init):
         return settings
     return replace(settings, init=str(_registry(None).get(settings.init)))
 
 
-def register_prompts(name: str, folders: list[Path]) -> None:
-    """Adds the prompts of a finished run to the registry."""
+def register_prompts(name: str | None, folders: list[Path]) -> None:
+    """Adds the prompts of a finished run to the registry, if a name is given."""
+    if name is None:
+        return
     prompts = _registry(None)
     for folder in folders:
         version = prompts.add(folder, name if len(folders) == 1 else f"{name}-{folder.name}")

@@ -30,6 +30,12 @@ EXPERIMENT = "softprompt_fast"
 KIND, PROMPT = "softprompt_fast.kind", "soft prompt"
 """The tag by which our registered models are told from others."""
 RECORD_TAG = "softprompt_fast.record"
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # this library sends nothing to anybody
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # where results are written
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # prompts are small
+}
+"""Settings of MLflow that hold unless the environment says otherwise."""
 TIMEOUT = 3.0
 """Seconds after which a server that does not answer is given up."""
 
@@ -251,7 +257,8 @@ def _database_file(uri: str) -> Path | None:
 
 
 def _client(uri: str) -> MlflowClient:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # this library sends nothing to anybody
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):  # mlflow sets its level when it is imported

@@ -20,18 +20,19 @@ SHOWN_TEXT = 160
 
 
 def print_versions(versions: Sequence[PromptVersion], console: Console) -> None:
-    table = Table("version", "alias", "score", "tokens", "parent", "added", "by", "content")
+    table = Table("version", "alias", "score", "tokens", "parent", "added", "by")
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for version in versions:
         record = version.record
         table.add_row(
             str(version),
             ", ".join(version.aliases),
-            _score(record),
+            _short_score(record),
             str(record.virtual_tokens),
             record.parent or "",
             record.added.replace("T", " ")[:16],
             escape(record.author),
-            record.content_hash[:12],
         )
     console.print(table)
 
@@ -140,6 +141,13 @@ def _pairs(title: str, pairs: dict[str, tuple[Any, Any]], first: str, second: st
 
 def _value(value: Any) -> str:
     return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _short_score(record: Record) -> str:
+    scores = record.scores
+    if "accuracy" in scores:
+        return f"accuracy {scores['accuracy']:.3f} ({scores['accuracy_low']:.3f} to {scores['accuracy_high']:.3f})"
+    return f"loss {scores['loss']:.4f}" if "loss" in scores else ""
 
 
 def _score(record: Record) -> str:

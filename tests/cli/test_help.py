@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import typer
+from support.commands import every_command
 from support.tiny_reviews import run
 
 from softprompt_fast.base.version import __version__
 from softprompt_fast.cli.app import GROUPS, app
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = every_command(typer.main.get_command(app))
 LONG = ["analyze", "train", "search", "compare", "evaluate", "predict", "generate", "interpret", "prune", "similar"]
 
 
@@ -29,6 +30,7 @@ def test_commands_are_listed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         "Tune": ["analyze", "train", "search", "compare"],
         "Use": ["evaluate", "predict", "generate"],
         "Understand": ["interpret", "prune", "similar"],
+        "Production": ["versions"],
         "Extension": ["build", "clean"],
     }
     lines = [line.strip("│╭─ ") for line in text[text.index("─ Start ─") - 2 :].splitlines()]

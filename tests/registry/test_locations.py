@@ -70,7 +70,7 @@ def test_python_takes_versions(tuned: spf.SoftPromptModel, use: str) -> None:
         fresh = spf.SoftPromptModel(tuned.base_model)
         assert torch.equal(USES[use](fresh, name).detach(), expected)
         with pytest.raises(LookupError, match="no version '2'"):
-            USES[use](fresh, "sentiment@2")
+            USES[use](spf.SoftPromptModel(tuned.base_model), "sentiment@2")
 
 
 def test_deep_prompts_have_versions_too(tuned: spf.SoftPromptModel, registry: PromptRegistry) -> None:

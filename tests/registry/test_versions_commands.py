@@ -25,22 +25,26 @@ def printed(*arguments: str) -> Any:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Labelled rows; the test runs in their folder."""
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews(64)))
-    return "rows.jsonl"
+    return write_rows("rows.jsonl", reviews(64))
+
+
+def write_rows(file: str, rows: list[dict[str, Any]]) -> str:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def train(model_folder: Path, data: str, output: str, *options: str) -> str:
-    start = ["train", "-m", str(model_folder), "-d", data, "-o", output, "-b", "8", "--lr", "0.3", *QUICK]
+    start = ["train", "-m", str(model_folder), "-d", data, "-o", output, "-b", "16", "--lr", "0.1", *QUICK]
     return run(*start, "--virtual-tokens", "4", "--name", "movies", "--register", "sentiment", *options).output
 
 
 def test_from_training_to_rollback(registry: PromptRegistry, model_folder: Path, data: str, tmp_path: Path) -> None:
-    assert "registered sentiment@1" in train(model_folder, data, "first", "--steps", "24")
+    assert "registered sentiment@1" in train(model_folder, data, "first", "--steps", "30")
     run("versions", "promote", "sentiment@1")
-    assert "registered sentiment@2" in train(
-        model_folder, data, "second", "--steps", "1", "--init", "random", "--init-noise", "3"
-    )
-    third = ["--steps", "4", "--init", "sentiment@production", "--learning-rate", "1e-4"]
+    other = {"yes": "no", "no": "yes"}
+    write_rows("wrong.jsonl", [row | {"label": other[row["label"]]} for row in reviews(64)])
+    assert "registered sentiment@2" in train(model_folder, "wrong.jsonl", "second", "--steps", "30")
+    third = ["--steps", "4", "--init", "sentiment@production", "--lr", "1e-4"]
     assert "registered sentiment@3" in train(model_folder, data, "third", *third)
     listed = printed("versions", "list", "sentiment")
     assert [one["parent"] for one in listed] == [None, None, "sentiment@1"]  # the number, though an alias was given
@@ -48,7 +52,8 @@ def test_from_training_to_rollback(registry: PromptRegistry, model_folder: Path,
 
     difference = printed("versions", "diff", "sentiment@production", "sentiment@2", "-d", data, *QUICK)
     assert difference["first"] == "sentiment@1" and difference["rows"] == 64
-    assert difference["settings"]["settings.steps"] == [24, 1]
+    first, second = difference["settings"]["train_rows"]
+    assert first != second and "settings.steps" not in difference["settings"]
     accuracies = difference["row_scores"]["accuracy"]
     assert difference["test"]["metric"] == "accuracy" and difference["test"]["significantly_worse"]
     assert difference["test"]["worse_by"] == pytest.approx(accuracies[0] - accuracies[1])
@@ -95,15 +100,14 @@ def test_every_command_takes_versions(registry: PromptRegistry, model_folder: Pa
 def test_rows_without_labels_show_changed_answers(registry: PromptRegistry, model_folder: Path, data: str) -> None:
     train(model_folder, data, "run", "--steps", "8")
     train(model_folder, data, "other", "--steps", "1", "--init", "random", "--init-noise", "3")
-    texts = Path("texts.jsonl")
-    texts.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in reviews(64)))
-    difference = printed("versions", "diff", "sentiment@1", "sentiment@2", "-d", str(texts), *QUICK)
+    texts = write_rows("texts.jsonl", [{"text": row["text"]} for row in reviews(64)])
+    difference = printed("versions", "diff", "sentiment@1", "sentiment@2", "-d", texts, *QUICK)
     assert difference["test"] is None and difference["row_scores"] == {} and difference["changed"]
-    shown = run("versions", "diff", "sentiment@1", "sentiment@2", "-d", str(texts), "--show", "1", *QUICK).output
+    shown = run("versions", "diff", "sentiment@1", "sentiment@2", "-d", texts, "--show", "1", *QUICK).output
     assert f"{len(difference['changed'])} of 64 answers changed" in shown and "more; --show" in shown
-    result = CliRunner().invoke(app, ["versions", "promote", "sentiment@2", "--alias", "a", "-d", str(texts), *QUICK])
+    result = CliRunner().invoke(app, ["versions", "promote", "sentiment@2", "--alias", "a", "-d", texts, *QUICK])
     assert result.exit_code == 0  # nothing to compare with
-    result = CliRunner().invoke(app, ["versions", "promote", "sentiment@1", "--alias", "a", "-d", str(texts), *QUICK])
+    result = CliRunner().invoke(app, ["versions", "promote", "sentiment@1", "--alias", "a", "-d", texts, *QUICK])
     assert "must hold labels" in str(result.exception)
 
 

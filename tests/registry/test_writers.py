@@ -18,7 +18,7 @@ from softprompt_fast.registry import PromptRegistry
 PROCESSES = int(os.environ.get("REGISTRY_PROCESSES", "3"))
 VERSIONS = int(os.environ.get("REGISTRY_VERSIONS", "4"))
 KILLS = int(os.environ.get("REGISTRY_KILLS", "4"))
-LONGEST_LIFE = float(os.environ.get("REGISTRY_SECONDS", "3"))
+LONGEST_LIFE = float(os.environ.get("REGISTRY_SECONDS", "1"))
 """The full test: 8 processes, 50 versions each, 50 kills."""
 
 
@@ -63,10 +63,12 @@ def test_a_killed_writer_leaves_nothing_broken(processes: Any, tmp_path: Path) -
     for kill in range(KILLS):
         worker = processes.Process(target=add_versions, args=(uri, "sentiment", kill, 1000))
         worker.start()
-        time.sleep(delays.uniform(0.1, LONGEST_LIFE))  # the first ones are killed while they make the database
+        file = announced(uri, kill)
+        while kill % 4 and not (file.is_file() and file.read_text()):  # three of four are killed between their versions
+            time.sleep(0.01)
+        time.sleep(delays.uniform(0, LONGEST_LIFE))
         worker.kill()
         worker.join()
-        file = announced(uri, kill)
         known += file.read_text().splitlines() if file.is_file() else []
         registry = PromptRegistry(uri)
         known.append(str(registry.add(write_tiny_prompt(tmp_path / f"after-{kill}", 1e6 + kill), "sentiment")))

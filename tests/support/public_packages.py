@@ -11,4 +11,5 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.analysis",
     "softprompt_fast.comparison",
     "softprompt_fast.length_search",
+    "softprompt_fast.registry",
 ]
