@@ -21,7 +21,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def registry(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PromptRegistry:
     """The default registry of this test, empty."""
-    folder = tmp_path / "registry"
+    folder = tmp_path / "the registry"
     folder.mkdir()
     shutil.copyfile(empty_database, folder / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(folder))
