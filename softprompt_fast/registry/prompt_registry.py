@@ -361,19 +361,19 @@ class PromptRegistry:
         """The name, its aliases and MLflow's version."""
         name, wanted = parse(version)
         aliases = self._aliases(name)
-        versions = self._store.versions(name)
         number = int(wanted) if wanted.isdigit() else aliases.get(wanted)
-        if wanted.lower() == LATEST and versions:
-            number = max(versions)
-        if number not in versions:
-            shown = [f"versions {_ranges(list(versions))}" if versions else "no version"]
+        if wanted.lower() == LATEST:
+            number = max(self._store.versions(name), default=None)
+        raw = None if number is None else self._store.version(name, number)
+        if raw is None:
+            versions = list(self._store.versions(name))
+            shown = [f"versions {_ranges(versions)}" if versions else "no version"]
             shown += [f"aliases {', '.join(sorted(aliases))}"] if aliases else ["no alias"]
-            known = [*map(str, versions), *aliases]
             raise LookupError(
                 f"{name!r} has no version {wanted!r} in the registry {self._store}; it has {' and '.join(shown)}"
-                f"{closest(wanted, known)}"
+                f"{closest(wanted, [*map(str, versions), *aliases])}"
             )
-        return name, aliases, versions[number]
+        return name, aliases, raw
 
     def _version(self, name: str, raw: Any, aliases: dict[str, int]) -> PromptVersion:
         number = int(raw.version)

@@ -36,6 +36,8 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # prompts are small
 }
 """Settings of MLflow that hold unless the environment says otherwise."""
+LARGEST_NUMBER = 2**31
+"""Databases store numbers of versions below this."""
 TIMEOUT = 3.0
 """Seconds after which a server that does not answer is given up."""
 
@@ -156,6 +158,19 @@ class Store:
             found |= {int(version.version): version for version in page}
             token = page.token or ""
         return dict(sorted(found.items()))
+
+    def version(self, name: str, number: int) -> Any:
+        """MLflow's version of a number; None: there is none."""
+        from mlflow.exceptions import MlflowException
+
+        if number >= LARGEST_NUMBER:
+            return None
+        try:
+            return self.client.get_model_version(name, str(number))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise self._plain(error) from error
 
     def folder(self, version: Any) -> Path | None:
         """The folder of a version's files, if this machine can read it; it must not be changed."""

@@ -90,6 +90,8 @@ def test_altered_files_are_found_and_refused(registry: PromptRegistry, tmp_path:
     [
         ("sentimnt@1", LookupError, "no prompt 'sentimnt' in the registry .*did you mean 'sentiment'"),
         ("sentiment@8", LookupError, "no version '8' .*it has versions 1 to 2 and aliases production"),
+        ("sentiment@99999999999999999999", LookupError, "no version '99999999999999999999'"),
+        ("sentiment@0", LookupError, "no version '0'"),
         ("sentiment@prodution", LookupError, "did you mean 'production'"),
         ("sentiment", ValueError, "must be NAME@NUMBER or NAME@ALIAS, .*got 'sentiment'"),
         ("a/b@1", ValueError, "must be NAME@NUMBER"),
