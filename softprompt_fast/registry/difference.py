@@ -94,14 +94,14 @@ def compare_versions(
     **options: Any,
 ) -> VersionDifference:
     """Compares two prompts, each by what it is called, its folder and its record; see :meth:`PromptRegistry.diff`."""
-    names, folders, records = zip(first, second, strict=True)
+    folders, records = (first[1], second[1]), (first[2], second[2])
     distance, reason = vector_distance(*folders)
     answered: Answered | None = None
     if rows is not None:
         answered = answer_with_both(folders, records, rows, model, **options)
     return VersionDifference(
-        first=names[0],
-        second=names[1],
+        first=first[0],
+        second=second[0],
         records=records,
         same_files=records[0].content_hash == records[1].content_hash,
         settings=_differing(*(_facts(folder, record) for folder, record in zip(folders, records, strict=True))),
