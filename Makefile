@@ -23,10 +23,11 @@ CORE := tests/hf tests/packed $(patsubst %,tests/models/test_%.py,architectures 
   generate_and_forward trainer)
 DEMO := $(or $(wildcard .venv/.dev),$(wildcard .venv/.test),.venv/.demo)
 
-.PHONY: help demo test sweep versions lint format docs bench sanitize gpu gpu-rehearsal clean
+.PHONY: help demo examples test sweep versions lint format docs bench sanitize gpu gpu-rehearsal clean
 
 help:
 	@echo "make demo              tune a prompt on movie reviews, on the CPU"
+	@echo "make examples          versions of prompts in production, on the CPU (examples/production.sh)"
 	@echo "make test              run the tests; TESTS=tests/ops runs some of them"
 	@echo "make sweep             compare every model type of transformers with each row run alone; writes docs/support.json"
 	@echo "make versions          run the core tests with the oldest and the newest transformers"
@@ -38,10 +39,13 @@ help:
 	@echo "make gpu OUT=dir       on a GPU machine: tests, memory checker, benchmarks; STEPS=build,smoke runs some of them"
 	@echo "make gpu-rehearsal     the same steps on the CPU with tiny sizes"
 	@echo "make clean             remove build files and caches"
-	@echo "demo, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
+	@echo "demo, examples, test, sweep, versions, lint, format, docs and bench create .venv with PYTHON=$(PYTHON) when it is missing."
 
 demo: $(DEMO)
 	@$(BIN)/softprompt-fast demo
+
+examples: $(TEST)
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/production.sh
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(TESTS)

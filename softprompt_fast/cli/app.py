@@ -27,6 +27,7 @@ from .prune import prune
 from .search import search
 from .similar import similar
 from .train import train
+from .versions import versions_app
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
@@ -65,6 +66,7 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         ),
     },
     "Production": {
+        versions_app(): (),
         monitor: (
             "softprompt-fast monitor -p run -d today.jsonl --report report.html --history history",
             "softprompt-fast monitor -p run --log answers.log --prometheus monitor.prom",
@@ -93,7 +95,11 @@ CAUSED_BY_PEOPLE = (LookupError, ValueError, TypeError, OSError, ArithmeticError
 
 
 class _Group(TyperGroup):
-    """A group in which Ctrl-C ends a command with one line."""
+    """A group in which Ctrl-C ends a command with one line, and commands have the order of GROUPS."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        order = [_name(command) for commands in GROUPS.values() for command in commands]
+        return sorted(super().list_commands(ctx), key=order.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -101,6 +107,10 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             console.print("interrupted")
             raise typer.Exit(130) from None
+
+
+def _name(command: Any) -> str:
+    return str(command.info.name if isinstance(command, typer.Typer) else command.__name__)
 
 
 app = typer.Typer(
@@ -130,6 +140,9 @@ def _options(
 
 for _heading, _commands in GROUPS.items():
     for _command, _examples in _commands.items():
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, rich_help_panel=_heading)
+            continue
         # An empty line between two lines: a single line break may be dropped.
         _epilog = "\n\n".join(["Examples:", *(f"  {example}" for example in _examples)]) if _examples else None
         app.command(rich_help_panel=_heading, epilog=_epilog)(_command)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..base.extras import require
+from ..base.locations import located
 from ..base.progress import progress_bar
 from .data import DataOptions
 from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, with_options
@@ -45,6 +46,7 @@ def evaluate(
     from ..evaluation.predictions import evaluate as score_prompt
     from ..tasks.examples import complete_rows
 
+    prompt = located(prompt)
     folders = folders_by_name(prompt)
     given = given_task(folders, template, label_word, target_column)
     rows = data_options.read(data)

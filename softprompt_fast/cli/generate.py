@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..base.locations import located
 from .answers import (
     AnswersFile,
     BatchTokens,
@@ -85,6 +86,7 @@ def generate(
 
     from ..tasks.values import text_of
 
+    prompt = located(prompt)
     rows = data_options.read(data)
     pipe = load_pipeline(
         prompt, model, batch_size=batch_size, batch_tokens=batch_tokens, dtype=dtype, device=device, force=force

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..base.extras import require
+from ..base.locations import located
 from ..base.progress import progress_bar
 from .data import DataOptions
 from .options import BatchSize, Device, Dtype, Figure, OptionalData, OptionalModel, PromptFolders, Report, with_options
@@ -48,6 +49,7 @@ def interpret(
     from ..analysis.interpretation import interpret as interpret_prompts
     from ..analysis.tables import print_interpretation
 
+    prompt = located(prompt)
     rows = data_options.read(data) if data is not None else []
     tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     name = ablate or (next(iter(folders)) if len(folders) == 1 else None)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..base.extras import require
+from ..base.locations import located, names_a_version
 from ..base.progress import progress_bar
 from .data import DataOptions
 from .options import DATA, OUTPUT, BatchSize, Device, Dtype, OptionalModel, PromptFolder, with_options
@@ -98,6 +100,8 @@ def monitor(
             raise ValueError(f"--alpha must be between 0 and 1, got {alpha}")
         if record and reference is None:
             raise ValueError("--record cannot be used without --reference")
+        if record and names_a_version(prompt):
+            raise ValueError(f"--record cannot change a registered version, got --prompt {prompt}")
         require("train", "datasets", "sklearn", "matplotlib", purpose="monitor")
         outputs = [path for path in (report, json_file, prometheus) if path is not None]
         if history is not None and history.exists() and not history.is_dir():
@@ -174,13 +178,13 @@ class _Source:
     bare: bool
     loaded: tuple[SoftPromptModel, Any, Task] | None = None
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The folder of the one prompt."""
         from ..prompts.peft_files import prompts_by_name
         from ..tasks.task import TASK_FILE
 
-        folders = prompts_by_name(self.prompt)
+        folders = prompts_by_name(located(self.prompt))
         if len(folders) != 1:
             raise ValueError(f"--prompt must hold one prompt, got {', '.join(folders)}")
         (folder,) = folders.values()

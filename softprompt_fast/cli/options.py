@@ -44,9 +44,16 @@ OptionalData = Annotated[
     ),
 ]
 PromptFolder = Annotated[
-    Path, typer.Option("--prompt", "-p", help="Folder of a prompt, or the output folder of a run with one prompt.")
+    Path,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="Folder of a prompt, output folder of a run with one prompt, or a version such as NAME@production.",
+    ),
 ]
-PromptFolders = Annotated[Path, typer.Option("--prompt", "-p", help="Folder of a prompt, or a folder of prompts.")]
+PromptFolders = Annotated[
+    Path, typer.Option("--prompt", "-p", help="Folder of a prompt or of several, or a version such as NAME@production.")
+]
 SplitSeed = Annotated[int, typer.Option(help="Seed that splits the data.", rich_help_panel=DATA)]
 Validation = Annotated[
     str | None,
@@ -61,6 +68,15 @@ Deep = Annotated[
     bool,
     typer.Option(
         help="Tune keys and values of every layer (prefix tuning) instead of embeddings.", rich_help_panel=PROMPT
+    ),
+]
+Register = Annotated[
+    str | None,
+    typer.Option(
+        "--register",
+        help="Add the finished prompt to the registry as the next version of this name (see versions). Several prompts "
+        "of a run get the names NAME-PROMPT.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Report = Annotated[

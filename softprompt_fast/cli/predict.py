@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base.extras import require
+from ..base.locations import located
 from .answers import (
     AnswersFile,
     BatchTokens,
@@ -125,6 +126,7 @@ def predict(
     from ..inference.answer_log import AnswerLog
     from ..inference.files import answer_rows
 
+    prompt = located(prompt)
     rows = data_options.read(data)
     folders = folders_by_name(prompt)
     task = given_task(folders, template, label_word)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..base.extras import require
+from ..base.locations import located
 from .data import DataOptions, hold_out
 from .options import (
     DATA,
@@ -75,6 +76,7 @@ def prune(
     from ..analysis.tables import print_pruned
     from ..tasks.task import Task
 
+    prompt = located(prompt)
     rows, other_rows = hold_out(data_options.read(data), validation, 0.5, data_options, seed)
     tuned, tokenizer, folders = load_plain_prompts(prompt, model, dtype, device, force=force)
     if len(folders) > 1:

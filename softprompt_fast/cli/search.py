@@ -20,10 +20,12 @@ from .options import (
     HeldOut,
     Model,
     PromptName,
+    Register,
     Validation,
     with_options,
 )
 from .output import console
+from .versions import prepare_register, register_prompts
 
 if TYPE_CHECKING:
     from ..length_search.study import LogRange
@@ -79,6 +81,7 @@ def search(
     test: TestRows = None,
     name: PromptName = "prompt",
     deep: Deep = False,
+    register: Register = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -86,7 +89,7 @@ def search(
     data_options = data_options_of()
     require("search", "optuna", purpose="a search")
     require("train", "accelerate", "datasets", "sklearn", "matplotlib", purpose="a search")
-    settings = settings_of(steps=steps)
+    settings = prepare_register(register, settings_of(steps=steps))
     tried, rates = _numbers(lengths, int, "--lengths"), _rates(learning_rates)
     from ..hf.loading import load_base_model
     from ..length_search.run import search as search_lengths
@@ -121,6 +124,7 @@ def search(
     except KeyboardInterrupt:
         console.print("interrupted; run the same command with --resume to continue")
         raise typer.Exit(130) from None
+    register_prompts(register, [output / name])
     console.print(
         f"use it: softprompt-fast predict --prompt {output / name} --data ...", highlight=False, soft_wrap=True
     )

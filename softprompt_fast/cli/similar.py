@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..base.extras import require
+from ..base.locations import located
 from ..base.progress import progress_bar
 from .data import DataOptions, TaskOptions
 from .options import (
@@ -59,7 +60,9 @@ def similar(
     from ..tasks.task import TASK_FILE, Task
 
     options = task_options()
+    prompt = located(prompt)
     rows = data_options.read(data) if data is not None else []
+    target = None if target is None else located(target)
     own = None if target is None else next(iter(folders_by_name(target).values()))
     task = None
     if own is not None and (own / TASK_FILE).is_file():

@@ -23,10 +23,12 @@ from .options import (
     HeldOut,
     Model,
     PromptName,
+    Register,
     Validation,
     with_options,
 )
 from .output import console
+from .versions import prepare_register, register_prompts
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
@@ -76,6 +78,7 @@ def train(
     name: PromptName = "prompt",
     deep: Deep = False,
     tensorboard: TensorBoard = False,
+    register: Register = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
@@ -85,7 +88,7 @@ def train(
     if tensorboard:
         require("train", "tensorboard", purpose="--tensorboard")
     _check_prompt_name(name, "--name")
-    settings = settings_of(init="text") if "text" in (member_init or ()) else settings_of()
+    settings = prepare_register(register, settings_of(init="text") if "text" in (member_init or ()) else settings_of())
     if member_init and members not in (1, len(member_init)):
         raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
     several = member_init or members
@@ -119,11 +122,8 @@ def train(
     for job in jobs:
         job.task.read_chat(tokenizer)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
-    common: dict[str, Any] = {
-        "resume": resume,
-        "report_to": ("tensorboard",) if tensorboard else (),
-        "console": console,
-    }
+    loggers = ("tensorboard",) if tensorboard else ()
+    common: dict[str, Any] = {"resume": resume, "report_to": loggers, "console": console}
     if several != 1:
         (job,) = jobs
         ensemble = tune_ensemble(
@@ -134,6 +134,7 @@ def train(
         results = tune_tasks(tuned, tokenizer, jobs, output, settings, shared_tokens=shared_tokens, **common)
     if results[0].interrupted:
         console.print(f"interrupted at step {results[0].steps}; run the same command with --resume to continue")
+    register_prompts(None if results[0].interrupted else register, [result.folder for result in results])
     more = {"--ensemble": several != 1, "--prompt-name-column": task_column}
     folder = output if several != 1 or task_column is not None else results[0].folder
     commands = after_training(given_options(context), results, prompt=str(folder), more=more)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.errors import Unsupported
+from ..base.locations import located
 from ..compiled import storage
 from ..compiled.compile import compile_prompts, layered, slot_shape
 from ..compiled.slots import SlotTable
@@ -184,6 +185,7 @@ class PromptBank:
 
         Args:
             name: letters, digits, ``_`` and ``-``.
+            source: also the name of a version in the registry, such as ``sentiment@production``.
             replace: replace a prompt of that name; running batches continue with the old one.
             force: also add a prompt that was tuned on other weights than the model's.
 
@@ -193,6 +195,7 @@ class PromptBank:
         """
         check_name(name)
         if not isinstance(source, Tensor):
+            source = located(source)
             check_base(source, self.model.base_model, force=force)
         width, shape = self.model.prompts.embedding_dim, self._shape
         if isinstance(source, Tensor):
@@ -225,9 +228,10 @@ class PromptBank:
             self._entries[name] = entry
 
     def add_directory(self, directory: PathLike[str] | str, *, replace: bool = False, force: bool = False) -> list[str]:
-        """Adds the prompt of an adapter folder, or of every adapter folder in a directory; returns their names.
+        """Adds the prompt of an adapter folder or a version, or of every adapter folder in a directory.
 
-        Names are the folders', with ``-`` for characters that a name cannot have. Arguments as in :meth:`add`.
+        Returns the names, which are the folders', with ``-`` for characters that a name cannot have. Other arguments as
+        in :meth:`add`.
         """
         folders = prompts_by_name(directory)
         for name, folder in folders.items():

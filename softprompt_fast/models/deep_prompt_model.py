@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.errors import Unsupported
+from ..base.locations import located
 from ..base.modules import evaluating
 from ..compiled.compile import compile_prompts, flattened, slot_shape
 from ..compiled.prefix_runner import PrefixRunner
@@ -122,7 +123,8 @@ class DeepPromptModel(SoftPromptModel):
         if isinstance(init, str) and init not in INITIALIZATIONS and init in self.prompts:
             source = self.prompts[init].detach()
         elif not isinstance(init, Tensor) and init not in INITIALIZATIONS:
-            deep = is_prompt_folder(Path(init)) and peft_type(init) == DEEP
+            init = located(init)
+            deep = is_prompt_folder(init) and peft_type(init) == DEEP
             source = self.read_prompt(init) if deep else read_vectors(init)
         values = initial_prompt(
             source,
@@ -203,7 +205,7 @@ class DeepPromptModel(SoftPromptModel):
         Raises:
             ValueError: the prompt was made for a model of another shape.
         """
-        return read_prefix(folder, self.runner.shape)[0]
+        return read_prefix(located(folder), self.runner.shape)[0]
 
 
 def _check_no_empty_row(input_ids: Tensor, attention_mask: Tensor | None) -> None:

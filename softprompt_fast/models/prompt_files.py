@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..base.locations import located
 from ..prompts.base_identity import base_facts, check_base
 from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt
@@ -37,12 +38,14 @@ class PromptFiles(ModelInterface):
         """Adds the prompt of an adapter folder, ours or PEFT's, with its token update, ready to be trained further.
 
         Args:
+            folder: also the name of a version in the registry, such as ``sentiment@production``.
             name: None: the folder's name, with ``-`` for characters that a name cannot have.
             force: also load a prompt that was tuned on other weights than the model's.
 
         Raises:
             ValueError: the prompt was tuned on other weights, or for a model of another size.
         """
+        folder = located(folder)
         check_base(folder, self.base_model, force=force)
         name = name or next(iter(prompts_by_name(folder)))
         if peft_type(folder) != UPDATED:
@@ -84,6 +87,7 @@ class PromptFiles(ModelInterface):
         """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
 
         Args:
+            directory: also the name of a version in the registry, such as ``sentiment@production``.
             names: load only these.
             force: also load prompts that were tuned on other weights than the model's.
             options: options of the constructor.
@@ -92,6 +96,7 @@ class PromptFiles(ModelInterface):
             FileNotFoundError: there is no such prompt.
             ValueError: a prompt was tuned on other weights, or for a model of another size.
         """
+        directory = located(directory)
         state = read_checkpoint(directory)
         folders = prompts_by_name(directory) if state is None else {}
         stored = list(folders) if state is None else prompt_names(state)

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..base.files import save_tensors_atomically, write_atomically
+from ..base.locations import located
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -47,7 +48,9 @@ def safe_name(text: str) -> str:
 
 
 def prompts_by_name(directory: PathLike[str] | str) -> dict[str, Path]:
-    """The adapter folders of a directory by the names of their prompts, which are the folders' names made safe.
+    """The adapter folders of a directory, or that of a version, by the names of their prompts.
+
+    The names are those of the folders, made safe.
 
     Raises:
         FileNotFoundError: there are none.
@@ -69,12 +72,12 @@ def prompts_by_name(directory: PathLike[str] | str) -> dict[str, Path]:
 
 
 def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
-    """The directory itself if it is an adapter folder, else all adapter folders in it, sorted.
+    """The directory itself if it is an adapter folder, else all adapter folders in it, sorted; or that of a version.
 
     Raises:
         FileNotFoundError: there are none.
     """
-    directory = Path(directory)
+    directory = located(directory)
     if is_prompt_folder(directory):
         return [directory]
     folders = sorted(f for f in directory.iterdir() if is_prompt_folder(f)) if directory.is_dir() else []
@@ -198,13 +201,13 @@ def _read_json(folder: Path) -> dict[str, Any]:
 
 
 def read_prompt(folder: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
-    """The prompt [P, D] (float32) and the configuration of an adapter folder.
+    """The prompt [P, D] (float32) and the configuration of an adapter folder or a version.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: not a prompt-tuning adapter, or its tensor does not fit its configuration or is not finite.
     """
-    folder = Path(folder)
+    folder = located(folder)
     config = read_config(folder)
     return _read_prompt(folder, config), config
 
@@ -268,13 +271,16 @@ def read_prefix(folder: PathLike[str] | str, shape: tuple[int, int, int, int]) -
 
 
 def read_vectors(path: PathLike[str] | str) -> Tensor:
-    """[P, D] from an adapter folder, or from a safetensors file with one tensor or one named ``prompt_embeddings``."""
-    path = Path(path)
+    """[P, D] from an adapter folder, a version, or a safetensors file.
+
+    The file has one tensor, or one named ``prompt_embeddings``.
+    """
+    path = located(path)
     if path.is_dir():
         return read_prompt(path)[0]
     if not path.is_file():
         raise ValueError(
-            "`init` must be random, vocabulary, text, class_labels, a tensor, or the path of a prompt "
+            "`init` must be random, vocabulary, text, class_labels, a tensor, or the path or version of a prompt "
             f"(in tuning also auto), got {str(path)!r}"
         )
     return _read_tensor(path)

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..base.locations import located
 from . import chat, templates
 from .containers import as_rows
 from .rows import place
@@ -154,8 +155,8 @@ class Task:
 
     @classmethod
     def load(cls, folder: PathLike[str] | str) -> Task:
-        """The task saved in a prompt's folder, or in the only prompt folder below it."""
-        folder = Path(folder)
+        """The task saved in a prompt's folder or a version of it, or in the only prompt folder below."""
+        folder = located(folder)
         files = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
         if len(files) != 1:
             raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, got {len(files)}")

@@ -34,6 +34,9 @@ ROWS = ["-d", "no-such-file.jsonl"]
         (["predict", "-p", "p", *ROWS, "-o", "a.csv", "--engine", "ray"], "ray", r"Ray: .*softprompt_fast\[ray\]"),
         (["generate", "-p", "p", *ROWS, "-o", "a.parquet"], "pyarrow", "writing a.parquet needs pyarrow"),
         (["predict", "-p", "p", *ROWS], "datasets", "reading data needs datasets"),
+        (["versions", "list"], "mlflow", r"versions needs MLflow: .*softprompt_fast\[production\]"),
+        (["train", "-m", "m", *ROWS, "--register", "a"], "mlflow", "--register needs MLflow"),
+        (["predict", "-p", "a@1", *ROWS], "mlflow", "the registry needs MLflow"),
         (["demo"], "gguf", r"the demo needs gguf: .*softprompt_fast\[demo\]"),
     ],
 )
@@ -47,7 +50,7 @@ def test_a_missing_package_is_reported_first(
 
 
 def test_a_package_is_not_asked_for_if_it_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("peft", "optuna", "ray", "tensorboard"):
+    for package in ("peft", "optuna", "ray", "tensorboard", "mlflow"):
         monkeypatch.setitem(sys.modules, package, None)
     for arguments in (["compare", "-m", "m", *ROWS, "--methods", "prompt,full"], ["train", "-m", "m", *ROWS]):
         result = CliRunner().invoke(app, arguments)

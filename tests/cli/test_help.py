@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import typer
+from support.commands import every_command
 from support.tiny_reviews import run
 
 from softprompt_fast.base.version import __version__
 from softprompt_fast.cli.app import GROUPS, app
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = every_command(typer.main.get_command(app))
 LONG = ["analyze", "train", "search", "compare", "evaluate", "predict", "generate", "interpret", "prune", "similar"]
 LONG += ["monitor"]
 
@@ -29,7 +30,7 @@ def test_commands_are_listed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         "Start": ["demo", "info"],
         "Tune": ["analyze", "train", "search", "compare"],
         "Use": ["evaluate", "predict", "generate"],
-        "Production": ["monitor"],
+        "Production": ["versions", "monitor"],
         "Understand": ["interpret", "prune", "similar"],
         "Extension": ["build", "clean"],
     }
@@ -83,7 +84,7 @@ def test_choices_are_completed() -> None:
     assert {item.value for item in items} >= {"cosine", "constant"}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["versions", "--help"]])
 def test_help_waits_for_no_large_package(arguments: list[str]) -> None:
     code = (
         "import sys\n"
@@ -91,7 +92,7 @@ def test_help_waits_for_no_large_package(arguments: list[str]) -> None:
         "from softprompt_fast.cli import app\n"
         f"result = CliRunner().invoke(app, {arguments!r})\n"
         "assert result.exit_code == 0, result.output\n"
-        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)))\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'numpy', 'matplotlib', 'mlflow'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr

@@ -12,4 +12,5 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.comparison",
     "softprompt_fast.length_search",
     "softprompt_fast.monitoring",
+    "softprompt_fast.registry",
 ]
