@@ -35,13 +35,13 @@ def commands(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_versions_in_production(tmp_path: Path, model_folder: Path, commands: Path) -> None:
-    """With a tiny model; what the tweets call a good film, the movie reviews call a bad one."""
+    """With a tiny model; tweets are longer, and what they call a good film the movie reviews call a bad one."""
     swapped = {"yes": "no", "no": "yes"}
-    tweets = [row | {"label": swapped[row["label"]]} for row in reviews(300)]
-    for name, rows in (("movies", reviews(300)), ("tweets", tweets)):
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        for file in (f"{name}.jsonl", f"{name}-new.jsonl"):
-            (tmp_path / file).write_text(text)
+    movies = [row | {"text": f"{row['text']} {place}"} for place, row in enumerate(reviews(300))]
+    tweets = [row | {"text": f"{row['text']} a b c d e f", "label": swapped[row["label"]]} for row in movies]
+    for name, rows in (("movies", movies), ("tweets", tweets)):
+        for file, part in ((f"{name}.jsonl", rows[:240]), (f"{name}-new.jsonl", rows[240:])):
+            (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in part))
     variables = {"MODEL": str(model_folder), "STEPS": "2", "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
     variables["PATH"] = f"{commands}{os.pathsep}{os.environ['PATH']}"
     script = ROOT / "examples" / "production.sh"
@@ -49,5 +49,6 @@ def test_versions_in_production(tmp_path: Path, model_folder: Path, commands: Pa
     assert done.returncode == 0, done.stderr
     assert "sentiment@production is sentiment@1 now; it was sentiment@2" in done.stderr
     assert done.stdout.count("exit status ") == 2 and (tmp_path / "out" / "alarm.html").is_file()
-    assert "exit status 1" in done.stdout.split("The traffic changes")[1]
+    quiet, alarm = done.stdout.split("The traffic changes")
+    assert "exit status 0" in quiet and "exit status 1" in alarm
     assert "2 versions, 0 faults" in done.stderr and "answers changed" in done.stdout
