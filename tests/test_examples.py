@@ -37,10 +37,10 @@ def commands(tmp_path: Path) -> Iterator[Path]:
 def test_versions_in_production(tmp_path: Path, model_folder: Path, commands: Path) -> None:
     """With a tiny model; tweets are longer, and what they call a good film the movie reviews call a bad one."""
     swapped = {"yes": "no", "no": "yes"}
-    movies = [row | {"text": f"{row['text']} {place}"} for place, row in enumerate(reviews(300))]
+    movies = [row | {"text": f"{row['text']} {place}"} for place, row in enumerate(reviews(380))]
     tweets = [row | {"text": f"{row['text']} a b c d e f", "label": swapped[row["label"]]} for row in movies]
     for name, rows in (("movies", movies), ("tweets", tweets)):
-        for file, part in ((f"{name}.jsonl", rows[:240]), (f"{name}-new.jsonl", rows[240:])):
+        for file, part in ((f"{name}.jsonl", rows[:320]), (f"{name}-new.jsonl", rows[320:])):
             (tmp_path / file).write_text("".join(json.dumps(row) + "\n" for row in part))
     variables = {"MODEL": str(model_folder), "STEPS": "2", "DATA": str(tmp_path), "OUT": str(tmp_path / "out")}
     variables["PATH"] = f"{commands}{os.pathsep}{os.environ['PATH']}"
