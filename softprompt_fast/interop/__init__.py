@@ -1,4 +1,4 @@
-"""Other libraries' models and files on this library's layouts."""
+"""Other libraries' models on this library's layouts: PEFT models that run in place."""
 
 from .acceleration import accelerate, restore
 

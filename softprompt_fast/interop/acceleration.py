@@ -228,10 +228,9 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
     if acceleration.compat == "exact" and _differs(model, given):
         return own.forward(model, *args, **keywords)
     if not is_prefix(model):
-        remove = "PeftModelForCausalLM" in _names(model) or "PeftModelForSeq2SeqLM" in _names(model)
-        model._adjust_prompt_learning_kwargs(
-            model.active_peft_config, kwargs=given, remove_token_type_ids=remove
-        )  # PEFT's warnings
+        # Says, as PEFT does, that position ids and language models' token types are ignored.
+        remove = not isinstance(acceleration.runner, HeadRunner)
+        model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=given, remove_token_type_ids=remove)
         given = {name: value for name, value in given.items() if value is not None}
     given.pop("use_cache", None)
     given["prompts"] = _bank(model)
@@ -289,7 +288,7 @@ def _differs(model: Any, given: dict[str, Any]) -> bool:
         return True
     if "start_positions" in given or "end_positions" in given:
         return True
-    pools_last = "PeftModelForSequenceClassification" in names and acceleration_of(model).runner._pools_last
+    pools_last = "PeftModelForSequenceClassification" in names and acceleration_of(model).runner.pools_last
     return padding_differs(given.get("attention_mask"), on_the_right=pools_last)
 
 

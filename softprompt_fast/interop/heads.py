@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..base.modules import evaluating
 from ..hf import architecture
 from ..hf.architecture import ForwardTraits
 from ..hf.input_check import check_inputs
@@ -79,7 +80,7 @@ class HeadRunner:
             attention_mask,
             None,
             labels if per_token else None,
-            "left" if self._pools_last else "right",
+            "left" if self.pools_last else "right",
             texts.embedding,
         )
         inputs = dict(batch) | options
@@ -102,7 +103,8 @@ class HeadRunner:
         return architecture.is_named(self.base_model, "ForTokenClassification")
 
     @property
-    def _pools_last(self) -> bool:
+    def pools_last(self) -> bool:
+        """Whether the result is that of a row's last position: sequence classification on a decoder."""
         return self.traits.pools_last_token and self.traits.causal
 
     def _align(self, output: Any, batch: PromptedBatch, prompt_columns: int) -> None:
@@ -121,8 +123,6 @@ class HeadRunner:
     @torch.no_grad()
     def _check_rows(self) -> None:
         """Compares a row alone with the same row beside a longer one, with padding on either side."""
-        from ..base.modules import evaluating
-
         weight = self.base_model.get_input_embeddings().weight
         vectors = weight[torch.arange(4, device=weight.device) % len(weight)][None].clone()
         prompts = FastSoftPrompt.holding({"any": vectors[0, :1].clone()}, weight.shape[1])
@@ -156,15 +156,14 @@ def _span_loss(output: Any, batch: PromptedBatch, start: Tensor, end: Tensor) ->
     Padding takes no part in the softmax, so that a row's loss does not depend on the length of others.
     """
     width = output[SPANS[0]].shape[1]
-    real = torch.zeros(batch.token_slots.shape[0], width, dtype=torch.bool, device=start.device)
     mask = batch.attention_mask
-    real = torch.ones_like(real) if mask is None else mask != 0
+    padding = torch.zeros((), dtype=torch.bool, device=start.device) if mask is None else mask == 0
     losses = []
     for name, position in zip(SPANS, (start, end), strict=True):
         column = (position.squeeze(-1) if position.dim() > 1 else position).clamp(min=0)
         inside = column < batch.token_slots.shape[1]
         slot = batch.token_slots.gather(1, column.where(inside, 0)[:, None])[:, 0]
         target = torch.where(inside & (slot >= 0), slot % width, -100)
-        logits = output[name].masked_fill(~real, torch.finfo(output[name].dtype).min)
+        logits = output[name].masked_fill(padding, torch.finfo(output[name].dtype).min)
         losses.append(F.cross_entropy(logits, target))
     return (losses[0] + losses[1]) / 2
