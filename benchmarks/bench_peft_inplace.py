@@ -3,7 +3,7 @@
 Both train the same prompt on the same rows, padded on the right, interleaved in one process. Reported are medians, for
 steps that only read the loss and for steps that also read the logits. Usage::
 
-    python benchmarks/bench_peft_inplace.py [--model DIR] [--rounds 5] [--output benchmarks/results/peft_inplace_cpu.csv]
+    python benchmarks/bench_peft_inplace.py [--rounds 5] [--output benchmarks/results/peft_inplace_cpu.csv]
 """
 
 from __future__ import annotations

@@ -69,7 +69,9 @@ class LazyLogits(OrderedDict[str, Any]):
         return OrderedDict.__getitem__(self, key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        if key == LOGITS:
+            self._fill()
+        return super().get(key, default)
 
     def items(self) -> Any:
         self._fill()

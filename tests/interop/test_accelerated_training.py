@@ -198,7 +198,10 @@ def test_forms_of_a_call(form: str) -> None:
     calls = {
         "tuple": lambda m: m(**inputs, return_dict=False),
         "vectors": lambda m: m(
-            inputs_embeds=m.get_input_embeddings()(IDS), attention_mask=RIGHT, labels=inputs["labels"], return_dict=False
+            inputs_embeds=m.get_input_embeddings()(IDS),
+            attention_mask=RIGHT,
+            labels=inputs["labels"],
+            return_dict=False,
         ),
         "positional": lambda m: m(IDS, RIGHT, None, inputs["labels"]).to_tuple(),
         "kept": lambda m: (torch.zeros(()), m(IDS, RIGHT, logits_to_keep=3).logits),

@@ -22,9 +22,8 @@ TASKS = {
 }
 IDS = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(1))
 LENGTHS = (9, 5, 7, 6)
-_COLUMNS = torch.arange(9)
 FULL = torch.ones_like(IDS)
-RIGHT = (_COLUMNS < torch.tensor(LENGTHS)[:, None]).long()
+RIGHT = torch.tensor([[column < length for column in range(9)] for length in LENGTHS]).long()
 LEFT = RIGHT.flip(1)
 MASKS = {"full": FULL, "right": RIGHT, "left": LEFT}
 
