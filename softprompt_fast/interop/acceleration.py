@@ -24,7 +24,7 @@ from ..packed.runner import PACKED_OPTIONS, ExecutionReport
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from .adapters import TASKS, active_prompt, check_adapters, inferred_mask, is_prefix, padding_differs
 from .heads import HeadRunner
-from .lazy_logits import has_dropout, with_lazy_logits
+from .lazy_logits import draws_random_numbers, with_lazy_logits
 
 logger = logging.getLogger("softprompt_fast")
 COMPATIBILITY = ("correct", "exact")
@@ -76,12 +76,10 @@ def accelerate(peft_model: Any, *, compat: str = "correct") -> Any:
     own = _peft_class(peft_model)
     check_adapters(peft_model, own)
     for name in PATCHED:
-        method = vars(peft_model).get(name)
-        if method is not None and getattr(method, "__func__", None) is not getattr(own, name):
+        if name in vars(peft_model) and not _is_left_behind(peft_model, name):
             raise TypeError(f"{own.__name__} cannot be accelerated: its `{name}` was replaced")
     runner = _runner(peft_model)
-    for name in PATCHED:
-        vars(peft_model).pop(name, None)
+    _drop_own_methods(peft_model)
     vars(peft_model)[STATE] = Acceleration(compat, runner)
     peft_model.__class__ = _accelerated_class(own)
     return peft_model
@@ -189,10 +187,16 @@ def _names(model: Any) -> list[str]:
     return [owner.__name__ for owner in type(model).__mro__]
 
 
+def _is_left_behind(model: Any, name: str) -> bool:
+    """Whether an attribute of the instance is a method of its class, as PEFT's ``disable_adapter`` leaves it."""
+    own = getattr(model, "peft_class", type(model))
+    function = getattr(vars(model).get(name), "__func__", None)
+    return function is not None and function in (getattr(own, name), getattr(_accelerated_class(own), name))
+
+
 def _drop_own_methods(model: Any) -> None:
     for name in PATCHED:
-        method = vars(model).get(name)
-        if method is not None and getattr(method, "__func__", None) is getattr(type(model), name):
+        if _is_left_behind(model, name):
             del vars(model)[name]
 
 
@@ -259,7 +263,7 @@ def _may_be_lazy(model: Any, given: dict[str, Any]) -> bool:
     if acceleration_of(model).reads_logits or "PeftModelForCausalLM" not in _names(model):
         return False
     base = model.base_model
-    return not any(parameter.requires_grad for parameter in base.parameters()) and not has_dropout(base)
+    return not any(parameter.requires_grad for parameter in base.parameters()) and not draws_random_numbers(base)
 
 
 def _reason_for_peft(model: Any, given: dict[str, Any]) -> str | None:

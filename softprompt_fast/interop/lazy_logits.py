@@ -13,10 +13,10 @@ from torch import Tensor, nn
 LOGITS = "logits"
 
 
-def has_dropout(model: nn.Module) -> bool:
+def draws_random_numbers(model: nn.Module) -> bool:
     """Whether a second run of a model in training would draw other random numbers than the first."""
     values = vars(model.config.get_text_config()).items()
-    if any("drop" in name and isinstance(value, float) and value > 0 for name, value in values):
+    if any(("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 for name, value in values):
         return True
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 

@@ -186,6 +186,13 @@ def facts(plain: Any, model: Any, folder: Path) -> None:
     assert model.execution_report().execution == "shared"
 
 
+def replica(plain: Any, model: Any, folder: Path) -> None:
+    other = model._replicate_for_data_parallel()
+    other.base_model = copy.deepcopy(plain.base_model)
+    assert loss(other).item() == pytest.approx(loss(plain).item(), rel=1e-6)
+    same(plain, model)
+
+
 def base_model_by_itself(plain: Any, model: Any, folder: Path) -> None:
     assert torch.equal(loss(model.get_base_model()), loss(plain.get_base_model()))
     assert torch.equal(tokens(model.base_model, IDS), tokens(plain.base_model, IDS))
@@ -210,6 +217,7 @@ BEHAVIOURS: list[Callable[[Any, Any, Path], None]] = [
     forward_with_a_cache,
     compiled_model,
     facts,
+    replica,
     base_model_by_itself,
 ]
 

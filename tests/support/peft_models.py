@@ -62,7 +62,7 @@ def adapter_config(head: str = "CausalLM", kind: str = "PromptTuning", **options
     import peft
 
     config = getattr(peft, f"{kind}Config")
-    return config(task_type=TASKS[head], num_virtual_tokens=VIRTUAL, **options)
+    return config(**{"task_type": TASKS[head], "num_virtual_tokens": VIRTUAL} | options)
 
 
 def fill(model: Any, seed: int = 3) -> Any:
