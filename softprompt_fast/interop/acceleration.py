@@ -30,6 +30,8 @@ logger = logging.getLogger("softprompt_fast")
 COMPATIBILITY = ("correct", "exact")
 STATE = "_softprompt_fast"
 """Attribute of an accelerated model: its :class:`Acceleration`."""
+LEFT_TO_PEFT = ("past_key_values", "encoder_outputs", "adapter_names")
+"""Arguments of a call that only PEFT's own code understands."""
 PATCHED = ("forward", "prepare_inputs_for_generation")
 """Methods that PEFT's ``disable_adapter`` leaves on the instance."""
 
@@ -44,6 +46,11 @@ class Acceleration:
     reads_logits: bool = False
     """Whether the caller has read logits of a training batch: they are then computed with every loss."""
     reported: set[str] = field(default_factory=set)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why prefixes cannot run here, as the first batch has shown; None: they can."""
+        return self.runner.runner.unsupported if isinstance(self.runner, DeepPromptModel) else None
 
 
 def accelerate(peft_model: Any, *, compat: str = "correct") -> Any:
@@ -189,7 +196,7 @@ def _names(model: Any) -> list[str]:
 
 def _is_left_behind(model: Any, name: str) -> bool:
     """Whether an attribute of the instance is a method of its class, as PEFT's ``disable_adapter`` leaves it."""
-    own = getattr(model, "peft_class", type(model))
+    own: Any = getattr(model, "peft_class", type(model))
     function = getattr(vars(model).get(name), "__func__", None)
     return function is not None and function in (getattr(own, name), getattr(_accelerated_class(own), name))
 
@@ -231,17 +238,26 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
     acceleration = acceleration_of(model)
     if acceleration.compat == "exact" and _differs(model, given):
         return own.forward(model, *args, **keywords)
-    if not is_prefix(model):
-        # Says, as PEFT does, that position ids and language models' token types are ignored.
-        remove = not isinstance(acceleration.runner, HeadRunner)
-        model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=given, remove_token_type_ids=remove)
-        given = {name: value for name, value in given.items() if value is not None}
+    # Says, as PEFT does, that position ids and language models' token types are ignored.
+    remove = not isinstance(acceleration.runner, HeadRunner)
+    model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=given, remove_token_type_ids=remove)
+    given = {name: value for name, value in given.items() if value is not None}
     given.pop("use_cache", None)
     given["prompts"] = _bank(model)
     given["prompt_columns"] = 0 if is_prefix(model) else model.active_peft_config.num_virtual_tokens
+    if isinstance(acceleration.runner, HeadRunner):
+        return acceleration.runner(**given)
+    try:
+        return _language_model_output(model, given)
+    except TypeError:
+        if acceleration.refusal is None:
+            raise
+        return _forward(model, own, args, keywords)  # PEFT runs it: the first batch has shown that prefixes cannot
+
+
+def _language_model_output(model: Any, given: dict[str, Any]) -> Any:
+    acceleration = acceleration_of(model)
     runner = acceleration.runner
-    if isinstance(runner, HeadRunner):
-        return runner(**given)
     if not _may_be_lazy(model, given):
         return runner(**given, return_logits=True)
     as_mapping = given.pop("return_dict", getattr(model.config, "return_dict", True))
@@ -263,6 +279,8 @@ def _may_be_lazy(model: Any, given: dict[str, Any]) -> bool:
     if acceleration_of(model).reads_logits or "PeftModelForCausalLM" not in _names(model):
         return False
     base = model.base_model
+    if torch.is_autocast_enabled(base.device.type):
+        return False  # it may be over when the logits are read
     return not any(parameter.requires_grad for parameter in base.parameters()) and not draws_random_numbers(base)
 
 
@@ -272,11 +290,11 @@ def _reason_for_peft(model: Any, given: dict[str, Any]) -> str | None:
         return "its base model is a replica or was replaced"
     if given.get("use_cache"):
         return "`use_cache` asks for a cache in PEFT's layout"
-    for name in ("past_key_values", "encoder_outputs"):
+    for name in LEFT_TO_PEFT:
         if name in given:
             return f"`{name}` was given"
-    if is_prefix(model) != isinstance(acceleration_of(model).runner, DeepPromptModel):
-        return "its adapters are of another kind than when it was accelerated"
+    if acceleration_of(model).refusal is not None:
+        return acceleration_of(model).refusal
     if is_prefix(model):
         allowed = PACKED_OPTIONS | {"input_ids", "inputs_embeds", "attention_mask", "labels", "return_dict"}
         other = [name for name in given.keys() - allowed - {"use_cache", "logits_to_keep"} if given[name] is not False]
@@ -323,15 +341,20 @@ def _generate(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, A
     if acceleration_of(model).compat == "exact" and padding_differs(mask, on_the_right=True):
         return own.generate(model, *args, **keywords)
     given.pop("position_ids", None)
-    with torch.no_grad():
-        return acceleration_of(model).runner.generate(ids, mask, prompts=_bank(model), **given)
+    try:
+        with torch.no_grad():
+            return acceleration_of(model).runner.generate(ids, mask, prompts=_bank(model), **given)
+    except TypeError:
+        if acceleration_of(model).refusal is None:
+            raise
+        return _generate(model, own, args, keywords)
 
 
 def _reason_for_peft_to_generate(model: Any, input_ids: Any, given: dict[str, Any]) -> str | None:
     """Why PEFT must run a call of generate; None: it need not."""
     if not isinstance(input_ids, Tensor):
         return "`generate` got no input_ids"
-    reason = _reason_for_peft(model, {k: v for k, v in given.items() if k in ("past_key_values", "encoder_outputs")})
+    reason = _reason_for_peft(model, {k: v for k, v in given.items() if k in LEFT_TO_PEFT})
     if reason is not None:
         return reason
     further = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 LOGITS = "logits"
 
 
-def draws_random_numbers(model: nn.Module) -> bool:
+def draws_random_numbers(model: Any) -> bool:
     """Whether a second run of a model in training would draw other random numbers than the first."""
     values = vars(model.config.get_text_config()).items()
     if any(("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 for name, value in values):
@@ -24,7 +24,8 @@ def draws_random_numbers(model: nn.Module) -> bool:
 def with_lazy_logits(output: Any, compute: Callable[[], Tensor]) -> Any:
     """`output`, which has a loss and no logits, with logits that `compute` gives when they are first read."""
     values = {field.name: getattr(output, field.name) for field in fields(output)}
-    lazy = _lazy_class(type(output))(**values)
+    plain_class: Any = type(output)
+    lazy = _lazy_class(plain_class)(**values)
     lazy.defer(compute)
     return lazy
 
@@ -86,5 +87,5 @@ class LazyLogits(OrderedDict[str, Any]):
 
 
 @cache
-def _lazy_class(plain_class: type) -> Any:
+def _lazy_class(plain_class: Any) -> Any:
     return type(plain_class.__name__, (LazyLogits, plain_class), {"plain_class": plain_class})

@@ -190,3 +190,31 @@ def test_what_peft_must_run_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     assert [record.getMessage() for record in caplog.records] == [
         "PEFT runs PeftModelForCausalLM itself: `use_cache` asks for a cache in PEFT's layout"
     ]
+
+
+@pytest.mark.parametrize("first", ["forward", "generate"])
+def test_peft_runs_prefixes_that_the_first_batch_shows_to_be_wrong_here(
+    first: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = peft_model(kind="PrefixTuning").eval()
+    inputs = batch("right")
+    expected, tokens = model(**inputs).loss, model.generate(IDS, max_new_tokens=2)
+    spf.accelerate(model)
+    monkeypatch.setattr("softprompt_fast.packed.runner.compare_with_rows_alone", lambda *args: 1.0)
+    with caplog.at_level(logging.WARNING, "softprompt_fast"):
+        for call in (first, "forward", "generate"):
+            if call == "forward":
+                torch.testing.assert_close(model(**inputs).loss, expected, rtol=0, atol=0)
+            else:
+                assert torch.equal(model.generate(IDS, max_new_tokens=2), tokens)
+    assert len(caplog.records) == 1
+    assert "packed logits differ" in caplog.text
+
+
+def test_token_types_are_ignored_as_by_peft() -> None:
+    for kind in ("PromptTuning", "PrefixTuning"):
+        model = spf.accelerate(peft_model("gpt2", kind=kind).eval())
+        expected = model(**batch("right")).loss
+        with pytest.warns(UserWarning, match="Token type ids are not supported"):
+            got = model(**batch("right"), token_type_ids=torch.ones_like(IDS)).loss
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
