@@ -108,10 +108,8 @@ class HeadRunner:
         return self.traits.pools_last_token and self.traits.causal
 
     def _align(self, output: Any, batch: PromptedBatch, prompt_columns: int) -> None:
-        names = ("logits",) if self._tags else ()
-        for name in (*names, "last_hidden_state"):
-            if output.get(name) is not None:
-                output[name] = in_columns(output[name], batch, prompt_columns)
+        if self._tags:
+            output["logits"] = in_columns(output["logits"], batch, prompt_columns)
         for name in SPANS:
             if output.get(name) is not None:
                 values = in_columns(output[name], batch, prompt_columns)

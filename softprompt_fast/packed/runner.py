@@ -134,8 +134,9 @@ class PackedRunner:
             target = torch.where(previous >= 0, labels.flatten(), IGNORED)
             targets = _places(target != IGNORED, num_targets)
         answered = previous[targets].clamp(min=0)
-        columns = _slots_of_columns(batch, prompt_columns) if return_logits else previous[:0]
-        read, places = _read_once(answered, columns, batch.layout.slots)
+        read = places = answered
+        if return_logits:
+            read, places = _read_once(answered, _slots_of_columns(batch, prompt_columns), batch.layout.slots)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
         with _failures_of_the_model():

@@ -99,6 +99,7 @@ def several_adapters(plain: Any, model: Any, folder: Path) -> None:
         plain.set_adapter(name)
         model.set_adapter(name)
         same(plain, model)
+        assert torch.equal(tokens(model, IDS), tokens(plain, IDS))
     assert loss(model) != first
     with pytest.warns(UserWarning, match="was active"):
         model.delete_adapter("other")
