@@ -6,6 +6,7 @@ from .base.lazy import lazy_names
 from .base.version import __version__
 
 if TYPE_CHECKING:
+    from .interop.acceleration import accelerate, restore
     from .models.deep_prompt_model import DeepPromptModel
     from .models.soft_prompt_model import SoftPromptModel
     from .ops.assemble.batch import PackedRows, PromptedBatch
@@ -21,8 +22,10 @@ else:
             "PackedRows": ".ops.assemble.batch",
             "PromptedBatch": ".ops.assemble.batch",
             "SoftPromptModel": ".models.soft_prompt_model",
+            "accelerate": ".interop.acceleration",
             "assemble": ".ops.assemble.functional",
             "initial_prompt": ".prompts.initialization",
+            "restore": ".interop.acceleration",
         },
     )
 
@@ -33,6 +36,8 @@ __all__ = [
     "PromptedBatch",
     "SoftPromptModel",
     "__version__",
+    "accelerate",
     "assemble",
     "initial_prompt",
+    "restore",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..hf.architecture import ForwardTraits, check_room, returning_mappings
@@ -70,8 +71,13 @@ class PaddedRunner:
         loss_function: LossFunction | None,
         options: dict[str, Any],
         embedding: Any = None,
+        prompt_columns: int = 0,
     ) -> Any:
-        """The model's output as :meth:`SoftPromptModel.forward` returns it."""
+        """The model's output as :meth:`SoftPromptModel.forward` returns it.
+
+        Args:
+            prompt_columns: 0, or the length P of every row's prompt: its columns come before those of ``input_ids``.
+        """
         per_token = labels is not None and self.traits.labels_per_token
         side = "left" if self.traits.pools_last_token else "right"
         moved = labels if per_token else None
@@ -79,7 +85,7 @@ class PaddedRunner:
         inputs = dict(batch)
         types = options.get("token_type_ids")
         if types is not None:
-            options = options | {"token_type_ids": _padded_types(types, batch)}
+            options = options | {"token_type_ids": padded_types(types, batch)}
         if labels is not None and not per_token:
             inputs["labels"] = labels
         if "use_cache" in self.traits.parameters:
@@ -92,7 +98,7 @@ class PaddedRunner:
             output = self._run(inputs, options)
         if not return_logits and self.traits.predicts_next_token and getattr(output, "logits", None) is not None:
             output["logits"] = None
-        return self._align(output, batch)
+        return self._align(output, batch, prompt_columns)
 
     def _with_own_loss(
         self,
@@ -159,8 +165,8 @@ class PaddedRunner:
         with returning_mappings(self.model.config):
             return self.model(**inputs, **options)
 
-    def _align(self, output: Any, batch: PromptedBatch) -> Any:
-        """Aligns logits and hidden states with ``input_ids``."""
+    def _align(self, output: Any, batch: PromptedBatch, prompt_columns: int) -> Any:
+        """Aligns logits and hidden states with prompts' columns and ``input_ids``."""
         aligned, tuples = set(ALIGNED), set(ALIGNED_TUPLES)
         if not self.traits.labels_per_token:
             aligned.discard("logits")
@@ -169,14 +175,32 @@ class PaddedRunner:
             tuples.discard("hidden_states")
         for name in aligned:
             if getattr(output, name, None) is not None:
-                output[name] = batch.unpack(output[name])
+                output[name] = in_columns(output[name], batch, prompt_columns)
         for name in tuples:
             if getattr(output, name, None) is not None:
-                output[name] = tuple(batch.unpack(states) for states in output[name])
+                output[name] = tuple(in_columns(states, batch, prompt_columns) for states in output[name])
         return output
 
 
-def _padded_types(types: Tensor, batch: PromptedBatch) -> Tensor:
+def in_columns(values: Tensor, batch: PromptedBatch, prompt_columns: int) -> Tensor:
+    """[B, S, ...] -> [B, P + T, ...]: the prompt's columns, then those of ``input_ids``; zeros at padding.
+
+    Padding before a row's first token hides the vector before it, so the column before it repeats the prompt's last.
+
+    Args:
+        prompt_columns: 0, or the length P of every row's prompt.
+    """
+    if not prompt_columns:
+        return batch.unpack(values)
+    prompts = batch.prompt_slots[:, None] + torch.arange(prompt_columns, device=values.device)
+    columns = torch.cat([prompts, batch.token_slots], 1)
+    before = F.pad(torch.where(batch.token_slots >= 0, batch.token_slots - 1, -1), (prompt_columns - 1, 1), value=-1)
+    columns = torch.where(columns >= 0, columns, before)
+    aligned = values.flatten(0, 1)[columns.clamp(min=0)]
+    return aligned.masked_fill((columns < 0).view(*columns.shape, *[1] * (aligned.dim() - 2)), 0)
+
+
+def padded_types(types: Tensor, batch: PromptedBatch) -> Tensor:
     """[B, S], the token types [B, T] of the texts; 0 for prompts and padding."""
     padded = types.new_zeros(batch.inputs_embeds.shape[:2])
     real = batch.token_slots >= 0

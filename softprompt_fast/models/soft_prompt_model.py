@@ -149,6 +149,7 @@ class SoftPromptModel(PromptFiles):
         return_dict: bool | None = None,
         prompts: FastSoftPrompt | None = None,
         loss_function: LossFunction | None = None,
+        prompt_columns: int = 0,
         **options: Any,
     ) -> Any:
         """Runs the model with each row's prompt in front of its tokens.
@@ -171,6 +172,9 @@ class SoftPromptModel(PromptFiles):
             loss_function: replaces a language model's own loss. It is called with logits [M, V], their labels [M]
                 (-100: none), the row of the batch [M] of each, and ``num_items_in_batch`` if that is given, as by
                 Trainer; see ``tuning/objective.py``.
+            prompt_columns: P, if every row has a prompt of this length: logits [B, P + T, V] and hidden states begin
+                with the prompt's columns, as PEFT returns them. Numbers are only sure in the column before a row's
+                first token, which belongs to the prompt's last vector; others of prompts may be zero.
             options: passed on to the model. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
                 tokenizers return and the model does not take are dropped; other unknown keys too, with one log line.
 
@@ -193,13 +197,14 @@ class SoftPromptModel(PromptFiles):
         texts = self._texts(input_ids, attention_mask, inputs_embeds, options.get("token_type_ids"))
         if labels is None and self.predicts_first_token and self._traits.predicts_next_token:
             report_first_labels(options, self._reported)
-        columns = kept_columns(logits_to_keep, texts.input_ids.shape[1])
+        columns = kept_columns(logits_to_keep, prompt_columns + texts.input_ids.shape[1])
         check_labels(labels, texts.input_ids.shape, self._traits, options)
         arguments = (self.prompts if prompts is None else prompts, texts.input_ids, attention_mask, labels, prompt_ids)
         settings: dict[str, Any] = {
             "return_logits": labels is None or not self.training if return_logits is None else return_logits,
             "loss_function": loss_function,
             "embedding": texts.embedding,
+            "prompt_columns": prompt_columns,
         }
 
         def packed(runner: PackedRunner) -> Any:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -105,12 +106,15 @@ class PackedRunner:
         loss_function: Callable[..., Tensor] | None,
         options: dict[str, Any],
         embedding: Any = None,
+        prompt_columns: int = 0,
     ) -> Any:
         """The model's output as :meth:`SoftPromptModel.forward` returns it.
 
         Args:
             options: of the model's forward, out of PACKED_OPTIONS; ``token_type_ids`` [B, T].
             embedding: the table [V, D] or module that gives the tokens' vectors; None: the model's.
+            prompt_columns: P, columns of prompts in front of logits and hidden states. Of a prompt only its last vector
+                has numbers, in the column before its row's first token.
 
         Raises:
             Unsupported: the model cannot run this batch exactly in the packed layout.
@@ -125,32 +129,31 @@ class PackedRunner:
             options["token_type_ids"] = _packed_types(types, batch)
         with _failures_of_the_model():
             self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
-        token_slots, previous = batch.token_slots.flatten(), batch.previous_slots.flatten()
-        tokens = targets = token_slots[:0]  # places in the flattened input
-        if return_logits:
-            tokens = (token_slots >= 0).nonzero()[:, 0]
+        previous = batch.previous_slots.flatten()
+        targets = previous[:0]  # places in the flattened input
         if labels is not None:
             target = torch.where(previous >= 0, labels.flatten(), IGNORED)
             targets = _places(target != IGNORED, num_targets)
-        read = torch.cat([token_slots[tokens], previous[targets]]).clamp(min=0)
+        answered = previous[targets].clamp(min=0)
+        read = places = answered
+        if return_logits:
+            read, places = _read_once(answered, _slots_of_columns(batch, prompt_columns), batch.layout.slots)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
         with _failures_of_the_model():
             output, logits = self.run(batch, read, passed)
         if labels is not None:
             expected = torch.where(targets >= 0, target[targets], IGNORED)
-            answers = logits[len(tokens) :]
+            answers = logits[: len(targets)]
             if loss_function is None:
                 output["loss"] = self._loss(answers, expected, items)
             else:
                 rows = targets.clamp(min=0) // max(1, input_ids.shape[1])
                 output["loss"] = loss_function(answers, expected, rows, **items)
-        output["logits"] = None
-        if return_logits:
-            every = logits.new_zeros(input_ids.numel(), logits.shape[-1])
-            output["logits"] = every.index_copy(0, tokens, logits[: len(tokens)]).view(*input_ids.shape, -1)
+        output["logits"] = _at_places(logits, places) if return_logits else None
         if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(_of_tokens(x[0], batch.token_slots) for x in output["hidden_states"])
+            columns = _slots_of_columns(batch, prompt_columns)
+            output["hidden_states"] = tuple(_at_places(x[0], columns) for x in output["hidden_states"])
         return output
 
     def logits_after(
@@ -357,6 +360,34 @@ def _packed_types(types: Tensor, batch: SharedBatch) -> Tensor:
     return packed
 
 
-def _of_tokens(states: Tensor, token_slots: Tensor) -> Tensor:
-    """[K, D] -> [B, T, D], zeros at padding."""
-    return torch.where(token_slots[..., None] >= 0, states[token_slots.clamp(min=0)], 0)
+def _slots_of_columns(batch: SharedBatch, prompt_columns: int) -> Tensor:
+    """[B, P + T]: the slot of each column of the output, -1: none.
+
+    The column before a row's first token, if there is one, has the slot of the prompt's last vector.
+    """
+    columns = F.pad(batch.token_slots, (prompt_columns, 0), value=-1)
+    if columns.shape[1] > batch.token_slots.shape[1]:
+        before = F.pad(batch.previous_slots, (prompt_columns - 1, 1), value=-1)
+        columns = torch.where(columns >= 0, columns, before)
+    return columns
+
+
+def _read_once(answered: Tensor, columns: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The slots to compute logits of, each that `answered` [M] has not already only once; and the columns' places.
+
+    Returns:
+        slots [M + N], `answered` first; the place of each column's slot among them, -1: none.
+    """
+    place = torch.full((slots,), -1, device=answered.device)
+    place[answered] = torch.arange(len(answered), device=answered.device)
+    wanted = columns[columns >= 0]
+    more = wanted[place[wanted] < 0].unique()
+    place[more] = torch.arange(len(answered), len(answered) + len(more), device=answered.device)
+    return torch.cat([answered, more]), torch.where(columns >= 0, place[columns.clamp(min=0)], -1)
+
+
+def _at_places(values: Tensor, places: Tensor) -> Tensor:
+    """[M, V] -> [B, C, V], the values at `places` [B, C]; zeros where a place is -1."""
+    if not len(values):
+        return values.new_zeros(*places.shape, values.shape[1])
+    return F.embedding(places.clamp(min=0), values).masked_fill_(places[..., None] < 0, 0)

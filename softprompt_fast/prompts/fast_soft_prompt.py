@@ -86,6 +86,15 @@ class FastSoftPrompt(nn.Module):
             bank._names.append(name)
         return bank
 
+    @classmethod
+    def holding(cls, prompts: Mapping[str, Tensor], embedding_dim: int) -> FastSoftPrompt:
+        """A bank of tensors [P, D] that stay part of the caller's graph: gradients flow to what computed them."""
+        bank = cls(embedding_dim)
+        for name, tensor in prompts.items():
+            setattr(bank, PARAMETER_PREFIX + name, tensor)
+            bank._names.append(name)
+        return bank
+
     # --- the bank ---
 
     @property

@@ -251,3 +251,12 @@ def test_bad_prompt_ids_are_refused(
     ids, mask = batch()
     with pytest.raises(error, match=message):
         bank(ids, mask, embedding=embedding, prompt_ids=prompt_ids)
+
+
+def test_a_bank_of_given_tensors_passes_gradients_to_what_computed_them(embedding: torch.nn.Embedding) -> None:
+    source = torch.randn(3, WIDTH, requires_grad=True)
+    bank = spf.FastSoftPrompt.holding({"doubled": 2 * source}, WIDTH)
+    ids, mask = batch()
+    assert (bank.lengths, list(bank.parameters()), bank.state_dict()) == ({"doubled": 3}, [], {})
+    bank(ids, mask, embedding=embedding)["inputs_embeds"].sum().backward()
+    torch.testing.assert_close(source.grad, torch.full_like(source, 2.0 * len(ids)))
