@@ -51,8 +51,7 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         ),
         compress: (
             f"softprompt-fast compress -m {MODEL} --text system.txt --chat --queries queries.jsonl --tokens 4,16,64",
-            f"softprompt-fast compress -m {MODEL} --text examples.txt --self-queries 200 --template 'Review: {{text}}' "
-            "--form kv",
+            f"softprompt-fast compress -m {MODEL} --text manual.txt --self-queries 200 --tokens 64 --form kv",
         ),
     },
     "Use": {

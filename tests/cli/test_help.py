@@ -14,7 +14,8 @@ from softprompt_fast.base.version import __version__
 from softprompt_fast.cli.app import GROUPS, app
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-LONG = ["analyze", "train", "search", "compare", "evaluate", "predict", "generate", "interpret", "prune", "similar"]
+LONG = ["analyze", "train", "search", "compare", "compress", "evaluate", "predict", "generate"]
+LONG += ["interpret", "prune", "similar"]
 
 
 def shown(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -26,7 +27,7 @@ def test_commands_are_listed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch=monkeypatch)
     groups = {
         "Start": ["demo", "info"],
-        "Tune": ["analyze", "train", "search", "compare"],
+        "Tune": ["analyze", "train", "search", "compare", "compress"],
         "Use": ["evaluate", "predict", "generate"],
         "Understand": ["interpret", "prune", "similar"],
         "Extension": ["build", "clean"],
@@ -64,7 +65,7 @@ def examples() -> list[list[str]]:
 def test_examples_use_options_that_exist(arguments: list[str]) -> None:
     name, *rest = arguments
     context = COMMANDS[name].make_context(name, rest)
-    assert context.params["data"] is not None or name in ("interpret", "similar")
+    assert name in ("compress", "interpret", "similar") or context.params["data"] is not None
 
 
 def test_the_version_is_shown() -> None:

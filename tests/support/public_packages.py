@@ -10,5 +10,6 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.inference",
     "softprompt_fast.analysis",
     "softprompt_fast.comparison",
+    "softprompt_fast.distillation",
     "softprompt_fast.length_search",
 ]
