@@ -14,7 +14,7 @@ from torch import Tensor
 from ..inference.engine import Engine
 from ..inference.prompt_bank import PromptBank
 
-ROUNDS = 5
+ROUNDS = 3
 NAME = "prompt"
 MIDDLE_REQUESTS = 3
 """Requests that are timed, those of median length."""

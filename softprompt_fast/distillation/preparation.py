@@ -11,15 +11,19 @@ from rich.console import Console
 
 from ..base.progress import progress_bar
 from ..hf.architecture import context_length, is_causal
+from ..models.deep_prompt_model import DeepPromptModel
+from ..models.soft_prompt_model import SoftPromptModel
 from ..ops.extension.build import cache_directory
+from ..prompts.base_identity import check_base
 from ..prompts.fast_soft_prompt import check_name
+from ..prompts.peft_files import is_prompt_folder
 from ..tasks.cuts import counting_cuts
 from ..tasks.examples import Examples, split_rows
 from ..tasks.rows import Rows, joined
 from ..tasks.task import Task, generation_task
 from ..tasks.templates import field, parse
-from .queries import LONGEST, encoded, make_queries, usable_queries
-from .settings import DistillationSettings
+from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
+from .settings import INITS, DistillationSettings
 from .source_text import SourceText, read_source
 from .teacher import Teacher
 
@@ -35,6 +39,8 @@ class Prepared:
     source: SourceText
     task: Task
     teacher: Teacher
+    student: SoftPromptModel
+    """Has the prompt already if `init` is a folder."""
     names: dict[int, str]
     """The prompt's name for each number of tokens, in ascending order."""
     train: list[list[int]]
@@ -62,6 +68,7 @@ def prepare(
     held_out: float,
     name: str,
     base_name: str | None,
+    max_drop: float,
     cache: Path | None,
     settings: DistillationSettings,
     console: Console,
@@ -69,6 +76,8 @@ def prepare(
     """Arguments as in :func:`~.run.compress`. Nothing is written; the model runs only if it makes queries."""
     names = prompt_names(name, tokens, settings)
     check_queries(queries, self_queries)
+    if not max_drop >= 0:
+        raise ValueError(f"`max_drop` must be 0 or more, got {max_drop}")
     _check_model(base)
     for prompt in names.values():
         if (output / prompt).exists():
@@ -86,22 +95,24 @@ def prepare(
         special_tokens=False,
     )
     given = usable_queries(task, _as_rows(queries)) if queries else []
-    with counting_cuts():
-        lengths = [len(ids) for ids in encoded(task, given, tokenizer)]
-    _check_room(base, source, lengths, settings.new_tokens)
+    _check_room(base, source, [len(ids) for ids in encoded(task, given, tokenizer)], settings.new_tokens)
+    student = _student(base, names, settings)
     folder = cache_directory() / "distillation" if cache is None else cache
     teacher = Teacher(base, tokenizer, source.ids, settings, folder)
     self_made: Examples = []
     if self_queries:
-        _check_room(base, source, [LONGEST], settings.new_tokens)
+        _check_room(base, source, [len(ids) for _, ids in query_starts(tokenizer, source)], LONGEST)
         console.print(f"the model makes {self_queries} queries from the text", highlight=False)
         with progress_bar(self_queries, console) as advance:
             self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
     rows = usable_queries(task, joined(given, self_made)) if self_made else given
     train, test = split_rows(rows, held_out, settings.seed)
     with counting_cuts():
-        ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
-    return Prepared(base, source, task, teacher, names, *ids, self_made, output, settings, console)
+        train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
+    _check_room(base, source, [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
+    return Prepared(
+        base, source, task, teacher, student, names, train_ids, test_ids, self_made, output, settings, console
+    )
 
 
 def prompt_names(name: str, tokens: int | Sequence[int], settings: DistillationSettings) -> dict[int, str]:
@@ -141,6 +152,28 @@ def _check_model(base: Any) -> None:
             f"{type(base).__name__} cannot continue queries, so it cannot be a teacher; `model` must be a decoder with "
             "a language-modelling head"
         )
+
+
+def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -> SoftPromptModel:
+    """A model for the prompts, with the one that `init` names.
+
+    Raises:
+        TypeError: the model cannot run keys and values.
+        ValueError: `init` is a prompt of another shape.
+    """
+    student = (DeepPromptModel if settings.form == "kv" else SoftPromptModel)(base)
+    if settings.init not in ("auto", *INITS):
+        if len(names) > 1:
+            raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several `tokens`, got {settings.init}")
+        if not is_prompt_folder(Path(settings.init)):
+            choices = ", ".join(("auto", *INITS))
+            raise ValueError(f"`init` must be {choices} or the folder of a prompt, got {str(settings.init)!r}")
+        check_base(settings.init, base)
+        ((count, name),) = names.items()
+        found = len(student.add_prompt(name, init=settings.init))
+        if found != count:
+            raise ValueError(f"`init` must have as many positions as `tokens`, {count}, got {found}")
+    return student
 
 
 def _check_room(base: Any, source: SourceText, queries: Sequence[int], new_tokens: int) -> None:

@@ -95,7 +95,7 @@ def make_queries(
     if len(task.columns) != 1:
         raise ValueError(f"self-made queries need a template with one column, got {', '.join(task.columns)}")
     (column,) = task.columns
-    starts = _starts(teacher.tokenizer, source)
+    starts = query_starts(teacher.tokenizer, source)
     rows: Examples = []
     known: list[set[str]] = []
     drawn = 0
@@ -127,7 +127,7 @@ def encoded(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[
     return [encode_text(task, row, tokenizer) for row in rows]
 
 
-def _starts(tokenizer: Any, source: SourceText) -> list[tuple[str, list[int]]]:
+def query_starts(tokenizer: Any, source: SourceText) -> list[tuple[str, list[int]]]:
     """The kinds of queries, and the token ids after which the model makes one."""
     example = words_before(source.template).rstrip(" ")
     if not source.is_chat and example.strip():

@@ -17,7 +17,6 @@ from rich.console import Console
 from ..base.files import size_of, write_atomically
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
-from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from .cost import bank_of, first_token_seconds
 from .initial_values import values_from_text
@@ -113,6 +112,7 @@ def compress(
         held_out=held_out,
         name=name,
         base_name=base_name,
+        max_drop=max_drop,
         cache=None if cache is None else Path(cache),
         settings=settings,
         console=console,
@@ -121,14 +121,14 @@ def compress(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.self_made)
         write_atomically(prepared.output / QUERIES_FILE, lines)
     train, held_out_targets, teacher_seconds = _teach(prepared)
-    student = (DeepPromptModel if settings.form == "kv" else SoftPromptModel)(prepared.base)
+    student = prepared.student
     trained = []
     for count, prompt in prepared.names.items():
-        trained.append(_train(prepared, student, prompt, count, train))
+        trained.append(_train(prepared, prompt, count, train))
         student.save_pretrained(prepared.output, [prompt])
         replace(prepared.task, prompt=prompt).save(prepared.output / prompt)
     console.print(f"measuring retention on {len(held_out_targets)} held-out queries", highlight=False)
-    contestants = _contestants(prepared, student)
+    contestants = _contestants(prepared)
     retention = measure_retention(prepared.teacher, contestants, held_out_targets, settings)
     result = _result(prepared, trained, retention, len(train), teacher_seconds, max_drop)
     result.write(prepared.output)
@@ -150,23 +150,19 @@ def _teach(prepared: Prepared) -> tuple[list[Target], list[Target], float]:
     return train, held_out, time.perf_counter() - start
 
 
-def _train(prepared: Prepared, student: SoftPromptModel, prompt: str, count: int, targets: list[Target]) -> _Trained:
+def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -> _Trained:
     settings = prepared.settings
-    if settings.init not in ("auto", *INITS):
-        student.add_prompt(prompt, count, init=settings.init)
-        init, losses = str(settings.init), {}
-    else:
-        init, losses = _choose_init(prepared, student, prompt, count, targets)
-    run = train_prompt(student, prompt, targets, settings, prepared.console)
+    init, losses = str(settings.init), {}
+    if prompt not in prepared.student.prompts:
+        init, losses = _choose_init(prepared, prompt, count, targets)
+    run = train_prompt(prepared.student, prompt, targets, settings, prepared.console)
     return _Trained(prompt, count, init, losses, run)
 
 
 @torch.no_grad()
-def _choose_init(
-    prepared: Prepared, student: SoftPromptModel, prompt: str, count: int, targets: list[Target]
-) -> tuple[str, dict[str, float]]:
+def _choose_init(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -> tuple[str, dict[str, float]]:
     """Adds the prompt with the initial values that have the lowest loss; returns their kind, and each kind's loss."""
-    settings = prepared.settings
+    settings, student = prepared.settings, prepared.student
     kinds = [str(settings.init)]
     if settings.init == "auto":
         kinds = [kind for kind in INITS if not (settings.keep_first and kind == "pooled")]
@@ -188,7 +184,7 @@ def _choose_init(
     return best, losses
 
 
-def _contestants(prepared: Prepared, student: SoftPromptModel) -> list[Contestant]:
+def _contestants(prepared: Prepared) -> list[Contestant]:
     """The whole text, nothing, the text cut and pooled to each number of tokens, then the trained prompts."""
     source = prepared.source
     plain = SoftPromptModel(prepared.base)
@@ -206,7 +202,9 @@ def _contestants(prepared: Prepared, student: SoftPromptModel) -> list[Contestan
             plain.add_prompt(f"{init}-{count}", init=values_from_text(plain, source.ids, count, init))
             contestants.append(Contestant(kind, count, plain, f"{init}-{count}"))
     form = "virtual tokens" if prepared.settings.form == "embeddings" else "keys and values"
-    trained = [Contestant(f"{count} {form}", count, student, prompt) for count, prompt in prepared.names.items()]
+    trained = [
+        Contestant(f"{count} {form}", count, prepared.student, prompt) for count, prompt in prepared.names.items()
+    ]
     return contestants + trained
 
 

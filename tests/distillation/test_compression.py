@@ -15,7 +15,7 @@ from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, compressed, logits
 
 import softprompt_fast as spf
 from softprompt_fast.compiled.compile import slot_shape
-from softprompt_fast.distillation.result import recommend
+from softprompt_fast.distillation.result import Compression, recommend
 from softprompt_fast.distillation.retention import Retention
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
@@ -31,33 +31,48 @@ def model_with(form: str, model: Any, folder: Path) -> spf.SoftPromptModel:
     return kind.from_pretrained(model, folder)
 
 
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return build("llama")
+
+
+@pytest.fixture(scope="module")
+def results(base: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Compression, Path]]:
+    """A compression in each form, and its folder."""
+    found = {}
+    for form in FORMS:
+        output = tmp_path_factory.mktemp(form)
+        options: dict[str, Any] = {"form": form, "steps": 40, "learning_rate": 0.1, "name": "mine"}
+        found[form] = (compressed(output, model=base, base_name="some/model", **options), output)
+    return found
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_training_brings_the_prompt_closer_to_the_text(form: str, tmp_path: Path) -> None:
-    result = compressed(tmp_path, form=form, steps=60, learning_rate=0.1)
+def test_training_brings_the_prompt_closer_to_the_text(form: str, results: Any) -> None:
+    result, _ = results[form]
     (prompt,) = result.prompts
     whole, nothing, cut, pooled = result.references
     assert (whole.kl, whole.agreement, whole.first_token) == (0, 1, 1)
-    assert prompt.retention.kl < 0.7 * min(nothing.kl, cut.kl, pooled.kl)
-    assert prompt.loss < min(prompt.init_losses.values())
+    assert prompt.retention.kl < 0.9 * min(nothing.kl, cut.kl, pooled.kl)
+    assert prompt.loss < 0.8 * min(prompt.init_losses.values())
     assert result.recommended is prompt and result.training_queries == 19 and result.held_out_queries == 5
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_retention_is_that_of_the_saved_prompt_against_the_plain_model(form: str, tmp_path: Path) -> None:
-    model, tokenizer = build("llama"), tiny_tokenizer()
-    result = compressed(tmp_path, model=model, form=form)
-    task = Task.load(tmp_path / "prompt")
-    tuned = model_with(form, model, tmp_path / "prompt")
+def test_retention_is_that_of_the_saved_prompt_against_the_plain_model(form: str, results: Any, base: Any) -> None:
+    (result, output), tokenizer = results[form], tiny_tokenizer()
+    task = Task.load(output / "mine")
+    tuned = model_with(form, base, output / "mine")
     text = token_ids(tokenizer, TEXT)
     kl, same, first = [], [], []
     for row in split_rows(queries(), 0.2, 0)[1]:
         query = encode_text(task, row, tokenizer)
         assert query == token_ids(tokenizer, TEMPLATE.format(**row))
         whole = torch.tensor([text + query])
-        answer = model.generate(whole, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, whole.shape[1] :].tolist()
-        teacher = logits_after_text(model, text, query, answer).log_softmax(-1)
+        answer = base.generate(whole, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, whole.shape[1] :].tolist()
+        teacher = logits_after_text(base, text, query, answer).log_softmax(-1)
         places = torch.tensor([[0, len(query) - 1 + i] for i in range(len(answer))])
-        student = tuned.logits_at(torch.tensor([query + answer]), None, "prompt", places).log_softmax(-1)
+        student = tuned.logits_at(torch.tensor([query + answer]), None, "mine", places).log_softmax(-1)
         kl += (teacher.exp() * (teacher - student)).sum(-1).tolist()
         agrees = (teacher.argmax(-1) == student.argmax(-1)).tolist()
         same += agrees
@@ -69,21 +84,44 @@ def test_retention_is_that_of_the_saved_prompt_against_the_plain_model(form: str
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_folder_is_served_like_any_other(form: str, tmp_path: Path) -> None:
-    model, tokenizer = build("llama"), tiny_tokenizer()
-    result = compressed(tmp_path, model=model, tokenizer=tokenizer, form=form, base_name="some/model", name="mine")
-    bank = PromptBank(model)
-    assert bank.add_directory(tmp_path / "mine") == ["mine"]
-    assert result.prompts[0].folder == tmp_path / "mine" and result.prompts[0].cache_bytes == 4 * bank.bytes_per_token
+def test_the_folder_is_served_like_any_other(form: str, results: Any, base: Any) -> None:
+    (result, output), tokenizer = results[form], tiny_tokenizer()
+    bank = PromptBank(base)
+    assert bank.add_directory(output / "mine") == ["mine"]
+    assert result.prompts[0].folder == output / "mine" and result.prompts[0].cache_bytes == 4 * bank.bytes_per_token
     task = bank.task("mine")
     assert task is not None and task.kind == "generation" and task.model == "some/model" and task.template == TEMPLATE
     pipe = SoftPromptPipeline(bank, tokenizer)
     answered = pipe.generate([row["text"] for row in queries(3)], "mine", max_new_tokens=4)
-    tuned = model_with(form, model, tmp_path / "mine")
+    tuned = model_with(form, base, output / "mine")
     for row, answer in zip(queries(3), answered, strict=True):
         ids = torch.tensor([token_ids(tokenizer, TEMPLATE.format(**row))])
         new = tuned.generate(ids, prompt_ids="mine", max_new_tokens=4, do_sample=False, pad_token_id=0)
         assert answer["text"] == tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_report_is_written(form: str, results: Any) -> None:
+    result, output = results[form]
+    report = json.loads((output / "retention.json").read_text())
+    assert report["recommended"]["folder"] == str(output / "mine")
+    assert report["references"][0]["label"] == "whole text" and report["text_tokens"] == 36
+    assert report["settings"]["form"] == form
+    assert result.notes == [
+        "The text has 36 tokens. Below 300, a server with a prefix cache answers about as fast with the whole text."
+    ]
+    spent = result.teacher_seconds + result.prompts[0].training_seconds
+    saved = result.text_first_token_seconds - result.prompts[0].first_token_seconds
+    requests = result.prompts[0].break_even_requests
+    assert (requests is None) == (saved <= 0) and (requests is None or 0 <= requests * saved - spent <= saved)
+
+
+def test_an_old_prompt_is_the_start_for_an_edited_text(results: Any, tmp_path: Path) -> None:
+    old = results["embeddings"][1] / "mine"
+    options: dict[str, Any] = {"text": TEXT.replace("great plot", "lovely plot", 1), "steps": 1, "learning_rate": 1e-9}
+    warm = compressed(tmp_path / "warm", init=old, **options).prompts[0]
+    cold = compressed(tmp_path / "cold", **options).prompts[0]
+    assert warm.init == str(old) and warm.loss < cold.loss
 
 
 def test_several_sizes_share_the_teacher(tmp_path: Path) -> None:
@@ -99,8 +137,8 @@ def test_several_sizes_share_the_teacher(tmp_path: Path) -> None:
     assert alone.prompts[0].retention.kl == pytest.approx(result.prompts[1].retention.kl, rel=1e-5)
 
 
-def test_the_recommended_size_is_the_smallest_close_to_the_best(tmp_path: Path) -> None:
-    (prompt,) = compressed(tmp_path).prompts
+def test_the_recommended_size_is_the_smallest_close_to_the_best(results: Any) -> None:
+    (prompt,) = results["kv"][0].prompts
     sizes = [
         replace(prompt, tokens=n, retention=Retention("", n, agreement, kl=0.0, first_token=0.0))
         for n, agreement in ((4, 0.90), (8, 0.96), (16, 0.95), (32, 0.97))
@@ -134,8 +172,8 @@ def test_auto_takes_the_initial_values_with_the_lowest_loss(tmp_path: Path) -> N
     (prompt,) = compressed(tmp_path, steps=1, learning_rate=1e-9).prompts
     assert set(prompt.init_losses) == {"text", "sampled", "pooled"}
     assert prompt.init == min(prompt.init_losses, key=lambda kind: prompt.init_losses[kind])
-    given = compressed(tmp_path / "given", steps=1, learning_rate=1e-9, init=prompt.init).prompts[0]
-    assert given.retention == prompt.retention and given.init_losses == {}
+    same = compressed(tmp_path / "same", steps=1, learning_rate=1e-9, init=prompt.init).prompts[0]
+    assert same.init_losses == {} and same.retention.kl == pytest.approx(prompt.retention.kl, abs=1e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -147,29 +185,6 @@ def test_the_first_position_can_be_kept(form: str, tmp_path: Path) -> None:
     start, end = (model_with(form, model, tmp_path / name / "prompt").prompts["prompt"] for name in ("start", "end"))
     assert torch.equal(start[0], end[0])
     assert ((start[1:] - end[1:]).abs().amax(1) > 0.01).all()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_old_prompt_is_the_start_for_an_edited_text(form: str, tmp_path: Path) -> None:
-    old = compressed(tmp_path / "old", form=form, steps=60).prompts[0]
-    edited = TEXT.replace("great plot", "lovely plot", 1)
-    options: dict[str, Any] = {"text": edited, "form": form, "steps": 1, "learning_rate": 1e-9}
-    warm = compressed(tmp_path / "warm", init=old.folder, **options).prompts[0]
-    cold = compressed(tmp_path / "cold", **options).prompts[0]
-    assert warm.init == str(old.folder) and warm.loss < cold.loss
-
-
-def test_the_report_is_written(tmp_path: Path) -> None:
-    result = compressed(tmp_path)
-    report = json.loads((tmp_path / "retention.json").read_text())
-    assert report["recommended"]["folder"] == str(tmp_path / "prompt")
-    assert report["references"][0]["label"] == "whole text" and report["text_tokens"] == 36
-    assert report["settings"]["form"] == "embeddings"
-    assert result.notes[0].startswith("The text has 36 tokens. Below 300, a server with a prefix cache")
-    spent = result.teacher_seconds + result.prompts[0].training_seconds
-    saved = result.text_first_token_seconds - result.prompts[0].first_token_seconds
-    requests = result.prompts[0].break_even_requests
-    assert (requests is None) == (saved <= 0) and (requests is None or 0 <= requests * saved - spent <= saved)
 
 
 def test_a_prompt_that_retains_nothing_is_reported(tmp_path: Path) -> None:

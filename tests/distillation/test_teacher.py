@@ -84,9 +84,7 @@ def test_the_top_tokens_leave_one_for_the_rest() -> None:
 
 def test_sampled_continuations_follow_the_seed() -> None:
     model = build("llama")
-    first, again, other = (
-        teacher_of(model, continuation="sampled", seed=seed).targets(QUERIES) for seed in (1, 1, 2)
-    )
+    first, again, other = (teacher_of(model, continuation="sampled", seed=seed).targets(QUERIES) for seed in (1, 1, 2))
     assert same(first, again)
     assert [t.continuation for t in first] != [t.continuation for t in other]
     assert [t.continuation for t in first] != [t.continuation for t in teacher_of(model).targets(QUERIES)]
@@ -116,9 +114,7 @@ def test_known_answers_need_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert json.loads(file.metadata()["facts"])["text"] == IDS
 
 
-@pytest.mark.parametrize(
-    "change", [{"new_tokens": 4}, {"top_k": 3}, {"temperature": 2.0}, {"continuation": "sampled"}]
-)
+@pytest.mark.parametrize("change", [{"new_tokens": 4}, {"top_k": 3}, {"temperature": 2.0}, {"continuation": "sampled"}])
 def test_other_settings_are_other_answers(tmp_path: Path, change: dict[str, Any]) -> None:
     model = build("llama")
     teacher_of(model, tmp_path).targets(QUERIES)
