@@ -1,4 +1,4 @@
-"""Compression of an instruction with ten examples into virtual tokens: one CSV row for everything in front of a query.
+"""Compression of an instruction with fifteen examples: one CSV row for everything that is put in front of queries.
 
     python benchmarks/study_compress.py --csv benchmarks/results/compress_cpu.csv --steps 30 60 --seeds 0
 
@@ -32,6 +32,11 @@ EXAMPLES = (
     ("What could have been a lecture becomes a tender portrait of a teacher.", "positive - strong acting"),
     ("The music tells you what to feel in every scene, because the dialogue cannot.", "negative - weak dialogue"),
     ("An old tale, told with such wit and speed that it seems new.", "positive - strong story"),
+    ("Three writers are named, and not one of them found a reason for the sequel.", "negative - weak story"),
+    ("The villain is so warm and funny that the heroes never stand a chance.", "positive - strong acting"),
+    ("Shot through a dirty lens, or so it looks, and cut by somebody in a hurry.", "negative - weak images"),
+    ("Two people talk on a train for ninety minutes, and every word counts.", "positive - strong dialogue"),
+    ("The child actors recite their lines as if they were paid for each comma.", "negative - weak acting"),
 )
 TEMPLATE = "Review: {text}\nSentiment:"
 TEXT = INSTRUCTION + "".join(f"Review: {text}\nSentiment: {answer}\n\n" for text, answer in EXAMPLES)

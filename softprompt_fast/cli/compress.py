@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..base.extras import require
 from ..distillation.settings import TEACHER, DistillationSettings
 from .data import DataOptions
-from .options import DATA, PROMPT, Device, Dtype, Model, PromptName, with_options
-from .output import console
+from .options import DATA, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
+from .output import console, draw_figure
+
+if TYPE_CHECKING:
+    from ..tasks.examples import Examples
 
 TextFile = Annotated[
     Path,
@@ -99,13 +102,17 @@ def compress(
     max_drop: MaxDrop = 0.01,
     name: PromptName = "prompt",
     teacher_cache: TeacherCache = None,
+    figure: Figure = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
     data_options = data_options_of()
     settings = settings_of()
+    if figure is not None:
+        require("train", "matplotlib", purpose="--figure")
     counts = _counts(tokens)
+    from ..distillation.figure import retention_figure
     from ..distillation.preparation import check_queries, prompt_names
     from ..distillation.queries import read_text_lines
     from ..distillation.run import compress as compress_text
@@ -118,13 +125,11 @@ def compress(
     words = decode(read_bytes(text, str(text)), str(text), data_options.encoding)
     if not words.strip():
         raise ValueError(f"{text} must hold words, got an empty text")
-    rows = None
-    if queries is not None:
-        is_lines = Path(queries).suffix.lower() == ".txt"
-        rows = read_text_lines(Path(queries), text_column, data_options.encoding) if is_lines else None
-        if rows is None:
-            require("train", "datasets", "pyarrow", purpose="reading data")
-            rows = data_options.read(queries)
+    rows: Examples = []
+    if queries is not None and Path(queries).suffix.lower() == ".txt":
+        rows = read_text_lines(Path(queries), text_column, data_options.encoding)
+    elif queries is not None:
+        rows = data_options.read(queries)
     base, tokenizer = load_base_model(model, dtype, device, console=console)
     result = compress_text(
         base,
@@ -145,6 +150,7 @@ def compress(
         settings=settings,
         console=console,
     )
+    draw_figure(lambda: retention_figure(result), figure)
     console.print(
         f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ...",
         highlight=False,

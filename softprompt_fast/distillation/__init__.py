@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from ..base.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .figure import retention_figure
     from .result import CompressedPrompt, Compression
     from .retention import Retention
     from .run import compress
@@ -18,7 +19,8 @@ else:
             "DistillationSettings": ".settings",
             "Retention": ".retention",
             "compress": ".run",
+            "retention_figure": ".figure",
         },
     )
 
-__all__ = ["CompressedPrompt", "Compression", "DistillationSettings", "Retention", "compress"]
+__all__ = ["CompressedPrompt", "Compression", "DistillationSettings", "Retention", "compress", "retention_figure"]

@@ -32,11 +32,11 @@ def values_from_text(student: SoftPromptModel, text_ids: Sequence[int], count: i
     """
     table = embedding_table(student.get_input_embeddings())
     vectors = table(torch.tensor(list(text_ids), device=table.weight.device)).float()
-    deep = isinstance(student, DeepPromptModel)
+    deep = student.runner if isinstance(student, DeepPromptModel) else None
     if init == "pooled":
         parts = torch.stack([part.mean(0) for part in vectors.tensor_split(count)])
-        return flattened(compile_prompts(student.runner, [parts])).float() if deep else parts
+        return parts if deep is None else flattened(compile_prompts(deep, [parts])).float()
     places = spread_places(len(vectors), count) if init == "sampled" else list(range(count))
-    if not deep:
+    if deep is None:
         return vectors[places]
-    return flattened(compile_prompts(student.runner, [vectors])).float()[places]
+    return flattened(compile_prompts(deep, [vectors])).float()[places]

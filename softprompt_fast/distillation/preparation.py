@@ -122,7 +122,7 @@ def prompt_names(name: str, tokens: int | Sequence[int], settings: DistillationS
         ValueError: a name or a number that is not allowed.
     """
     check_name(name)
-    counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    counts = list(tokens) if isinstance(tokens, Sequence) else [tokens]
     least = 2 if settings.keep_first else 1
     for count in counts:
         if not isinstance(count, int) or isinstance(count, bool) or count < least:

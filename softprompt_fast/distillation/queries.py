@@ -54,7 +54,9 @@ def usable_queries(task: Task, rows: Examples) -> Examples:
     Raises:
         ValueError: no row is left, or no such column.
     """
-    empty, repeated, kept = [], [], []
+    empty: list[int] = []
+    repeated: list[int] = []
+    kept: list[int] = []
     known: set[str] = set()
     for i, row in enumerate(rows):
         try:

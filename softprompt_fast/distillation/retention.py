@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..base.modules import evaluating
 from ..models.soft_prompt_model import SoftPromptModel
 from .divergence import kl_divergence
 from .settings import DistillationSettings
@@ -58,8 +57,7 @@ def measure_retention(
         expected = teacher.logits(batch).float().log_softmax(-1)
         best = expected.argmax(-1)
         for one in contestants:
-            with evaluating(one.model):
-                got = logits_of(one.model, one.prompt, batch).float().log_softmax(-1)
+            got = logits_of(one.model, one.prompt, batch).float().log_softmax(-1)
             same = (got.argmax(-1) == best).double()
             values = (same.sum(), kl_divergence(expected, got).double().sum(), same[firsts.to(same.device)].sum())
             sums[id(one)] = [total + value.item() for total, value in zip(sums[id(one)], values, strict=True)]

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from ..base.files import size_of, write_atomically
+from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
 from ..models.soft_prompt_model import SoftPromptModel
@@ -98,41 +99,43 @@ def compress(
     """
     console = Console(stderr=True) if console is None else console
     settings = replace(DistillationSettings() if settings is None else settings, **changes)
-    prepared = prepare(
-        model.base_model if isinstance(model, SoftPromptModel) else model,
-        tokenizer,
-        text,
-        Path(output),
-        [] if queries is None else queries,
-        tokens=tokens,
-        self_queries=self_queries,
-        text_column=text_column,
-        template=template,
-        chat=chat,
-        held_out=held_out,
-        name=name,
-        base_name=base_name,
-        max_drop=max_drop,
-        cache=None if cache is None else Path(cache),
-        settings=settings,
-        console=console,
-    )
-    if prepared.self_made:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.self_made)
-        write_atomically(prepared.output / QUERIES_FILE, lines)
-    train, held_out_targets, teacher_seconds = _teach(prepared)
-    student = prepared.student
-    trained = []
-    for count, prompt in prepared.names.items():
-        trained.append(_train(prepared, prompt, count, train))
-        student.save_pretrained(prepared.output, [prompt])
-        replace(prepared.task, prompt=prompt).save(prepared.output / prompt)
-    console.print(f"measuring retention on {len(held_out_targets)} held-out queries", highlight=False)
-    contestants = _contestants(prepared)
-    retention = measure_retention(prepared.teacher, contestants, held_out_targets, settings)
-    result = _result(prepared, trained, retention, len(train), teacher_seconds, max_drop)
-    result.write(prepared.output)
-    print_result(result, console)
+    base = model.base_model if isinstance(model, SoftPromptModel) else model
+    with evaluating(base):
+        prepared = prepare(
+            base,
+            tokenizer,
+            text,
+            Path(output),
+            [] if queries is None else queries,
+            tokens=tokens,
+            self_queries=self_queries,
+            text_column=text_column,
+            template=template,
+            chat=chat,
+            held_out=held_out,
+            name=name,
+            base_name=base_name,
+            max_drop=max_drop,
+            cache=None if cache is None else Path(cache),
+            settings=settings,
+            console=console,
+        )
+        if prepared.self_made:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.self_made)
+            write_atomically(prepared.output / QUERIES_FILE, lines)
+        train, held_out_targets, teacher_seconds = _teach(prepared)
+        student = prepared.student
+        trained = []
+        for count, prompt in prepared.names.items():
+            trained.append(_train(prepared, prompt, count, train))
+            student.save_pretrained(prepared.output, [prompt])
+            replace(prepared.task, prompt=prompt).save(prepared.output / prompt)
+        console.print(f"measuring retention on {len(held_out_targets)} held-out queries", highlight=False)
+        contestants = _contestants(prepared)
+        retention = measure_retention(prepared.teacher, contestants, held_out_targets, settings)
+        result = _result(prepared, trained, retention, len(train), teacher_seconds, max_drop)
+        result.write(prepared.output)
+        print_result(result, console)
     return result
 
 
@@ -152,7 +155,7 @@ def _teach(prepared: Prepared) -> tuple[list[Target], list[Target], float]:
 
 def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -> _Trained:
     settings = prepared.settings
-    init, losses = str(settings.init), {}
+    init, losses = str(settings.init), dict[str, float]()
     if prompt not in prepared.student.prompts:
         init, losses = _choose_init(prepared, prompt, count, targets)
     run = train_prompt(prepared.student, prompt, targets, settings, prepared.console)

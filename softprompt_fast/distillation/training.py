@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..base.modules import evaluating
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.collation import Collator
 from ..tasks.encoding import IGNORED
@@ -84,26 +83,23 @@ def train_prompt(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_rate(done, settings.steps))
     losses: list[float] = []
     start = time.perf_counter()
-    with evaluating(student):
-        for step, batch in zip(range(1, settings.steps + 1), batches(targets, settings), strict=False):
-            loss = batch_loss(student, prompt, batch, settings.temperature)
-            loss.backward()
-            if parameter.grad is not None and settings.keep_first:
-                parameter.grad[0] = 0.0
-            norm = torch.nn.utils.clip_grad_norm_([parameter], settings.max_grad_norm)
-            losses.append(loss.item())
-            if not torch.isfinite(loss) or not torch.isfinite(norm):
-                raise ValueError(
-                    f"the loss must be finite, got {losses[-1]} in step {step}; use a smaller `learning_rate`"
-                )
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if step % max(1, settings.steps // LINES) == 0:
-                seconds = time.perf_counter() - start
-                console.print(
-                    f"{prompt}: step {step}/{settings.steps}, loss {losses[-1]:.3f}, {seconds:.0f} s", highlight=False
-                )
+    for step, batch in zip(range(1, settings.steps + 1), batches(targets, settings), strict=False):
+        loss = batch_loss(student, prompt, batch, settings.temperature)
+        loss.backward()
+        if parameter.grad is not None and settings.keep_first:
+            parameter.grad[0] = 0.0
+        norm = torch.nn.utils.clip_grad_norm_([parameter], settings.max_grad_norm)
+        losses.append(loss.item())
+        if not torch.isfinite(loss) or not torch.isfinite(norm):
+            raise ValueError(f"the loss must be finite, got {losses[-1]} in step {step}; use a smaller `learning_rate`")
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % max(1, settings.steps // LINES) == 0:
+            seconds = time.perf_counter() - start
+            console.print(
+                f"{prompt}: step {step}/{settings.steps}, loss {losses[-1]:.3f}, {seconds:.0f} s", highlight=False
+            )
     return TrainingRun(losses, time.perf_counter() - start)
 
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 from support.tiny_models import VOCABULARY, build
 from support.tiny_reviews import WORDS, run, tiny_tokenizer
-from support.tiny_text import CHAT_TEMPLATE, TEXT, queries
+from support.tiny_text import CHAT_TEMPLATE, TEXT, TURNS, queries
 from typer.testing import CliRunner
 
 from softprompt_fast.cli.app import app
@@ -29,9 +29,8 @@ OPTIONS = typer.main.get_command(app).commands["compress"].params  # type: ignor
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with a model whose tokenizer has a chat template, the text and the queries."""
-    chat = ["<system>", "<user>", "<assistant>"]
-    more = [f"word{i}" for i in range(len(WORDS) + len(chat), VOCABULARY)]
-    tokenizer = tiny_tokenizer(*chat, *more)
+    more = [f"word{i}" for i in range(len(WORDS) + len(TURNS), VOCABULARY)]
+    tokenizer = tiny_tokenizer(*TURNS, *more)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(tmp_path / "model")
     build("llama").save_pretrained(tmp_path / "model")

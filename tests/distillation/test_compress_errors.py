@@ -42,8 +42,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"keep_first": True, "init": "pooled"}, "`keep_first` cannot be combined with `init` pooled"),
         (
             {"text": TEXT * 4},
-            r"the text must fit into the model's context of 128 tokens with the longest query \(10\) and its "
-            r"continuation \(5\), got 144 tokens, 31 too many",
+            r"the text must fit into the model's context of 128 tokens with the longest query \(9\) and its "
+            r"continuation \(5\), got 144 tokens, 30 too many",
         ),
         ({"queries": None}, "there are no queries: give `queries`"),
         ({"queries": []}, "there are no queries: give `queries`"),
@@ -68,7 +68,7 @@ def test_one_line_says_what_is_wrong(options: dict[str, Any], message: str, tmp_
 
 
 def test_a_text_that_leaves_no_room_for_self_made_queries(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got 108 tokens, 33 too many"):
+    with pytest.raises(ValueError, match=r"got 108 tokens, 45 too many"):
         compressed(tmp_path, text=TEXT * 3, queries=None, self_queries=5)
 
 

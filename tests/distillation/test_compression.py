@@ -15,6 +15,7 @@ from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, compressed, logits
 
 import softprompt_fast as spf
 from softprompt_fast.compiled.compile import slot_shape
+from softprompt_fast.distillation.figure import retention_figure
 from softprompt_fast.distillation.result import Compression, recommend
 from softprompt_fast.distillation.retention import Retention
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
@@ -133,6 +134,13 @@ def test_several_sizes_share_the_teacher(tmp_path: Path) -> None:
     bank = PromptBank(build("llama"))
     bank.add_directory(tmp_path)
     assert [len(bank[f"prompt-{n}"]) for n in (2, 4, 8)] == [2, 4, 8]
+    figure = retention_figure(result)
+    agreement, kl = figure.axes
+    lines = {line.get_label(): line for line in kl.get_lines()}
+    assert list(lines["trained"].get_xdata()) == [2, 4, 8]
+    assert list(lines["trained"].get_ydata()) == [prompt.retention.kl for prompt in result.prompts]
+    assert list(lines["text cut"].get_ydata()) == [one.kl for one in result.references[2:5]]
+    assert [line.get_label() for line in agreement.get_lines()] == list(lines)
     alone = compressed(tmp_path / "alone", tokens=4, cache=tmp_path / "cache")
     assert alone.prompts[0].retention.kl == pytest.approx(result.prompts[1].retention.kl, rel=1e-5)
 
@@ -215,10 +223,10 @@ def test_a_system_prompt_is_read_in_the_chat_template(tmp_path: Path) -> None:
     model, tokenizer = build("llama"), chat_tokenizer()
     result = compressed(tmp_path, model=model, tokenizer=tokenizer, chat=True, template=None)
     task = Task.load(tmp_path / "prompt")
-    assert task.template == " </s> <user> {text} </s> <assistant>"
+    assert task.template == " </s> user_turn {text} </s> assistant_turn"
     messages = [{"role": "system", "content": TEXT}, {"role": "user", "content": "film dull"}]
     whole = token_ids(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     query = encode_text(task, {"text": "film dull"}, tokenizer)
     assert whole[-len(query) :] == query and len(whole) - len(query) == result.text_tokens
     nothing = result.references[1]
-    assert nothing.tokens == 1  # "<system>" is there without a text too
+    assert nothing.tokens == 1  # "system_turn" is there without a text too

@@ -99,7 +99,7 @@ def test_a_chat_asks_in_the_users_turn(tmp_path: Path, monkeypatch: pytest.Monke
     rows = prepared(tokenizer, tmp_path, chat=True, self_queries=3).self_made
     assert [row["text"] for row in rows] == ["film", "plot", "fine"]
     asked = tokenizer.decode(read[0][0])
-    assert asked.startswith("</s> <user>") and asked.endswith("</s> <assistant>")
+    assert asked.startswith("</s> user_turn") and asked.endswith("</s> assistant_turn")
 
 
 def test_a_model_that_repeats_itself_makes_fewer_queries(

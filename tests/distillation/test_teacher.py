@@ -94,10 +94,11 @@ def test_sampled_continuations_follow_the_seed() -> None:
 
 
 def test_sampling_leaves_the_callers_random_numbers_alone() -> None:
+    teacher = teacher_of(build("llama"), continuation="sampled")
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    teacher_of(build("llama"), continuation="sampled").targets(QUERIES[:2])
+    teacher.targets(QUERIES[:2])
     assert torch.equal(torch.rand(1), expected)
 
 

@@ -16,9 +16,10 @@ from support.tiny_reviews import BAD, GOOD, tiny_tokenizer
 
 TEXT = "film great plot Label : yes very dull film Label : no " * 3
 TEMPLATE = "{text} Label :"
+TURNS = ("system_turn", "user_turn", "assistant_turn")
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} </s> {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}_turn {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant_turn{% endif %}"
 )
 
 
@@ -31,7 +32,7 @@ def queries(count: int = 24) -> list[dict[str, Any]]:
 
 
 def chat_tokenizer() -> Any:
-    tokenizer = tiny_tokenizer("<system>", "<user>", "<assistant>")
+    tokenizer = tiny_tokenizer(*TURNS)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
