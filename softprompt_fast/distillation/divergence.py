@@ -32,7 +32,7 @@ def kl_divergence(target: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Mean forward KL divergence from the teacher per token, times the temperature squared.
+    """Mean KL divergence of teacher and student per token, times the temperature squared.
 
     The square keeps the gradient's size for any temperature (Hinton et al. 2015, arXiv 1503.02531). Called as
     ``SoftPromptModel.forward(loss_function=)`` describes it.
@@ -43,6 +43,8 @@ class DistillationLoss:
     log_probabilities: Tensor
     """[M, K + 1], the teacher's."""
     temperature: float = 1.0
+    reverse: bool = False
+    """KL(student || teacher) instead of KL(teacher || student)."""
 
     def __call__(
         self,
@@ -53,5 +55,6 @@ class DistillationLoss:
     ) -> Tensor:
         logits = logits[targets != IGNORED]
         student = class_log_probabilities(logits, self.top_ids.to(logits.device), self.temperature)
-        divergence = kl_divergence(self.log_probabilities.to(logits.device), student)
+        teacher = self.log_probabilities.to(logits.device)
+        divergence = kl_divergence(student, teacher) if self.reverse else kl_divergence(teacher, student)
         return divergence.mean() * self.temperature**2

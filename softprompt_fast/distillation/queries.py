@@ -31,6 +31,8 @@ EXAMPLE = "example"
 """Kind of a query that continues the text with the template's own words, as one more example of a few-shot block."""
 LONGEST = 48
 """Tokens of a query that the model makes."""
+SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+"""How queries are drawn: a small model that draws from its whole distribution makes few that ask something."""
 DRAWS = 6
 """Most queries that are drawn for each one that is asked for."""
 SIMILAR = 0.8
@@ -103,7 +105,7 @@ def make_queries(
     drawn = 0
     while len(rows) < count and drawn < DRAWS * count:
         asked = [starts[(drawn + i) % len(starts)] for i in range(CHUNK)]
-        answers = teacher.generate([ids for _, ids in asked], seed + drawn + 1, max_new_tokens=LONGEST)
+        answers = teacher.generate([ids for _, ids in asked], seed + drawn + 1, max_new_tokens=LONGEST, **SAMPLING)
         drawn += len(asked)
         before = len(rows)
         for (kind, _), answer in zip(asked, answers, strict=True):

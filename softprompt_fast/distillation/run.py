@@ -158,7 +158,7 @@ def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -
     init, losses = str(settings.init), dict[str, float]()
     if prompt not in prepared.student.prompts:
         init, losses = _choose_init(prepared, prompt, count, targets)
-    run = train_prompt(prepared.student, prompt, targets, settings, prepared.console)
+    run = train_prompt(prepared.student, prompt, targets, prepared.teacher, settings, prepared.console)
     return _Trained(prompt, count, init, losses, run)
 
 

@@ -76,6 +76,15 @@ class DistillationSettings:
             group=TEACHER,
         ),
     )
+    divergence: str = field(
+        default="forward",
+        metadata=described(
+            "Divergence that training minimises: forward (from the teacher, on its continuations), reverse (from the "
+            "student, on continuations drawn from the student in every step), or the mean of both (mixed).",
+            one_of("forward", "reverse", "mixed"),
+            group=TRAINING,
+        ),
+    )
     temperature: float = field(
         default=1.0,
         metadata=described("Divides the logits of teacher and student in the loss.", POSITIVE, group=TEACHER),

@@ -104,27 +104,41 @@ class Teacher:
         """[M, V] at all places of the continuations, row by row."""
         return logits_of(self.model, TEXT, targets)
 
-    def generate(self, queries: Sequence[list[int]], seed: int | None = None, **options: Any) -> list[list[int]]:
+    def generate(
+        self,
+        queries: Sequence[list[int]],
+        seed: int | None = None,
+        student: tuple[SoftPromptModel, str] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
         """New tokens after each query [T], up to the end token.
 
         Args:
             seed: tokens are drawn with this seed; None: the most probable ones are taken.
+            student: a model and its prompt that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
+        model, prompt = (self.model, TEXT) if student is None else student
         draws = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "num_beams": 1, **draws, **options}
         if self._ends:
             given["eos_token_id"] = self._ends
-        ids, mask = padded(queries, self.model.device, side="left")
+        ids, mask = padded(queries, model.device, side="left")
         with torch.random.fork_rng():
             torch.manual_seed(0 if seed is None else seed)
-            output = self.model.generate(ids, mask, TEXT, do_sample=seed is not None, **given)
+            output = model.generate(ids, mask, prompt, do_sample=seed is not None, **given)
         return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
 
+    def judged(self, student: SoftPromptModel, prompt: str, queries: Sequence[list[int]], seed: int) -> list[Target]:
+        """Continuations drawn from a student's prompt, with the teacher's probabilities."""
+        answers = self.generate(queries, seed, (student, prompt), max_new_tokens=self.settings.new_tokens)
+        return self._targets(queries, answers)
+
     def _run(self, queries: Sequence[list[int]]) -> list[Target]:
-        key = int(self._key(queries)[:12], 16)
-        seed = None if self._facts["seed"] is None else key
-        answers = self.generate(queries, seed, max_new_tokens=self.settings.new_tokens)
+        seed = None if self._facts["seed"] is None else int(self._key(queries)[:12], 16)
+        return self._targets(queries, self.generate(queries, seed, max_new_tokens=self.settings.new_tokens))
+
+    def _targets(self, queries: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Target]:
         empty = torch.empty(0)
         rows = [Target(query, answer, empty, empty) for query, answer in zip(queries, answers, strict=True)]
         logits = self.logits(rows)

@@ -17,7 +17,7 @@ from ..tasks.collation import Collator
 from ..tasks.encoding import IGNORED
 from .divergence import DistillationLoss
 from .settings import DistillationSettings
-from .teacher import Target
+from .teacher import Target, Teacher
 
 LINES = 5
 """Lines that a training prints."""
@@ -32,8 +32,10 @@ class TrainingRun:
     seconds: float
 
 
-def batch_loss(student: SoftPromptModel, prompt: str, targets: Sequence[Target], temperature: float) -> Tensor:
-    """The student's mean divergence from the teacher per token of a batch, a scalar."""
+def batch_loss(
+    student: SoftPromptModel, prompt: str, targets: Sequence[Target], temperature: float, *, reverse: bool = False
+) -> Tensor:
+    """The mean divergence of teacher and student per token of a batch, a scalar."""
     features = [
         {
             "input_ids": target.query + target.continuation,
@@ -54,6 +56,7 @@ def batch_loss(student: SoftPromptModel, prompt: str, targets: Sequence[Target],
             torch.cat([target.top_ids for target in targets]),
             torch.cat([target.log_probabilities for target in targets]),
             temperature,
+            reverse,
         ),
     ).loss
     return loss
@@ -71,9 +74,14 @@ def batches(targets: Sequence[Target], settings: DistillationSettings) -> Iterat
 
 
 def train_prompt(
-    student: SoftPromptModel, prompt: str, targets: Sequence[Target], settings: DistillationSettings, console: Console
+    student: SoftPromptModel,
+    prompt: str,
+    targets: Sequence[Target],
+    teacher: Teacher,
+    settings: DistillationSettings,
+    console: Console,
 ) -> TrainingRun:
-    """Trains a prompt of the student in place.
+    """Trains a prompt of the student in place. The teacher runs only for a reverse divergence.
 
     Raises:
         ValueError: the loss is not finite any more.
@@ -84,7 +92,13 @@ def train_prompt(
     losses: list[float] = []
     start = time.perf_counter()
     for step, batch in zip(range(1, settings.steps + 1), batches(targets, settings), strict=False):
-        loss = batch_loss(student, prompt, batch, settings.temperature)
+        parts = []
+        if settings.divergence != "reverse":
+            parts.append(batch_loss(student, prompt, batch, settings.temperature))
+        if settings.divergence != "forward":
+            drawn = teacher.judged(student, prompt, [one.query for one in batch], settings.seed + step)
+            parts.append(batch_loss(student, prompt, drawn, settings.temperature, reverse=True))
+        loss = torch.stack(parts).mean()
         loss.backward()
         if parameter.grad is not None and settings.keep_first:
             parameter.grad[0] = 0.0

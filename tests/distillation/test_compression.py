@@ -18,6 +18,7 @@ from softprompt_fast.compiled.compile import slot_shape
 from softprompt_fast.distillation.figure import retention_figure
 from softprompt_fast.distillation.result import Compression, recommend
 from softprompt_fast.distillation.retention import Retention
+from softprompt_fast.distillation.teacher import Teacher
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
 from softprompt_fast.tasks.encoding import encode_text, token_ids
@@ -205,6 +206,24 @@ def test_the_same_seed_gives_the_same_prompt(tmp_path: Path) -> None:
         compressed(tmp_path / str(i), seed=seed).prompts[0].retention.kl for i, seed in enumerate((0, 0, 1))
     )
     assert first == again != other
+
+
+@pytest.mark.parametrize("divergence", ["reverse", "mixed"])
+def test_the_student_can_be_corrected_on_its_own_continuations(
+    divergence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = Teacher.judged
+    drawn: list[list[int]] = []
+
+    def watched(self: Any, *arguments: Any) -> Any:
+        targets = judged(self, *arguments)
+        drawn.append([token for target in targets for token in target.continuation])
+        return targets
+
+    monkeypatch.setattr(Teacher, "judged", watched)
+    result = compressed(tmp_path, divergence=divergence, steps=16)
+    assert result.prompts[0].retention.kl < 0.9 * result.references[1].kl
+    assert len(drawn) == 16 and drawn[0] != drawn[-1]
 
 
 def test_a_model_that_cannot_run_packed_is_compressed_too(tmp_path: Path) -> None:

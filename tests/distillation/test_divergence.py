@@ -70,3 +70,8 @@ def test_the_loss_reads_labelled_places_and_keeps_its_size_for_any_temperature()
         (student[kept] / 2).log_softmax(-1), (teacher[kept] / 2).log_softmax(-1), reduction="batchmean", log_target=True
     )
     torch.testing.assert_close(warm(student, labels), expected)
+    backward = DistillationLoss(ids[kept], class_log_probabilities(teacher[kept], ids[kept]), reverse=True)
+    expected = kl_div(
+        teacher[kept].log_softmax(-1), student[kept].log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(backward(student, labels), expected)
