@@ -31,7 +31,7 @@ EXAMPLE = "example"
 """Kind of a query that continues the text with the template's own words, as one more example of a few-shot block."""
 LONGEST = 48
 """Tokens of a query that the model makes."""
-SAMPLING = {"temperature": 0.7, "top_p": 0.9}
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
 """How queries are drawn: a small model that draws from its whole distribution makes few that ask something."""
 DRAWS = 6
 """Most queries that are drawn for each one that is asked for."""

@@ -177,9 +177,8 @@ def _choose_init(prepared: Prepared, prompt: str, count: int, targets: list[Targ
     losses = {}
     for kind in kinds:
         parameter.copy_(values[kind])
-        losses[kind] = sum(batch_loss(student, prompt, batch, settings.temperature).item() for batch in some) / len(
-            some
-        )
+        each = [batch_loss(student, prompt, batch, settings.temperature).item() for batch in some]
+        losses[kind] = sum(each) / len(each)
     best = min(kinds, key=lambda kind: losses[kind])
     parameter.copy_(values[best])
     shown = ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
@@ -205,10 +204,9 @@ def _contestants(prepared: Prepared) -> list[Contestant]:
             plain.add_prompt(f"{init}-{count}", init=values_from_text(plain, source.ids, count, init))
             contestants.append(Contestant(kind, count, plain, f"{init}-{count}"))
     form = "virtual tokens" if prepared.settings.form == "embeddings" else "keys and values"
-    trained = [
-        Contestant(f"{count} {form}", count, prepared.student, prompt) for count, prompt in prepared.names.items()
-    ]
-    return contestants + trained
+    for count, prompt in prepared.names.items():
+        contestants.append(Contestant(f"{count} {form}", count, prepared.student, prompt))
+    return contestants
 
 
 def _result(

@@ -20,12 +20,12 @@ FORMS = ("embeddings", "kv")
 INITS = ("text", "sampled", "pooled")
 """Initial values that are made from the text; see ``initial_values.py``."""
 LEARNING_RATES = {"embeddings": 1e-2, "kv": 5e-3}
-"""Default learning rates, those of ``benchmarks/study_compress.py``."""
+"""Default learning rates of each form, chosen with SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
 class DistillationSettings:
-    """Settings of :func:`compress`; ``docs/compress.md`` says where the defaults come from."""
+    """Settings of :func:`compress`."""
 
     form: str = field(
         default="embeddings",
