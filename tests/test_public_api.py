@@ -29,6 +29,9 @@ PUBLIC = {
         pruning_figure save_figure similar similarity_figure
     """,
     "softprompt_fast.comparison": "Comparison METHODS compare parse_options",
+    "softprompt_fast.distillation": """
+        CompressedPrompt Compression DistillationSettings Retention compress retention_figure
+    """,
     "softprompt_fast.length_search": "Candidate DEFAULT_LENGTHS LogRange RungResult SearchResult search",
     "softprompt_fast.monitoring": "DriftTest Monitor Observation Profile Report observe record_profile",
     "softprompt_fast.registry": """

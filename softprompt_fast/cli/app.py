@@ -15,6 +15,7 @@ from .analyze import analyze
 from .build import build
 from .clean import clean
 from .compare import compare
+from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
@@ -49,6 +50,10 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         compare: (
             f"softprompt-fast compare -m {MODEL} -d reviews.jsonl --seeds 0,1,2",
             f"softprompt-fast compare -m {MODEL} -d reviews.jsonl --methods prompt,lora --set lora.r=4",
+        ),
+        compress: (
+            f"softprompt-fast compress -m {MODEL} --text system.txt --chat --queries queries.jsonl --tokens 4,16,64",
+            f"softprompt-fast compress -m {MODEL} --text manual.txt --self-queries 200 --tokens 64 --form kv",
         ),
     },
     "Use": {

@@ -15,7 +15,19 @@ from softprompt_fast.base.version import __version__
 from softprompt_fast.cli.app import GROUPS, app
 
 COMMANDS = every_command(typer.main.get_command(app))
-LONG = ["analyze", "train", "search", "compare", "evaluate", "predict", "generate", "interpret", "prune", "similar"]
+LONG = [
+    "analyze",
+    "train",
+    "search",
+    "compare",
+    "compress",
+    "evaluate",
+    "predict",
+    "generate",
+    "interpret",
+    "prune",
+    "similar",
+]
 LONG += ["monitor"]
 
 
@@ -28,7 +40,7 @@ def test_commands_are_listed_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch=monkeypatch)
     groups = {
         "Start": ["demo", "info"],
-        "Tune": ["analyze", "train", "search", "compare"],
+        "Tune": ["analyze", "train", "search", "compare", "compress"],
         "Use": ["evaluate", "predict", "generate"],
         "Production": ["versions", "monitor"],
         "Understand": ["interpret", "prune", "similar"],
@@ -67,7 +79,7 @@ def examples() -> list[list[str]]:
 def test_examples_use_options_that_exist(arguments: list[str]) -> None:
     name, *rest = arguments
     context = COMMANDS[name].make_context(name, rest)
-    assert context.params["data"] is not None or name in ("interpret", "monitor", "similar")
+    assert context.params["data"] is not None or name in ("compress", "interpret", "monitor", "similar")
 
 
 def test_the_version_is_shown() -> None:

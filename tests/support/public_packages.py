@@ -10,6 +10,7 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.inference",
     "softprompt_fast.analysis",
     "softprompt_fast.comparison",
+    "softprompt_fast.distillation",
     "softprompt_fast.length_search",
     "softprompt_fast.monitoring",
     "softprompt_fast.registry",

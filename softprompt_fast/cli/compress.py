@@ -1,0 +1,165 @@
+"""``compress``: turns a long text in front of requests into a few virtual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..base.extras import require
+from ..distillation.settings import TEACHER, DistillationSettings
+from .data import DataOptions
+from .options import DATA, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
+from .output import console, draw_figure
+
+if TYPE_CHECKING:
+    from ..tasks.examples import Examples
+
+TextFile = Annotated[
+    Path,
+    typer.Option("--text", "-t", help="File of the text: a system prompt, a block of examples, or documents."),
+]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="The text is a system prompt and a query is a user's turn: both are put into the model's chat template.",
+        rich_help_panel=DATA,
+    ),
+]
+Queries = Annotated[
+    str | None,
+    typer.Option(
+        "--queries",
+        "-q",
+        help="Queries without answers: a jsonl, json, csv, tsv, parquet or txt file (a query on each line), a folder "
+        "of files, or a Hub dataset.",
+        rich_help_panel=DATA,
+    ),
+]
+SelfQueries = Annotated[
+    int,
+    typer.Option(min=0, help="Number of queries that the model makes itself from the text.", rich_help_panel=DATA),
+]
+TextColumn = Annotated[str, typer.Option(help="Column of the query.", rich_help_panel=DATA)]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help=r"Query as it follows the text, with columns in braces; \n is a line break. By default the column alone.",
+        rich_help_panel=DATA,
+    ),
+]
+HeldOut = Annotated[
+    float,
+    typer.Option(
+        help="Share (below 1) or number of queries that measure retention and are not trained on.",
+        rich_help_panel=DATA,
+    ),
+]
+Tokens = Annotated[
+    str,
+    typer.Option(
+        "--tokens", "-n", help="Numbers of virtual tokens, separated by commas. Each gives a prompt.",
+        rich_help_panel=PROMPT,
+    ),
+]  # fmt: skip
+MaxDrop = Annotated[
+    float,
+    typer.Option(
+        min=0.0,
+        help="The recommended number of tokens is the smallest whose agreement with the whole text is at most this "
+        "much below the best one's.",
+        rich_help_panel=PROMPT,
+    ),
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the prompts and the report.")]
+TeacherCache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder in which the teacher's answers are kept. By default the cache directory, which info shows.",
+        rich_help_panel=TEACHER,
+    ),
+]
+
+
+@with_options("settings_of", DistillationSettings)
+@with_options("data_options_of", DataOptions)
+def compress(
+    model: Model,
+    text: TextFile,
+    data_options_of: Callable[..., DataOptions],
+    settings_of: Callable[..., DistillationSettings],
+    output: Output = Path("compressed"),
+    chat: Chat = False,
+    queries: Queries = None,
+    self_queries: SelfQueries = 0,
+    text_column: TextColumn = "text",
+    template: Template = None,
+    held_out: HeldOut = 0.2,
+    tokens: Tokens = "16",
+    max_drop: MaxDrop = 0.01,
+    name: PromptName = "prompt",
+    teacher_cache: TeacherCache = None,
+    figure: Figure = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
+    data_options = data_options_of()
+    settings = settings_of()
+    if figure is not None:
+        require("train", "matplotlib", purpose="--figure")
+    counts = _counts(tokens)
+    from ..distillation.figure import retention_figure
+    from ..distillation.preparation import check_queries, prompt_names
+    from ..distillation.queries import read_text_lines
+    from ..distillation.run import compress as compress_text
+    from ..hf.loading import load_base_model
+    from ..tasks.decoding import decode, read_bytes
+    from ..tasks.templates import unescaped
+
+    names = prompt_names(name, counts, settings)
+    check_queries([queries] if queries is not None else [], self_queries)
+    words = decode(read_bytes(text, str(text)), str(text), data_options.encoding)
+    if not words.strip():
+        raise ValueError(f"{text} must hold words, got an empty text")
+    rows: Examples = []
+    if queries is not None and Path(queries).suffix.lower() == ".txt":
+        rows = read_text_lines(Path(queries), text_column, data_options.encoding)
+    elif queries is not None:
+        rows = data_options.read(queries)
+    base, tokenizer = load_base_model(model, dtype, device, console=console)
+    result = compress_text(
+        base,
+        tokenizer,
+        words,
+        output,
+        rows,
+        tokens=list(names),
+        self_queries=self_queries,
+        text_column=text_column,
+        template=None if template is None else unescaped(template),
+        chat=chat,
+        held_out=held_out,
+        name=name,
+        base_name=model,
+        max_drop=max_drop,
+        cache=teacher_cache,
+        settings=settings,
+        console=console,
+    )
+    draw_figure(lambda: retention_figure(result), figure)
+    console.print(
+        f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ...",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--tokens must be whole numbers with commas between them, got {text!r}") from error

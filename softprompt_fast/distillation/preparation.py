@@ -1,0 +1,191 @@
+"""Checks the arguments of a compression, and prepares its text, its queries and its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..base.progress import progress_bar
+from ..hf.architecture import context_length, is_causal
+from ..models.deep_prompt_model import DeepPromptModel
+from ..models.soft_prompt_model import SoftPromptModel
+from ..ops.extension.build import cache_directory
+from ..prompts.base_identity import check_base
+from ..prompts.fast_soft_prompt import check_name
+from ..prompts.peft_files import is_prompt_folder
+from ..tasks.cuts import counting_cuts
+from ..tasks.examples import Examples, split_rows
+from ..tasks.rows import Rows, joined
+from ..tasks.task import Task, generation_task
+from ..tasks.templates import field, parse
+from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
+from .settings import INITS, DistillationSettings
+from .source_text import SourceText, read_source
+from .teacher import Teacher
+
+ANSWER_COLUMNS = ("response", "answer", "continuation")
+"""Names of the column of answers; the first that the template does not use."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the teacher, the training and the report read."""
+
+    base: Any
+    source: SourceText
+    task: Task
+    teacher: Teacher
+    student: SoftPromptModel
+    """Has the prompt already if `init` is a folder."""
+    names: dict[int, str]
+    """The prompt's name for each number of tokens, in ascending order."""
+    train: list[list[int]]
+    """Token ids [T] of the queries to train on."""
+    held_out: list[list[int]]
+    self_made: Examples
+    """Queries that the model made."""
+    output: Path
+    settings: DistillationSettings
+    console: Console
+
+
+def prepare(
+    base: Any,
+    tokenizer: Any,
+    text: str,
+    output: Path,
+    queries: Sequence[Mapping[str, Any]],
+    *,
+    tokens: int | Sequence[int],
+    self_queries: int,
+    text_column: str,
+    template: str | None,
+    chat: bool,
+    held_out: float,
+    name: str,
+    base_name: str | None,
+    max_drop: float,
+    cache: Path | None,
+    settings: DistillationSettings,
+    console: Console,
+) -> Prepared:
+    """Arguments as in :func:`~.run.compress`. Nothing is written; the model runs only if it makes queries."""
+    names = prompt_names(name, tokens, settings)
+    check_queries(queries, self_queries)
+    if not max_drop >= 0:
+        raise ValueError(f"`max_drop` must be 0 or more, got {max_drop}")
+    _check_model(base)
+    for prompt in names.values():
+        if (output / prompt).exists():
+            raise FileExistsError(f"{output / prompt} already exists; choose another output folder")
+    source = read_source(tokenizer, text, field(text_column) if template is None else template, chat=chat)
+    if max(names) >= len(source):
+        raise ValueError(f"`tokens` must be below the text's {len(source)} tokens, got {max(names)}")
+    columns = [column for _, column in parse(source.template)]
+    task = generation_task(
+        output_column=next(column for column in ANSWER_COLUMNS if column not in columns),
+        template=source.template,
+        max_length=settings.max_length,
+        model=base_name or getattr(base, "name_or_path", None) or None,
+        prompt=name,
+        special_tokens=False,
+    )
+    given = usable_queries(task, _as_rows(queries)) if queries else []
+    _check_room(base, source, [len(ids) for ids in encoded(task, given, tokenizer)], settings.new_tokens)
+    student = _student(base, names, settings)
+    folder = cache_directory() / "distillation" if cache is None else cache
+    teacher = Teacher(base, tokenizer, source.ids, settings, folder)
+    self_made: Examples = []
+    if self_queries:
+        _check_room(base, source, [len(ids) for _, ids in query_starts(tokenizer, source)], LONGEST)
+        console.print(f"the model makes {self_queries} queries from the text", highlight=False)
+        with progress_bar(self_queries, console) as advance:
+            self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
+    rows = usable_queries(task, joined(given, self_made)) if self_made else given
+    train, test = split_rows(rows, held_out, settings.seed)
+    with counting_cuts():
+        train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
+    _check_room(base, source, [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
+    return Prepared(
+        base, source, task, teacher, student, names, train_ids, test_ids, self_made, output, settings, console
+    )
+
+
+def prompt_names(name: str, tokens: int | Sequence[int], settings: DistillationSettings) -> dict[int, str]:
+    """The prompt's name for each number of tokens, in ascending order.
+
+    Raises:
+        ValueError: a name or a number that is not allowed.
+    """
+    check_name(name)
+    counts = list(tokens) if isinstance(tokens, Sequence) else [tokens]
+    least = 2 if settings.keep_first else 1
+    for count in counts:
+        if not isinstance(count, int) or isinstance(count, bool) or count < least:
+            why = " because the first position is not trained (`keep_first`)" if least == 2 and count == 1 else ""
+            raise ValueError(f"`tokens` must be integers of at least {least}{why}, got {count!r}")
+    if not counts:
+        raise ValueError("`tokens` must name at least one number, got none")
+    if len(counts) == 1:
+        return {counts[0]: name}
+    return {count: f"{name}-{count}" for count in sorted(set(counts))}
+
+
+def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
+    """Raises ValueError if there are no queries."""
+    if self_queries < 0:
+        raise ValueError(f"`self_queries` must be 0 or more, got {self_queries}")
+    if not queries and not self_queries:
+        raise ValueError(
+            "there are no queries: give `queries` (--queries), or let the model make some with `self_queries` "
+            "(--self-queries)"
+        )
+
+
+def _check_model(base: Any) -> None:
+    if not is_causal(base) or not getattr(base, "can_generate", lambda: False)():
+        raise TypeError(
+            f"{type(base).__name__} cannot continue queries, so it cannot be a teacher; `model` must be a decoder with "
+            "a language-modelling head"
+        )
+
+
+def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -> SoftPromptModel:
+    """A model for the prompts, with the one that `init` names.
+
+    Raises:
+        TypeError: the model cannot run keys and values.
+        ValueError: `init` is a prompt of another shape.
+    """
+    student = (DeepPromptModel if settings.form == "kv" else SoftPromptModel)(base)
+    if settings.init not in ("auto", *INITS):
+        if len(names) > 1:
+            raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several `tokens`, got {settings.init}")
+        if not is_prompt_folder(Path(settings.init)):
+            choices = ", ".join(("auto", *INITS))
+            raise ValueError(f"`init` must be {choices} or the folder of a prompt, got {str(settings.init)!r}")
+        check_base(settings.init, base)
+        ((count, name),) = names.items()
+        found = len(student.add_prompt(name, init=settings.init))
+        if found != count:
+            raise ValueError(f"`init` must have as many positions as `tokens`, {count}, got {found}")
+    return student
+
+
+def _check_room(base: Any, source: SourceText, queries: Sequence[int], new_tokens: int) -> None:
+    """Refuses a text that does not fit into the model's context with the longest query and its continuation."""
+    limit, longest = context_length(base), max(queries, default=1)
+    more = 0 if limit is None else len(source) + longest + new_tokens - limit
+    if more > 0:
+        raise ValueError(
+            f"the text must fit into the model's context of {limit} tokens with the longest query ({longest}) and its "
+            f"continuation ({new_tokens}), got {len(source)} tokens, {more} too many"
+        )
+
+
+def _as_rows(queries: Sequence[Mapping[str, Any]]) -> Examples:
+    return queries if isinstance(queries, Rows) else [dict(row) for row in queries]

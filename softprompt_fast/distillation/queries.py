@@ -1,0 +1,161 @@
+"""Queries: given ones, and ones that the model makes itself from the text."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..analysis.duplicates import normalise
+from ..tasks.decoding import decode, read_bytes
+from ..tasks.encoding import encode_text, token_ids
+from ..tasks.examples import Examples
+from ..tasks.rows import Origin, Rows, choose, places
+from ..tasks.task import Task
+from .source_text import SourceText, words_after, words_before
+from .teacher import CHUNK, Teacher
+
+logger = logging.getLogger("softprompt_fast")
+
+SEEDS = {
+    "question": "Write one question that the text above answers.",
+    "summary": "Write one request to summarise a part of the text above.",
+    "structure": "Write one request to put facts of the text above into a list or a table.",
+    "use case": "Write one message of somebody who needs the text above for a practical purpose.",
+    "creative": "Write one unusual, creative request about the text above.",
+}
+"""What the model is asked for; Cartridges (arXiv 2506.06266) begins its conversations with these five kinds."""
+EXAMPLE = "example"
+"""Kind of a query that continues the text with the template's own words, as one more example of a few-shot block."""
+LONGEST = 48
+"""Tokens of a query that the model makes."""
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9}
+"""How queries are drawn: a small model that draws from its whole distribution makes few that ask something."""
+DRAWS = 6
+"""Most queries that are drawn for each one that is asked for."""
+SIMILAR = 0.8
+"""Two queries are near-duplicates if so much of their words is common: the size of the intersection over the union."""
+MARKER = re.compile(r"^[\s\"'“”*#>-]*(?:\d+[.)]\s*)?(?:[A-Z]?[a-z]+ ?(?:\d+)?:\s+)?[\"'“]?")
+"""Quotes, the number of a list and a label such as "Question: " at the beginning of a line."""
+
+
+def read_text_lines(path: Path, column: str, encoding: str | None = None) -> Rows:
+    """A query on each line of a text file; empty lines are left out."""
+    lines = decode(read_bytes(path, str(path)), str(path), encoding).splitlines()
+    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not kept:
+        raise ValueError(f"{path} must hold a query on each line, got none")
+    return Rows([{column: line} for _, line in kept], [Origin(str(path), "line", number) for number, _ in kept])
+
+
+def usable_queries(task: Task, rows: Examples) -> Examples:
+    """Rows with text, each text once. Others are left out, with a warning that says where they are.
+
+    Raises:
+        ValueError: no row is left, or no such column.
+    """
+    empty: list[int] = []
+    repeated: list[int] = []
+    kept: list[int] = []
+    known: set[str] = set()
+    for i, row in enumerate(rows):
+        try:
+            text = task.text(row)
+        except ValueError as error:
+            if str(error) != "the text is empty":
+                raise
+            empty.append(i)
+            continue
+        (repeated if text in known else kept).append(i)
+        known.add(text)
+    reasons = [
+        f"{reason} ({places(rows, which)})" for reason, which in (("no text", empty), ("repeated", repeated)) if which
+    ]
+    if not kept:
+        raise ValueError(f"the queries must hold text, got none among {len(rows)}: {'; '.join(reasons) or 'no rows'}")
+    if reasons:
+        logger.warning("%d of %d queries are left out: %s", len(rows) - len(kept), len(rows), "; ".join(reasons))
+    return choose(rows, kept)
+
+
+def make_queries(
+    teacher: Teacher,
+    source: SourceText,
+    task: Task,
+    count: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Examples:
+    """Queries that the model makes itself after the text: rows of the template's column and the query's ``kind``.
+
+    Near-duplicates are left out. After :data:`DRAWS` times as many drawn ones, fewer are returned, with a warning.
+
+    Raises:
+        ValueError: the template has several columns, or the model makes fewer than two queries.
+    """
+    if len(task.columns) != 1:
+        raise ValueError(f"self-made queries need a template with one column, got {', '.join(task.columns)}")
+    (column,) = task.columns
+    starts = query_starts(teacher.tokenizer, source)
+    rows: Examples = []
+    known: list[set[str]] = []
+    drawn = 0
+    while len(rows) < count and drawn < DRAWS * count:
+        asked = [starts[(drawn + i) % len(starts)] for i in range(CHUNK)]
+        answers = teacher.generate([ids for _, ids in asked], seed + drawn + 1, max_new_tokens=LONGEST, **SAMPLING)
+        drawn += len(asked)
+        before = len(rows)
+        for (kind, _), answer in zip(asked, answers, strict=True):
+            text = teacher.tokenizer.decode(answer, skip_special_tokens=True)
+            query = _one_query(text, words_after(source.template) if kind == EXAMPLE else "", labelled=kind != EXAMPLE)
+            words = set(normalise(query).split())
+            if len(rows) < count and query and _usable(task, {column: query}) and _is_new(words, known):
+                known.append(words)
+                rows.append({column: query, "kind": kind})
+        if progress is not None:
+            progress(len(rows) - before)
+    if len(rows) < 2:
+        raise ValueError(
+            f"the model made {len(rows)} different queries in {drawn} tries, too few to train on; give queries instead"
+        )
+    if len(rows) < count:
+        logger.warning("the model made %d different queries in %d tries, not %d", len(rows), drawn, count)
+    return rows
+
+
+def encoded(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
+    """Token ids [T] of each query, as serving reads it."""
+    return [encode_text(task, row, tokenizer) for row in rows]
+
+
+def query_starts(tokenizer: Any, source: SourceText) -> list[tuple[str, list[int]]]:
+    """The kinds of queries, and the token ids after which the model makes one."""
+    example = words_before(source.template).rstrip(" ")
+    if not source.is_chat and example.strip():
+        return [(EXAMPLE, token_ids(tokenizer, example))]
+    return [(kind, source.asking(tokenizer, words)) for kind, words in SEEDS.items()]
+
+
+def _one_query(text: str, end: str, *, labelled: bool) -> str:
+    """The first line of the model's answer, up to the template's next words, without quotes and labels."""
+    if end.strip() and (at := text.find(end.strip())) >= 0:
+        text = text[:at]
+    line = next((line for line in text.splitlines() if line.strip()), "")
+    if labelled:
+        line = MARKER.sub("", line, count=1)
+    return line.strip().strip("\"'“”*").strip()
+
+
+def _usable(task: Task, row: dict[str, Any]) -> bool:
+    try:
+        task.text(row).encode()
+    except ValueError:  # no words, or half of a character that the last token has cut
+        return False
+    return True
+
+
+def _is_new(words: set[str], known: Sequence[set[str]]) -> bool:
+    return bool(words) and all(len(words & other) < SIMILAR * len(words | other) for other in known)

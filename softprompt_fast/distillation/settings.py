@@ -1,0 +1,133 @@
+"""Settings of a compression: one dataclass for Python, for the command line and for the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from os import PathLike
+
+from ..base.fields import (
+    INTEGER,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    SWITCH,
+    check_fields,
+    described,
+    one_of,
+)
+
+PROMPT, TEACHER, TRAINING = "Prompt", "Teacher", "Training"
+FORMS = ("embeddings", "kv")
+INITS = ("text", "sampled", "pooled")
+"""Initial values that are made from the text; see ``initial_values.py``."""
+LEARNING_RATES = {"embeddings": 1e-2, "kv": 5e-3}
+"""Default learning rates of each form, chosen with SmolLM2-135M."""
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """Settings of :func:`compress`."""
+
+    form: str = field(
+        default="embeddings",
+        metadata=described(
+            "Train N vectors at the input (embeddings), or the keys and values of N positions in every layer (kv).",
+            one_of(*FORMS),
+            group=PROMPT,
+        ),
+    )
+    init: str | PathLike[str] = field(
+        default="auto",
+        metadata=described(
+            "Initial values: text (the text's first tokens), sampled (tokens spread evenly over the text), pooled (the "
+            "means of N parts of the text), or the folder of a prompt. auto measures the first three and takes the "
+            "best.",
+            group=PROMPT,
+        ),
+    )
+    keep_first: bool = field(
+        default=False,
+        metadata=described(
+            "Do not train the first position. Many models attend to it from everywhere (attention sink).",
+            SWITCH,
+            group=PROMPT,
+            flags=("--keep-first",),
+        ),
+    )
+    new_tokens: int = field(
+        default=16,
+        metadata=described(
+            "Longest continuation, in tokens, that the teacher gives to a query.", POSITIVE_INTEGER, group=TEACHER
+        ),
+    )
+    continuation: str = field(
+        default="greedy",
+        metadata=described(
+            "How the teacher continues a query: with its most probable tokens, or with drawn ones.",
+            one_of("greedy", "sampled"),
+            group=TEACHER,
+        ),
+    )
+    top_k: int = field(
+        default=20,
+        metadata=described(
+            "Number of the teacher's most probable tokens that are learnt at each place. The other tokens together "
+            "are one more class.",
+            POSITIVE_INTEGER,
+            group=TEACHER,
+        ),
+    )
+    divergence: str = field(
+        default="forward",
+        metadata=described(
+            "Divergence that training minimises: forward (from the teacher, on its continuations), reverse (from the "
+            "student, on continuations drawn from the student in every step), or the mean of both (mixed).",
+            one_of("forward", "reverse", "mixed"),
+            group=TRAINING,
+        ),
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata=described("Divides the logits of teacher and student in the loss.", POSITIVE, group=TEACHER),
+    )
+    max_length: int = field(
+        default=512,
+        metadata=described(
+            "Longest query in tokens. Longer ones lose their beginning.", POSITIVE_INTEGER, group=TEACHER
+        ),
+    )
+    steps: int = field(
+        default=100, metadata=described("Optimiser steps for each number of tokens.", POSITIVE_INTEGER, group=TRAINING)
+    )
+    batch_size: int = field(
+        default=16,
+        metadata=described("Queries in a batch.", POSITIVE_INTEGER, group=TRAINING, flags=("--batch-size", "-b")),
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata=described(
+            "Learning rate of AdamW after the warm-up. By default 1e-2 for embeddings and 5e-3 for kv.",
+            POSITIVE,
+            group=TRAINING,
+            flags=("--learning-rate", "--lr"),
+        ),
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata=described("Gradients with a larger norm are scaled down to this norm.", POSITIVE, group=TRAINING),
+    )
+    seed: int = field(
+        default=0,
+        metadata=described(
+            "Seed of the held-out queries, of the order of queries, and of what is drawn.", INTEGER, group=TRAINING
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.keep_first and self.init == "pooled":
+            raise ValueError("`keep_first` cannot be combined with `init` pooled, whose first position is a mean")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate after the warm-up."""
+        return LEARNING_RATES[self.form] if self.learning_rate is None else self.learning_rate

@@ -1,0 +1,203 @@
+"""The teacher: the frozen model with the whole text in front, its continuations and its probabilities.
+
+The text is a prompt of token embeddings, so it runs once per batch and not once per query. What the teacher says is
+cached on disk by the content that it depends on, in chunks, so that an interrupted run continues where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.files import save_tensors_atomically
+from ..evaluation.likelihood import ModelBackend
+from ..hf.embedding import embedding_table
+from ..hf.generation import end_token_ids
+from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.base_identity import base_fingerprint
+from ..tasks.collation import pad_token_id, padded
+from .divergence import class_log_probabilities, kl_divergence
+from .settings import DistillationSettings
+
+logger = logging.getLogger("softprompt_fast")
+
+CACHE_FORMAT = 1
+CHUNK = 32
+"""Queries that the teacher answers together; one file of the cache."""
+TEXT = "text"
+"""Name of the teacher's prompt."""
+TOLERANCE = 0.01
+"""Largest divergence per token of a cached answer from the present model's. Rounding in bfloat16 stays below."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The teacher's continuation of one query."""
+
+    query: list[int]
+    """[T] token ids."""
+    continuation: list[int]
+    """[N] token ids, with the end token if the teacher ends."""
+    top_ids: Tensor
+    """[N, K] the most probable tokens at each place, the most probable first."""
+    log_probabilities: Tensor
+    """[N, K + 1] float32, theirs, and last that of all other tokens together."""
+
+
+class Teacher:
+    """A model with a text in front of its queries.
+
+    Args:
+        model: a decoder of transformers with a language-modelling head.
+        text_ids: [T]
+        cache: folder of the cache; None: nothing is stored.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, text_ids: Sequence[int], settings: DistillationSettings, cache: Path | None
+    ) -> None:
+        self.model = SoftPromptModel(model)
+        self.tokenizer, self.settings, self.cache = tokenizer, settings, cache
+        table = embedding_table(model.get_input_embeddings())
+        ids = torch.tensor(list(text_ids), device=table.weight.device)
+        self.model.add_prompt(TEXT, init=table(ids).detach().float())
+        self._ends = end_token_ids(model, tokenizer.eos_token_id) or []
+        sampled = settings.continuation == "sampled"
+        self._facts = {
+            "format": CACHE_FORMAT,
+            "model": [base_fingerprint(model), getattr(model, "name_or_path", ""), str(model.dtype)],
+            "text": list(text_ids),
+            "ends": self._ends,
+            "new_tokens": settings.new_tokens,
+            "top_k": settings.top_k,
+            "temperature": settings.temperature,
+            "seed": settings.seed if sampled else None,
+        }
+        self._trusted: bool | None = None
+        """Whether this model has written the cache; None: not compared yet."""
+
+    def targets(self, queries: Sequence[list[int]], progress: Callable[[int], None] | None = None) -> list[Target]:
+        """The teacher's continuations of queries [T] and its probabilities, from the cache where they are known."""
+        found = []
+        for start in range(0, len(queries), CHUNK):
+            chunk = list(queries[start : start + CHUNK])
+            path = None if self.cache is None else self.cache / f"{self._key(chunk)}.safetensors"
+            known = None if path is None or self._trusted is False else self._read(path, chunk)
+            if known is None:
+                known = self._run(chunk)
+                if path is not None:
+                    _write(path, known, self._facts)
+            found += known
+            if progress is not None:
+                progress(len(chunk))
+        return found
+
+    def logits(self, targets: Sequence[Target]) -> Tensor:
+        """[M, V] at all places of the continuations, row by row."""
+        return logits_of(self.model, TEXT, targets)
+
+    def generate(
+        self,
+        queries: Sequence[list[int]],
+        seed: int | None = None,
+        student: tuple[SoftPromptModel, str] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """New tokens after each query [T], up to the end token.
+
+        Args:
+            seed: tokens are drawn with this seed; None: the most probable ones are taken.
+            student: a model and its prompt that speak instead of the teacher.
+            options: of transformers' ``generate``.
+        """
+        model, prompt = (self.model, TEXT) if student is None else student
+        draws = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "num_beams": 1, **draws, **options}
+        if self._ends:
+            given["eos_token_id"] = self._ends
+        ids, mask = padded(queries, model.device, side="left")
+        with torch.random.fork_rng():
+            torch.manual_seed(0 if seed is None else seed)
+            output = model.generate(ids, mask, prompt, do_sample=seed is not None, **given)
+        return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def judged(self, student: SoftPromptModel, prompt: str, queries: Sequence[list[int]], seed: int) -> list[Target]:
+        """Continuations drawn from a student's prompt, with the teacher's probabilities."""
+        answers = self.generate(queries, seed, (student, prompt), max_new_tokens=self.settings.new_tokens)
+        return self._targets(queries, answers)
+
+    def _run(self, queries: Sequence[list[int]]) -> list[Target]:
+        seed = None if self._facts["seed"] is None else int(self._key(queries)[:12], 16)
+        return self._targets(queries, self.generate(queries, seed, max_new_tokens=self.settings.new_tokens))
+
+    def _targets(self, queries: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Target]:
+        empty = torch.empty(0)
+        rows = [Target(query, answer, empty, empty) for query, answer in zip(queries, answers, strict=True)]
+        logits = self.logits(rows)
+        count = min(self.settings.top_k, logits.shape[-1] - 1)
+        top_ids = logits.topk(count, -1).indices
+        values = class_log_probabilities(logits, top_ids, self.settings.temperature)
+        lengths = [len(answer) for answer in answers]
+        parts = zip(top_ids.cpu().split(lengths), values.cpu().split(lengths), strict=True)
+        return [Target(row.query, row.continuation, ids, part) for row, (ids, part) in zip(rows, parts, strict=True)]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in self._ends), tokens)
+
+    def _key(self, queries: Sequence[list[int]]) -> str:
+        content = json.dumps([self._facts, queries])
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def _read(self, path: Path, queries: Sequence[list[int]]) -> list[Target] | None:
+        """The targets of a file; None: there is no such file, it is damaged, or another model has written it."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            stored = load_file(path)
+            lengths = stored["lengths"].tolist()
+            parts = [stored[name].split(lengths) for name in ("tokens", "top_ids", "log_probabilities")]
+        except (OSError, SafetensorError, KeyError, RuntimeError):
+            return None
+        targets = [
+            Target(query, tokens.tolist(), top_ids.long(), values)
+            for query, tokens, top_ids, values in zip(queries, *parts, strict=True)
+        ]
+        if self._trusted is None:
+            self._trusted = self._agrees(targets[0])
+            if not self._trusted:
+                logger.warning("the teacher's cache holds the answers of other weights; it is written again")
+        return targets if self._trusted else None
+
+    @torch.no_grad()
+    def _agrees(self, target: Target) -> bool:
+        """Whether this model gives a cached answer its probabilities: a fingerprint reads only some of the weights."""
+        values = class_log_probabilities(
+            self.logits([target]), target.top_ids.to(self.model.device), self.settings.temperature
+        )
+        return kl_divergence(target.log_probabilities, values.cpu()).mean().item() <= TOLERANCE
+
+
+def logits_of(model: SoftPromptModel, prompt: str | None, targets: Sequence[Target]) -> Tensor:
+    """[M, V], a model's logits at all places of the teacher's continuations, row by row; no gradient."""
+    names = [prompt] * len(targets)
+    backend = ModelBackend(model, names)
+    return backend.target_logits([target.query for target in targets], [target.continuation for target in targets])
+
+
+def _write(path: Path, targets: Sequence[Target], facts: dict[str, Any]) -> None:
+    tensors = {
+        "lengths": torch.tensor([len(target.continuation) for target in targets]),
+        "tokens": torch.tensor([token for target in targets for token in target.continuation]),
+        "top_ids": torch.cat([target.top_ids for target in targets]).int(),
+        "log_probabilities": torch.cat([target.log_probabilities for target in targets]).contiguous(),
+    }
+    save_tensors_atomically(path, tensors, {"facts": json.dumps(facts)})

@@ -1,0 +1,125 @@
+"""Trains a prompt on the teacher's probabilities."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.collation import Collator
+from ..tasks.encoding import IGNORED
+from .divergence import DistillationLoss
+from .settings import DistillationSettings
+from .teacher import Target, Teacher
+
+LINES = 5
+"""Lines that a training prints."""
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """How a training went."""
+
+    losses: list[float]
+    """Divergence per token of each step's batch."""
+    seconds: float
+
+
+def batch_loss(
+    student: SoftPromptModel, prompt: str, targets: Sequence[Target], temperature: float, *, reverse: bool = False
+) -> Tensor:
+    """The mean divergence of teacher and student per token of a batch, a scalar."""
+    features = [
+        {
+            "input_ids": target.query + target.continuation,
+            "labels": [IGNORED] * len(target.query) + target.continuation,
+        }
+        for target in targets
+    ]
+    batch = Collator(0)(features)
+    loss: Tensor = student(
+        batch["input_ids"].to(student.device),
+        batch["attention_mask"].to(student.device),
+        batch["labels"].to(student.device),
+        prompt,
+        lengths=batch["lengths"],
+        num_targets=batch["num_targets"],
+        return_logits=False,
+        loss_function=DistillationLoss(
+            torch.cat([target.top_ids for target in targets]),
+            torch.cat([target.log_probabilities for target in targets]),
+            temperature,
+            reverse,
+        ),
+    ).loss
+    return loss
+
+
+def batches(targets: Sequence[Target], settings: DistillationSettings) -> Iterator[list[Target]]:
+    """Batches without end. Every epoch has its own order, which depends on the seed alone."""
+    size, epoch = min(settings.batch_size, len(targets)), 0
+    while True:
+        order = list(range(len(targets)))
+        random.Random(f"{settings.seed} {epoch}").shuffle(order)
+        for start in range(0, len(order) - size + 1, size):
+            yield [targets[i] for i in order[start : start + size]]
+        epoch += 1
+
+
+def train_prompt(
+    student: SoftPromptModel,
+    prompt: str,
+    targets: Sequence[Target],
+    teacher: Teacher,
+    settings: DistillationSettings,
+    console: Console,
+) -> TrainingRun:
+    """Trains a prompt of the student in place. The teacher runs only for a reverse divergence.
+
+    Raises:
+        ValueError: the loss is not finite any more.
+    """
+    parameter = student.prompts[prompt]
+    optimizer = torch.optim.AdamW([parameter], lr=settings.rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_rate(done, settings.steps))
+    losses: list[float] = []
+    start = time.perf_counter()
+    for step, batch in zip(range(1, settings.steps + 1), batches(targets, settings), strict=False):
+        parts = []
+        if settings.divergence != "reverse":
+            parts.append(batch_loss(student, prompt, batch, settings.temperature))
+        if settings.divergence != "forward":
+            drawn = teacher.judged(student, prompt, [one.query for one in batch], settings.seed + step)
+            parts.append(batch_loss(student, prompt, drawn, settings.temperature, reverse=True))
+        loss = torch.stack(parts).mean()
+        loss.backward()
+        if parameter.grad is not None and settings.keep_first:
+            parameter.grad[0] = 0.0
+        norm = torch.nn.utils.clip_grad_norm_([parameter], settings.max_grad_norm)
+        losses.append(loss.item())
+        if not torch.isfinite(loss) or not torch.isfinite(norm):
+            raise ValueError(f"the loss must be finite, got {losses[-1]} in step {step}; use a smaller `learning_rate`")
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % max(1, settings.steps // LINES) == 0:
+            seconds = time.perf_counter() - start
+            console.print(
+                f"{prompt}: step {step}/{settings.steps}, loss {losses[-1]:.3f}, {seconds:.0f} s", highlight=False
+            )
+    return TrainingRun(losses, time.perf_counter() - start)
+
+
+def _share_of_rate(done: int, steps: int) -> float:
+    """The learning rate after `done` steps: a warm-up over a twentieth of the steps, then a cosine to 0."""
+    warm = steps // 20
+    if done < warm:
+        return (done + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, steps - warm)))

@@ -1,0 +1,109 @@
+"""``softprompt-fast compress``, and the tutorial of ``docs/compress.md`` on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from support.tiny_models import VOCABULARY, build
+from support.tiny_reviews import WORDS, run, tiny_tokenizer
+from support.tiny_text import CHAT_TEMPLATE, TEXT, TURNS, queries
+from typer.testing import CliRunner
+
+from softprompt_fast.cli.app import app
+from softprompt_fast.distillation.settings import DistillationSettings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OPTIONS = typer.main.get_command(app).commands["compress"].params  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a model whose tokenizer has a chat template, the text and the queries."""
+    more = [f"word{i}" for i in range(len(WORDS) + len(TURNS), VOCABULARY)]
+    tokenizer = tiny_tokenizer(*TURNS, *more)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "model")
+    build("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "system.txt").write_text(TEXT)
+    for name, rows in (("queries", queries()), ("new", queries(3))):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("SOFTPROMPT_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def error_of(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["compress", "-m", "model", *arguments])
+    assert isinstance(result.exception, (ValueError, OSError)), result.output
+    return str(result.exception)
+
+
+def tutorial(language: str) -> list[str]:
+    """The blocks of the tutorial, with the tiny model's name and smaller numbers."""
+    page = (ROOT / "docs" / "compress.md").read_text()
+    found = [text for name, text in BLOCK.findall(page) if name == language]
+    smaller = {MODEL: "model", "4,16,64": "2,4", "4, 16, 64": "2, 4", "--self-queries 200": "--self-queries 10"}
+    smaller |= {"prompt-16": "prompt-4", "--steps 100": "--steps 6", "--max-new-tokens 100": "--max-new-tokens 4"}
+    for old, new in smaller.items():
+        found = [text.replace(old, new) for text in found]
+    return found
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source tree")
+def test_the_tutorial_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first, use, self_made = (shlex.split(text.replace("\\\n", " "))[1:] for text in tutorial(""))
+    shown = run(*first, "--dtype", "float32").output
+    assert "Retention on 5 held-out queries" in shown and "recommended: " in shown
+    recommended = re.search(r"use it: softprompt-fast generate --prompt (\S+)", shown)
+    assert recommended and (folder / recommended[1] / "task.json").is_file()
+    answers = [json.loads(line) for line in run(*use, "--dtype", "float32").stdout.splitlines()]
+    assert len(answers) == 3 and all(isinstance(answer["generated"], str) for answer in answers)
+    run(*[word.replace("short", "self") for word in self_made], "--steps", "2", "--tokens", "4", "--dtype", "float32")
+    assert len((folder / "self" / "queries.jsonl").read_text().splitlines()) == 10
+    (code,) = tutorial("python")
+    names: dict[str, Any] = {}
+    exec(code.replace('"short"', '"python"').replace("chat=True", 'chat=True, steps=2, init="text"'), names)
+    assert [prompt.tokens for prompt in names["result"].prompts] == [2, 4]
+    assert len(list((folder / "cache" / "distillation").iterdir())) > 1
+
+
+def test_a_text_file_of_queries_and_keys_and_values(folder: Path) -> None:
+    (folder / "lines.txt").write_text("".join(f"{row['text']}\n" for row in queries()))
+    command = ["compress", "-m", "model", "--text", "system.txt", "-q", "lines.txt", "--template", r"{text}\nLabel :"]
+    run(*command, "-n", "3", "--form", "kv", "--steps", "2", "-o", "out", "--name", "mine", "--dtype", "float32")
+    task = json.loads((folder / "out" / "mine" / "task.json").read_text())
+    assert task["template"] == "{text}\nLabel :" and task["model"] == "model" and task["prompt"] == "mine"
+    assert json.loads((folder / "out" / "mine" / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
+
+
+def test_bad_input_is_refused_before_the_model_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softprompt_fast.hf import loading
+
+    monkeypatch.setattr(loading, "load_base_model", None)
+    (folder / "empty.txt").write_text("\n")
+    given = ["--text", "system.txt", "-q", "queries.jsonl"]
+    assert "there are no queries" in error_of("--text", "system.txt") and "--self-queries" in error_of(*given[:2])
+    assert error_of(*given, "--tokens", "four").startswith("--tokens must be whole numbers with commas between them")
+    assert error_of(*given, "--tokens", "0") == "`tokens` must be integers of at least 1, got 0"
+    assert "--init" in error_of(*given, "--keep-first", "--init", "pooled")
+    assert error_of("--text", "empty.txt", "-q", "queries.jsonl") == "empty.txt must hold words, got an empty text"
+    assert "no.txt" in error_of("--text", "no.txt", "-q", "queries.jsonl")
+    assert "no.jsonl" in error_of("--text", "system.txt", "-q", "no.jsonl")
+    assert error_of("--text", "system.txt", "-q", "empty.txt") == "empty.txt must hold a query on each line, got none"
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(DistillationSettings)])
+def test_options_are_the_settings(name: str) -> None:
+    made = next(option for option in OPTIONS if option.name == name)
+    assert made.default == getattr(DistillationSettings(), name)
+    assert f"--{name.replace('_', '-')}" in made.opts

@@ -1,0 +1,145 @@
+"""Queries: given ones without answers, and those that the model makes itself."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from support.tiny_models import VOCABULARY, build
+from support.tiny_reviews import WORDS, tiny_tokenizer
+from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, compressed, queries
+
+from softprompt_fast.analysis.duplicates import normalise
+from softprompt_fast.distillation import queries as module
+from softprompt_fast.distillation.preparation import Prepared, prepare
+from softprompt_fast.distillation.queries import DRAWS, SEEDS, read_text_lines, usable_queries
+from softprompt_fast.distillation.settings import DistillationSettings
+from softprompt_fast.distillation.teacher import Teacher
+from softprompt_fast.tasks.task import generation_task
+
+TASK = generation_task(template=TEMPLATE)
+EVERY_WORD = [f"word{i}" for i in range(len(WORDS), VOCABULARY)]
+
+
+def prepared(tokenizer: Any, output: Path, **options: Any) -> Prepared:
+    given: dict[str, Any] = {
+        "queries": [],
+        "tokens": 4,
+        "self_queries": 12,
+        "text_column": "text",
+        "template": None,
+        "chat": False,
+        "held_out": 0.25,
+        "name": "prompt",
+        "base_name": None,
+        "max_drop": 0.0,
+        "cache": output / "cache",
+        "settings": DistillationSettings(new_tokens=4),
+        "console": Console(quiet=True),
+    }
+    return prepare(build("llama"), tokenizer, TEXT, output, **given | options)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, answers: list[str]) -> list[list[list[int]]]:
+    """Lets the model say these texts in turn; returns what it read."""
+    read: list[list[list[int]]] = []
+
+    def generate(self: Teacher, asked: list[list[int]], seed: int | None = None, **options: Any) -> list[list[int]]:
+        read.append(asked)
+        start = sum(map(len, read[:-1]))
+        return [tokenizer(answers[(start + i) % len(answers)]).input_ids for i in range(len(asked))]
+
+    monkeypatch.setattr(Teacher, "generate", generate)
+    return read
+
+
+def test_the_model_makes_different_queries_of_several_kinds(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(*EVERY_WORD)
+    rows = prepared(tokenizer, tmp_path).self_made
+    assert len(rows) == 12 and len({row["kind"] for row in rows}) >= 4
+    assert {row["kind"] for row in rows} <= set(SEEDS)
+    words = [set(normalise(row["text"]).split()) for row in rows]
+    assert all(words) and all(len(a & b) < 0.8 * len(a | b) for i, a in enumerate(words) for b in words[:i])
+    assert rows == prepared(tokenizer, tmp_path).self_made
+    assert rows != prepared(tokenizer, tmp_path, settings=DistillationSettings(new_tokens=4, seed=1)).self_made
+
+
+def test_a_block_of_examples_is_continued_with_the_templates_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer("Review")
+    texts = [f"{'very ' * i}fine film Label : yes" for i in range(4)] + ["dull plot", "Label : no"]
+    read = scripted(monkeypatch, tokenizer, texts)
+    rows = prepared(tokenizer, tmp_path, template="Review : {text} Label :", self_queries=3).self_made
+    assert [row["text"] for row in rows] == ["fine film", "very fine film", "dull plot"]  # "very very" is a repeat
+    assert {row["kind"] for row in rows} == {"example"}
+    assert read[0][0] == tokenizer("Review :").input_ids
+
+
+def test_labels_quotes_and_numbers_of_an_answer_are_left_out() -> None:
+    cases = {
+        '1. "What is dull?"': "What is dull?",
+        "Question: Which film?": "Which film?",
+        "\n\n* Name the plot.\nAnd more": "Name the plot.",
+        "Write: a poem": "a poem",
+        "Make it: short": "Make it: short",
+        "  ": "",
+    }
+    assert {text: module._one_query(text, "", labelled=True) for text in cases} == cases
+    assert module._one_query(" a: b\n", "", labelled=False) == "a: b"
+
+
+def test_a_chat_asks_in_the_users_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = chat_tokenizer()
+    read = scripted(monkeypatch, tokenizer, ["film", "plot", "fine"])
+    rows = prepared(tokenizer, tmp_path, chat=True, self_queries=3).self_made
+    assert [row["text"] for row in rows] == ["film", "plot", "fine"]
+    asked = tokenizer.decode(read[0][0])
+    assert asked.startswith("</s> user_turn") and asked.endswith("</s> assistant_turn")
+
+
+def test_a_model_that_repeats_itself_makes_fewer_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    read = scripted(monkeypatch, tokenizer, ["film", "Film .", "plot", "great"])
+    with caplog.at_level(logging.WARNING):
+        assert len(prepared(tokenizer, tmp_path, self_queries=40).self_made) == 3
+    assert "3 different queries" in caplog.text and sum(map(len, read)) < DRAWS * 40 + module.CHUNK
+    scripted(monkeypatch, tokenizer, ["film"])
+    with pytest.raises(ValueError, match=r"made 1 different queries in \d+ tries, too few to train on; give queries"):
+        prepared(tokenizer, tmp_path)
+
+
+def test_given_and_self_made_queries_are_trained_on_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tiny_tokenizer()
+    scripted(monkeypatch, tokenizer, ["film", "plot", "fine", "great", "dull film very"])
+    compressed(tmp_path, tokenizer=tokenizer, queries=queries(6), self_queries=4, steps=1, init="text")
+    lines = (tmp_path / "queries.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == ["film", "plot", "fine", "great"]
+    report = json.loads((tmp_path / "retention.json").read_text())
+    assert report["training_queries"] + report["held_out_queries"] == 10
+
+
+def test_self_made_queries_need_one_column(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="self-made queries need a template with one column, got a, b"):
+        prepared(tiny_tokenizer(), tmp_path, template="{a} {b}")
+
+
+def test_rows_without_text_and_repeats_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": "a"}, {"text": None}, {"text": "b"}, {"text": "  "}, {"text": "a"}]
+    with caplog.at_level(logging.WARNING):
+        assert usable_queries(TASK, rows) == [{"text": "a"}, {"text": "b"}]
+    assert "3 of 5 queries are left out: no text (rows 1, 3); repeated (row 4)" in caplog.text
+
+
+def test_a_text_file_has_a_query_on_each_line(tmp_path: Path) -> None:
+    file = tmp_path / "queries.txt"
+    file.write_text("fine film\n\n  \nvery dull\n")
+    rows = read_text_lines(file, "question")
+    assert rows == [{"question": "fine film"}, {"question": "very dull"}]
+    assert str(rows.origins[1]) == f"{file}, line 4"

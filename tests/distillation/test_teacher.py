@@ -1,0 +1,148 @@
+"""The teacher says what the plain model says after text and query; its answers are kept on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.tiny_models import build
+from support.tiny_reviews import tiny_tokenizer
+from support.tiny_text import TEMPLATE, TEXT, logits_after_text, queries
+
+from softprompt_fast.distillation.settings import DistillationSettings
+from softprompt_fast.distillation.teacher import CHUNK, Target, Teacher
+from softprompt_fast.models.soft_prompt_model import SoftPromptModel
+from softprompt_fast.tasks.encoding import token_ids
+
+TOKENIZER = tiny_tokenizer()
+IDS = token_ids(TOKENIZER, TEXT)
+QUERIES = [token_ids(TOKENIZER, TEMPLATE.format(**row)) for row in queries(6)]
+
+
+def teacher_of(model: Any, cache: Path | None = None, **settings: Any) -> Teacher:
+    return Teacher(model, TOKENIZER, IDS, DistillationSettings(**{"new_tokens": 6, "top_k": 7} | settings), cache)
+
+
+def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each call of ``generate``."""
+    calls: list[int] = []
+    generate = SoftPromptModel.generate
+
+    def counted(self: Any, input_ids: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(len(input_ids))
+        return generate(self, input_ids, *arguments, **options)
+
+    monkeypatch.setattr(SoftPromptModel, "generate", counted)
+    return calls
+
+
+def same(a: list[Target], b: list[Target]) -> bool:
+    return all(
+        x.query == y.query
+        and x.continuation == y.continuation
+        and torch.equal(x.top_ids, y.top_ids)
+        and torch.equal(x.log_probabilities, y.log_probabilities)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma3", "gptj", "mistral-window"])
+def test_the_teacher_is_the_model_that_reads_text_and_query(name: str) -> None:
+    model = build(name)
+    for target in teacher_of(model).targets(QUERIES):
+        whole = torch.tensor([IDS + target.query])
+        expected = model.generate(whole, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, whole.shape[1] :]
+        assert target.continuation == expected.tolist()
+        logits = logits_after_text(model, IDS, target.query, target.continuation)
+        values, ids = logits.log_softmax(-1).topk(7)
+        torch.testing.assert_close(target.log_probabilities[:, :-1], values, atol=1e-4, rtol=1e-4)
+        assert torch.equal(target.top_ids, ids)
+        torch.testing.assert_close(target.log_probabilities.exp().sum(-1), torch.ones(len(ids)))
+
+
+def test_a_continuation_ends_with_the_end_token() -> None:
+    model = build("llama")
+    before = [target.continuation for target in teacher_of(model).targets(QUERIES)]
+    row = max(range(len(before)), key=lambda i: len(before[i]))
+    end = before[row][2]
+    model.generation_config.eos_token_id = end
+    targets = teacher_of(model).targets(QUERIES)
+    assert targets[row].continuation == before[row][: before[row].index(end) + 1]
+    assert all(end not in target.continuation[:-1] for target in targets)
+    assert all(len(target.top_ids) == len(target.continuation) for target in targets)
+
+
+def test_the_top_tokens_leave_one_for_the_rest() -> None:
+    target = teacher_of(build("llama"), top_k=500).targets(QUERIES[:1])[0]
+    assert target.top_ids.shape[1] == 95 and torch.isfinite(target.log_probabilities).all()
+
+
+def test_sampled_continuations_follow_the_seed() -> None:
+    model = build("llama")
+    first, again, other = (teacher_of(model, continuation="sampled", seed=seed).targets(QUERIES) for seed in (1, 1, 2))
+    assert same(first, again)
+    assert [t.continuation for t in first] != [t.continuation for t in other]
+    assert [t.continuation for t in first] != [t.continuation for t in teacher_of(model).targets(QUERIES)]
+    logits = logits_after_text(model, IDS, first[0].query, first[0].continuation)
+    expected = logits.log_softmax(-1).gather(-1, first[0].top_ids)
+    torch.testing.assert_close(first[0].log_probabilities[:, :-1], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sampling_leaves_the_callers_random_numbers_alone() -> None:
+    teacher = teacher_of(build("llama"), continuation="sampled")
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    teacher.targets(QUERIES[:2])
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_known_answers_need_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = build("llama"), count_runs(monkeypatch)
+    many = (QUERIES * 8)[: CHUNK + 5]
+    first = teacher_of(model, tmp_path).targets(many)
+    assert calls == [CHUNK, 5] and len(list(tmp_path.iterdir())) == 2
+    assert same(first, teacher_of(model, tmp_path).targets(many))
+    assert calls == [CHUNK, 5]
+    teacher_of(model, tmp_path).targets(many[:CHUNK] + QUERIES[:2])  # an interrupted run, or more queries
+    assert calls == [CHUNK, 5, 2]
+    with safe_open(next(iter(tmp_path.iterdir())), "pt") as file:
+        assert json.loads(file.metadata()["facts"])["text"] == IDS
+
+
+@pytest.mark.parametrize("change", [{"new_tokens": 4}, {"top_k": 3}, {"temperature": 2.0}, {"continuation": "sampled"}])
+def test_other_settings_are_other_answers(tmp_path: Path, change: dict[str, Any]) -> None:
+    model = build("llama")
+    teacher_of(model, tmp_path).targets(QUERIES)
+    fresh = teacher_of(model, **change).targets(QUERIES)
+    assert same(teacher_of(model, tmp_path, **change).targets(QUERIES), fresh)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    first = teacher_of(model, tmp_path).targets(QUERIES)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-40])
+    calls = count_runs(monkeypatch)
+    assert same(first, teacher_of(model, tmp_path).targets(QUERIES)) and calls == [6]
+    assert same(first, teacher_of(model, tmp_path).targets(QUERIES)) and calls == [6]
+
+
+def test_answers_of_other_weights_with_the_same_fingerprint_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("llama")
+    teacher_of(model, tmp_path).targets(QUERIES)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(3)  # keeps every sign
+    with caplog.at_level(logging.WARNING):
+        found = teacher_of(model, tmp_path).targets(QUERIES)
+    assert "other weights" in caplog.text
+    assert same(found, teacher_of(model).targets(QUERIES))
+    assert same(found, teacher_of(model, tmp_path).targets(QUERIES))
