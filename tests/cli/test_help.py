@@ -15,7 +15,7 @@ from softprompt_fast.base.version import __version__
 from softprompt_fast.cli.app import GROUPS, app
 
 COMMANDS = every_command(typer.main.get_command(app))
-LONG = [
+LONG = ["analyze", "train", "search", "compare", "compress", "evaluate", "predict", "generate"]
     "analyze",
     "train",
     "search",
@@ -28,7 +28,7 @@ LONG = [
     "prune",
     "similar",
 ]
-LONG += ["monitor"]
+LONG += ["interpret", "monitor", "prune", "similar"]
 
 
 def shown(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> str:
