@@ -16,18 +16,6 @@ from softprompt_fast.cli.app import GROUPS, app
 
 COMMANDS = every_command(typer.main.get_command(app))
 LONG = ["analyze", "train", "search", "compare", "compress", "evaluate", "predict", "generate"]
-    "analyze",
-    "train",
-    "search",
-    "compare",
-    "compress",
-    "evaluate",
-    "predict",
-    "generate",
-    "interpret",
-    "prune",
-    "similar",
-]
 LONG += ["interpret", "monitor", "prune", "similar"]
 
 
