@@ -20,7 +20,7 @@ from torch import Tensor
 from ..base.files import save_tensors_atomically
 from ..evaluation.likelihood import ModelBackend
 from ..hf.embedding import embedding_table
-from ..hf.generation import end_token_ids
+from ..hf.generation_options import end_token_ids
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import base_fingerprint
 from ..tasks.collation import pad_token_id, padded

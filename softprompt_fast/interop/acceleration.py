@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf import generation
+from ..hf import generation_options
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport
@@ -359,11 +359,13 @@ def _reason_for_peft_to_generate(model: Any, input_ids: Any, given: dict[str, An
         return reason
     further = {}
     if getattr(model.config, "is_encoder_decoder", False):
-        further = generation.REFUSED_WITH_ENCODER
+        further = generation_options.REFUSED_WITH_ENCODER
     elif acceleration_of(model).runner.execution_report().execution == "padded":
-        further = generation.REFUSED_WITH_VECTORS
+        further = generation_options.REFUSED_WITH_VECTORS
     try:
-        generation.checked_options(model.base_model, {k: v for k, v in given.items() if k != "position_ids"}, further)
+        generation_options.checked_options(
+            model.base_model, {k: v for k, v in given.items() if k != "position_ids"}, further
+        )
     except ValueError as error:
         return str(error)
     return None

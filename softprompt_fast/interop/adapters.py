@@ -91,7 +91,7 @@ def padding_differs(attention_mask: Tensor | None, *, on_the_right: bool) -> boo
 
 def inferred_mask(model: Any, input_ids: Tensor, options: dict[str, Any]) -> Tensor | None:
     """[B, T], the mask that transformers' ``generate`` assumes where none is given; None: no padding."""
-    from ..hf.generation import setting
+    from ..hf.generation_options import setting
 
     pad, end = (setting(model, options, name) for name in ("pad_token_id", "eos_token_id"))
     ends = [] if end is None else end if isinstance(end, list) else [end]
