@@ -17,7 +17,8 @@ def test_logits_and_gradients_equal_each_row_alone(name: str) -> None:
     ids, mask = batch()
     with path_of_a_gpu() as calls:
         output = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS, return_logits=True)
-    assert tuned.execution_report().execution == "shared" and calls
+    assert tuned.execution_report().execution == "shared"
+    assert calls or tuned.config.attn_logit_softcapping  # no library has soft caps, which some versions compute
     output.logits.pow(2).sum().backward()
     total, parts = torch.zeros(()), []
     for row, prompt in enumerate(ROWS):
