@@ -144,10 +144,10 @@ gpu-rehearsal: build/gpu-machine/.installed
 	PATH=$(CURDIR)/build/gpu-machine/bin:$$PATH HTTPS_PROXY=http://127.0.0.1:9 HTTP_PROXY=http://127.0.0.1:9 \
 	  $(MAKE) --no-print-directory gpu PYTHON=python OUT=build/gpu-rehearsal GPU="--device cpu --budget 900"
 
-build/gpu-machine/.installed: .ci/gpu-machine.txt
+build/gpu-machine/.installed: .ci/gpu-machine.txt constraints.txt
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
-	grep -v huggingface_hub constraints.txt | grep -v -e '^tokenizers' -e '^transformers' > build/gpu-machine/constraints.txt
+	grep -v -e '^huggingface_hub' -e '^tokenizers' -e '^transformers' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install -q --no-compile -c $(@D)/constraints.txt -r $<
 	touch $@
 

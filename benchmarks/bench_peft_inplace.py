@@ -61,7 +61,7 @@ def step(model: Any, inputs: dict[str, Tensor], *, accelerated: bool, read: bool
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_model_arguments(parser, dtype="float32", rounds=5)
+    add_model_arguments(parser, dtype="float32", rounds=5, device=False)
     arguments = parser.parse_args()
     plain, base = load(arguments.model, arguments.dtype), load(arguments.model, arguments.dtype)
     rows: list[Row] = []

@@ -42,7 +42,7 @@ def seconds(tuned: spf.SoftPromptModel, text: int, rows: int, virtual: int, dist
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_model_arguments(parser, dtype="bfloat16", rounds=3)
+    add_model_arguments(parser, dtype="bfloat16", rounds=3, device=False)
     parser.add_argument("--text", type=int, default=512, help="text tokens of a step")
     arguments = parser.parse_args()
     cases = [(rows, virtual, 1) for rows in ROWS for virtual in LENGTHS]

@@ -37,7 +37,7 @@ import softprompt_fast as spf
 SHAPES = ((20, 16, 32), (100, 16, 32), (20, 16, 128), (100, 8, 64))
 PROVIDERS = ("peft", "padded", "shared")
 COMPILED = "peft_compiled"
-"""PEFT with the base model under ``torch.compile``; on request, for compiling takes long."""
+"""PEFT with the base model under ``torch.compile``; only with --compile, because compiling takes long."""
 
 
 def batch(rows: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

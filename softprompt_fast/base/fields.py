@@ -39,7 +39,6 @@ def _is_number(value: Any) -> bool:
 ANYTHING = Rule(str, "anything", lambda value: True)
 YES_OR_NO = Rule(bool, "True or False", lambda value: isinstance(value, bool))
 TEXTS = Rule(list[str], "a list of texts", lambda value: isinstance(value, list))
-SWITCH = Rule(bool, "True or False", lambda value: isinstance(value, bool))
 INTEGER = Rule(int, "an integer", _is_integer)
 POSITIVE_INTEGER = Rule(int, "a positive integer", lambda value: _is_integer(value) and value >= 1, "int>=1")
 POSITIVE = Rule(float, "positive", lambda value: _is_number(value) and value > 0, "float>0")

@@ -28,7 +28,7 @@ from .prune import prune
 from .search import search
 from .similar import similar
 from .train import train
-from .versions import versions_app
+from .versions import EXAMPLES, versions_app
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
@@ -71,7 +71,7 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         ),
     },
     "Production": {
-        versions_app(): (),
+        versions_app(): EXAMPLES,
         monitor: (
             "softprompt-fast monitor -p run -d today.jsonl --report report.html --history history",
             "softprompt-fast monitor -p run --log answers.log --prometheus monitor.prom",
@@ -145,11 +145,11 @@ def _options(
 
 for _heading, _commands in GROUPS.items():
     for _command, _examples in _commands.items():
-        if isinstance(_command, typer.Typer):
-            app.add_typer(_command, rich_help_panel=_heading)
-            continue
         # An empty line between two lines: a single line break may be dropped.
         _epilog = "\n\n".join(["Examples:", *(f"  {example}" for example in _examples)]) if _examples else None
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, epilog=_epilog, rich_help_panel=_heading)
+            continue
         app.command(rich_help_panel=_heading, epilog=_epilog)(_command)
 
 

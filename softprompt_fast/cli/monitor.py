@@ -204,7 +204,7 @@ class _Source:
 
         folder = self.folder
         task = Task.load(folder)
-        if reference is not None and not reference.endswith(PROFILE_FILE):
+        if reference is not None and Path(reference).name != PROFILE_FILE:
             rows = _with_text(task, self.data_options.read(reference), "--reference")
             tuned, tokenizer, task = self.tuned()
             profile = record_profile(
@@ -229,12 +229,15 @@ class _Source:
 
     def observations(self, profile: Profile, data: str) -> list[Any]:
         from ..evaluation.observations import observe
+        from ..tasks.examples import has_target
         from ..tasks.task import Task
 
         # Everything that the rows themselves can have wrong, before the model is loaded.
         rows = _with_text(Task.load(self.folder), self.data_options.read(data), "--data")
         tuned, tokenizer, task = self.tuned()
         passes = len(rows) * (1 + self.bare)
+        if task.kind == "generation":
+            passes += sum(has_target(task, row) for row in rows)
         with progress_bar(passes, console) as advance:
             return observe(
                 tuned,
@@ -260,20 +263,23 @@ def _with_text(task: Task, rows: Examples, option: str) -> Examples:
     Raises:
         ValueError: no rows, none with text, or a label that the task does not know.
     """
-    from ..tasks.examples import is_empty
+    from ..tasks.examples import is_empty, unreadable
     from ..tasks.rows import choose, place
     from ..tasks.values import is_missing
 
-    filled = [i for i, row in enumerate(rows) if not is_empty(task, row)]
+    filled = []
+    for i, row in enumerate(rows):
+        try:
+            if is_empty(task, row) or unreadable(task, row) is not None:
+                continue
+            task.text(row)
+            if task.kind == "classification" and not is_missing(row.get(task.target_column)):
+                task.label(row)
+        except ValueError as error:
+            raise ValueError(f"{place(rows, i)}: {error}") from error
+        filled.append(i)
     if not filled:
         raise ValueError(f"{option} must hold rows with text, got none among {len(rows)}")
     if len(filled) < len(rows):
-        console.print(f"{len(rows) - len(filled)} rows of {option} without text are left out", highlight=False)
-    for i in filled:
-        try:
-            task.text(rows[i])
-            if task.kind == "classification" and not is_missing(rows[i].get(task.target_column)):
-                task.label(rows[i])
-        except ValueError as error:
-            raise ValueError(f"{place(rows, i)}: {error}") from error
+        console.print(f"{len(rows) - len(filled)} rows of {option} without readable text are left out", highlight=False)
     return choose(rows, filled)

@@ -28,7 +28,7 @@ from .options import (
     with_options,
 )
 from .output import console
-from .versions import prepare_register, register_prompts
+from .versions import pinned, prepare_register, register_prompts
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
@@ -89,6 +89,7 @@ def train(
         require("train", "tensorboard", purpose="--tensorboard")
     _check_prompt_name(name, "--name")
     settings = prepare_register(register, settings_of(init="text") if "text" in (member_init or ()) else settings_of())
+    member_init = member_init and [pinned(init) for init in member_init]
     if member_init and members not in (1, len(member_init)):
         raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
     several = member_init or members

@@ -263,8 +263,7 @@ COMMANDS: dict[str, Any] = {
 
 def versions_app() -> typer.Typer:
     """The group of commands."""
-    epilog = "\n\n".join(["Examples:", *(f"  {example}" for example in EXAMPLES)])
-    app = typer.Typer(name="versions", help=HELP, epilog=epilog, no_args_is_help=True, rich_markup_mode="rich")
+    app = typer.Typer(name="versions", help=HELP, no_args_is_help=True, rich_markup_mode="rich")
     for name, command in COMMANDS.items():
         app.command(name)(command)
     return app
@@ -287,14 +286,19 @@ def prepare_register(name: str | None, settings: TuningSettings) -> TuningSettin
 
         check_registered_name(name)
         _registry(None).prepare()
-    if not isinstance(settings.init, str) or not names_a_version(settings.init):
-        return settings
-    return replace(settings, init=str(_registry(None).get(settings.init)))
+    return replace(settings, init=pinned(settings.init))
+
+
+def pinned(init: Any) -> Any:
+    """Initial values, with the number of the version if they name one: an alias can move during the run."""
+    return str(_registry(None).get(init)) if isinstance(init, str) and names_a_version(init) else init
 
 
 def register_prompts(name: str | None, folders: list[Path]) -> None:
-    """Adds the prompts of a finished run to the registry, if a name is given."""
-    if name is None:
+    """Adds the prompts of a finished run to the registry, if a name is given. Of several processes the first does."""
+    import torch.distributed as dist
+
+    if name is None or (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
         return
     prompts = _registry(None)
     for folder in folders:

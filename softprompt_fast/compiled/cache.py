@@ -67,11 +67,11 @@ class RowPlaces:
         made: tuple[Tensor, Tensor] = self._once("tables", (length, room, new), make)
         return made
 
-    def mask(self, length: int, new: int, window: int, like: Tensor) -> Tensor:
-        """Additive [B, 1, new, W + length] for keys ``[prompt, filled up to W][padding][text]``."""
+    def mask(self, width: int, length: int, new: int, window: int, like: Tensor) -> Tensor:
+        """Additive [B, 1, new, width + length] for keys ``[prompt, filled up to width][padding][text]``."""
 
         def make() -> Tensor:
-            width, padding = int(self.prefixes[:, 1].max()), self.padding[:, None]
+            padding = self.padding[:, None]
             virtual = self.prefixes[:, 1:]
             slot, token = torch.arange(width)[None], torch.arange(length)[None]
             places = torch.cat([slot.expand(len(padding), -1), token - padding + virtual], 1)
@@ -83,7 +83,7 @@ class RowPlaces:
             mask = torch.zeros(seen.shape, dtype=like.dtype)
             return mask.masked_fill_(~seen, torch.finfo(like.dtype).min)[:, None].to(like.device)
 
-        made: Tensor = self._once("mask", (length, new, window, like.dtype), make)
+        made: Tensor = self._once("mask", (width, length, new, window, like.dtype), make)
         return made
 
 
@@ -186,7 +186,7 @@ class Layer(CacheLayerMixin):
         dtype = compute_dtype(query)
         q = query.to(dtype)
         k, v = (stored[:, : self.front + self.length].transpose(1, 2).to(dtype) for stored in self._stored)
-        mask = self.rows.mask(self.length, self._new, window or 0, q)
+        mask = self.rows.mask(self.front, self.length, self._new, window or 0, q)
         if softcap is not None or sinks is not None:
             out = explicit_attention(q, k, v, mask, scaling, 0.0, softcap, sinks)
         else:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..tasks.encoding import IGNORED
+from ..tuning.objective import AnswerLoss
 
 
 def class_log_probabilities(logits: Tensor, top_ids: Tensor, temperature: float = 1.0) -> Tensor:
@@ -31,11 +32,10 @@ def kl_divergence(target: Tensor, other: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DistillationLoss:
+class DistillationLoss(AnswerLoss):
     """Mean KL divergence of teacher and student per token, times the temperature squared.
 
-    The square keeps the gradient's size for any temperature (Hinton et al. 2015, arXiv 1503.02531). Called as
-    ``SoftPromptModel.forward(loss_function=)`` describes it.
+    The square keeps the gradient's size for any temperature (Hinton et al. 2015, arXiv 1503.02531).
     """
 
     top_ids: Tensor
@@ -46,15 +46,9 @@ class DistillationLoss:
     reverse: bool = False
     """KL(student || teacher) instead of KL(teacher || student)."""
 
-    def __call__(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        rows: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
+    def total(self, logits: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         logits = logits[targets != IGNORED]
         student = class_log_probabilities(logits, self.top_ids.to(logits.device), self.temperature)
         teacher = self.log_probabilities.to(logits.device)
         divergence = kl_divergence(student, teacher) if self.reverse else kl_divergence(teacher, student)
-        return divergence.mean() * self.temperature**2
+        return divergence.sum() * self.temperature**2

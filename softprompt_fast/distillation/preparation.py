@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..base.locations import located
 from ..base.progress import progress_bar
 from ..hf.architecture import context_length, is_causal
 from ..models.deep_prompt_model import DeepPromptModel
@@ -23,6 +25,7 @@ from ..tasks.rows import Rows, joined
 from ..tasks.task import Task, generation_task
 from ..tasks.templates import field, parse
 from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
+from .result import REPORT_FILE
 from .settings import INITS, DistillationSettings
 from .source_text import SourceText, read_source
 from .teacher import Teacher
@@ -48,6 +51,8 @@ class Prepared:
     held_out: list[list[int]]
     self_made: Examples
     """Queries that the model made."""
+    query_seconds: float
+    """What making them took."""
     output: Path
     settings: DistillationSettings
     console: Console
@@ -79,9 +84,9 @@ def prepare(
     if not max_drop >= 0:
         raise ValueError(f"`max_drop` must be 0 or more, got {max_drop}")
     _check_model(base)
-    for prompt in names.values():
-        if (output / prompt).exists():
-            raise FileExistsError(f"{output / prompt} already exists; choose another output folder")
+    for file in (*names.values(), REPORT_FILE):
+        if (output / file).exists():
+            raise FileExistsError(f"{output / file} already exists; choose another output folder")
     source = read_source(tokenizer, text, field(text_column) if template is None else template, chat=chat)
     if max(names) >= len(source):
         raise ValueError(f"`tokens` must be below the text's {len(source)} tokens, got {max(names)}")
@@ -100,18 +105,32 @@ def prepare(
     folder = cache_directory() / "distillation" if cache is None else cache
     teacher = Teacher(base, tokenizer, source.ids, settings, folder)
     self_made: Examples = []
+    start = time.perf_counter()
     if self_queries:
         _check_room(base, source, [len(ids) for _, ids in query_starts(tokenizer, source)], LONGEST)
         console.print(f"the model makes {self_queries} queries from the text", highlight=False)
         with progress_bar(self_queries, console) as advance:
             self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
+    query_seconds = time.perf_counter() - start
     rows = usable_queries(task, joined(given, self_made)) if self_made else given
     train, test = split_rows(rows, held_out, settings.seed)
     with counting_cuts():
         train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
     _check_room(base, source, [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
     return Prepared(
-        base, source, task, teacher, student, names, train_ids, test_ids, self_made, output, settings, console
+        base,
+        source,
+        task,
+        teacher,
+        student,
+        names,
+        train_ids,
+        test_ids,
+        self_made,
+        query_seconds,
+        output,
+        settings,
+        console,
     )
 
 
@@ -165,12 +184,13 @@ def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -
     if settings.init not in ("auto", *INITS):
         if len(names) > 1:
             raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several `tokens`, got {settings.init}")
-        if not is_prompt_folder(Path(settings.init)):
+        folder = located(settings.init)
+        if not is_prompt_folder(folder):
             choices = ", ".join(("auto", *INITS))
             raise ValueError(f"`init` must be {choices} or the folder of a prompt, got {str(settings.init)!r}")
-        check_base(settings.init, base)
+        check_base(folder, base)
         ((count, name),) = names.items()
-        found = len(student.add_prompt(name, init=settings.init))
+        found = len(student.add_prompt(name, init=folder))
         if found != count:
             raise ValueError(f"`init` must have as many positions as `tokens`, {count}, got {found}")
     return student

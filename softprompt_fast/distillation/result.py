@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import write_json
-from .retention import Retention
+from .retention import NOTHING, Retention
 from .settings import DistillationSettings
 
 REPORT_FILE = "retention.json"
@@ -84,7 +84,7 @@ class Compression:
                 f"The text has {self.text_tokens} tokens. Below {PREFIX_CACHE}, a server with a prefix cache answers "
                 "about as fast with the whole text."
             )
-        nothing = next(one for one in self.references if one.label == "nothing")
+        nothing = next(one for one in self.references if one.label == NOTHING)
         if self.recommended.retention.kl >= nothing.kl:
             notes.append(
                 "The prompt retains nothing: the model without the text is as close. Train on more queries or steps."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,6 @@ def measure_retention(
     contestants: Sequence[Contestant],
     targets: Sequence[Target],
     settings: DistillationSettings,
-    progress: Callable[[int], None] | None = None,
 ) -> list[Retention]:
     """The retention of each contestant. The teacher's distributions are computed once for all of them."""
     sums = {id(one): [0.0, 0.0, 0.0] for one in contestants}
@@ -61,8 +60,6 @@ def measure_retention(
             same = (got.argmax(-1) == best).double()
             values = (same.sum(), kl_divergence(expected, got).double().sum(), same[firsts.to(same.device)].sum())
             sums[id(one)] = [total + value.item() for total, value in zip(sums[id(one)], values, strict=True)]
-        if progress is not None:
-            progress(len(batch))
     return [
         Retention(
             one.label,

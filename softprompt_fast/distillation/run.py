@@ -123,7 +123,8 @@ def compress(
         if prepared.self_made:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.self_made)
             write_atomically(prepared.output / QUERIES_FILE, lines)
-        train, held_out_targets, teacher_seconds = _teach(prepared)
+        train, held_out_targets, answer_seconds = _teach(prepared)
+        teacher_seconds = prepared.query_seconds + answer_seconds
         student = prepared.student
         trained = []
         for count, prompt in prepared.names.items():
@@ -132,7 +133,8 @@ def compress(
             replace(prepared.task, prompt=prompt).save(prepared.output / prompt)
         console.print(f"measuring retention on {len(held_out_targets)} held-out queries", highlight=False)
         contestants = _contestants(prepared)
-        retention = measure_retention(prepared.teacher, contestants, held_out_targets, settings)
+        whole = Retention(WHOLE, len(prepared.source), agreement=1.0, kl=0.0, first_token=1.0)
+        retention = [whole, *measure_retention(prepared.teacher, contestants, held_out_targets, settings)]
         result = _result(prepared, trained, retention, len(train), teacher_seconds, max_drop)
         result.write(prepared.output)
         print_result(result, console)
@@ -187,7 +189,7 @@ def _choose_init(prepared: Prepared, prompt: str, count: int, targets: list[Targ
 
 
 def _contestants(prepared: Prepared) -> list[Contestant]:
-    """The whole text, nothing, the text cut and pooled to each number of tokens, then the trained prompts."""
+    """Nothing, the text cut and pooled to each number of tokens, then the trained prompts."""
     source = prepared.source
     plain = SoftPromptModel(prepared.base)
     table = embedding_table(plain.get_input_embeddings())
@@ -195,10 +197,7 @@ def _contestants(prepared: Prepared) -> list[Contestant]:
     opening = None if source.frame == 0 else "opening"
     if opening is not None:
         plain.add_prompt(opening, init=vectors[: source.frame])
-    contestants = [
-        Contestant(WHOLE, len(source), prepared.teacher.model, TEXT),
-        Contestant(NOTHING, source.frame, plain, opening),
-    ]
+    contestants = [Contestant(NOTHING, source.frame, plain, opening)]
     for kind, init in ((CUT, "text"), (POOLED, "pooled")):
         for count in prepared.names:
             plain.add_prompt(f"{init}-{count}", init=values_from_text(plain, source.ids, count, init))

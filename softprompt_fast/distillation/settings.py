@@ -9,7 +9,7 @@ from ..base.fields import (
     INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
-    SWITCH,
+    YES_OR_NO,
     check_fields,
     described,
     one_of,
@@ -48,7 +48,7 @@ class DistillationSettings:
         default=False,
         metadata=described(
             "Do not train the first position. Many models attend to it from everywhere (attention sink).",
-            SWITCH,
+            YES_OR_NO,
             group=PROMPT,
             flags=("--keep-first",),
         ),

@@ -76,6 +76,7 @@ class Teacher:
             "model": [base_fingerprint(model), getattr(model, "name_or_path", ""), str(model.dtype)],
             "text": list(text_ids),
             "ends": self._ends,
+            "generation": _generation_settings(model),
             "new_tokens": settings.new_tokens,
             "top_k": settings.top_k,
             "temperature": settings.temperature,
@@ -184,6 +185,13 @@ class Teacher:
             self.logits([target]), target.top_ids.to(self.model.device), self.settings.temperature
         )
         return kl_divergence(target.log_probabilities, values.cpu()).mean().item() <= TOLERANCE
+
+
+def _generation_settings(model: Any) -> dict[str, str]:
+    """What a model's own configuration says of continuations, such as a repetition penalty."""
+    config = getattr(model, "generation_config", None)
+    changed = {} if config is None else config.to_diff_dict()
+    return {name: repr(value) for name, value in sorted(changed.items()) if name != "transformers_version"}
 
 
 def logits_of(model: SoftPromptModel, prompt: str | None, targets: Sequence[Target]) -> Tensor:

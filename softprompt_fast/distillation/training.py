@@ -105,7 +105,10 @@ def train_prompt(
         norm = torch.nn.utils.clip_grad_norm_([parameter], settings.max_grad_norm)
         losses.append(loss.item())
         if not torch.isfinite(loss) or not torch.isfinite(norm):
-            raise ValueError(f"the loss must be finite, got {losses[-1]} in step {step}; use a smaller `learning_rate`")
+            raise ValueError(
+                f"the loss and its gradient must be finite, got a loss of {losses[-1]} and a gradient norm of "
+                f"{norm.item()} in step {step}; use a smaller `learning_rate`"
+            )
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

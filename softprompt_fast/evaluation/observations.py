@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..base.modules import evaluating
 from ..models.soft_prompt_model import SoftPromptModel
+from ..tasks.containers import as_rows
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import encode_targets, encode_text, label_words
 from ..tasks.examples import Examples, has_target
@@ -70,11 +71,11 @@ class Observation:
         """
         known = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
         embedding = known.get("embedding")
-        numbers = (*known.get("embedding", ()), *(known.get(name, 0) for name in NUMBERS))
+        embedding = embedding if isinstance(embedding, list | tuple) else ()
+        numbers = (*embedding, *(known.get(name, 0) for name in NUMBERS))
         if (
             not isinstance(known.get("row"), str)
             or not isinstance(known.get("tokens"), int)
-            or not isinstance(embedding, list | tuple)
             or len(embedding) != PROJECTIONS
             or not all(isinstance(number, int | float) and np.isfinite(number) for number in numbers)
             or not all(isinstance(known.get(name, True), bool) for name in ("correct", "bare_agrees"))
@@ -167,8 +168,10 @@ def observe(
         progress: called with the number of forward passes of rows done since its last call.
 
     Raises:
-        ValueError: no text in a row, or a label that the task does not know.
+        ValueError: no text in a row, or a value that is not one label. A label that the task does not know counts as
+            none.
     """
+    rows = as_rows(rows)
     backend = ModelBackend(model, prompt_name(model, task, prompt))
     encoder_decoder = backend.encoder_decoder
     reader = InputReader(model.get_input_embeddings(), tokenizer, known)

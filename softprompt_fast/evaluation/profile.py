@@ -26,6 +26,7 @@ from ..hf.architecture import is_encoder_decoder
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import base_fingerprint
 from ..prompts.peft_files import WEIGHTS_FILE
+from ..tasks.containers import as_rows
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import encode_text
 from ..tasks.examples import Examples, is_empty
@@ -162,6 +163,7 @@ def record_profile(
     Raises:
         ValueError: no row has text.
     """
+    rows = as_rows(rows)
     filled = [i for i, row in enumerate(rows) if not is_empty(task, row)]
     if not filled:
         raise ValueError(f"`rows` must hold rows with text, got none among {len(rows)}")

@@ -13,7 +13,7 @@ from ..evaluation.observations import InputReader, answered
 from ..evaluation.profile import Profile, prompt_digest
 from ..hf.architecture import is_encoder_decoder
 from ..tasks.encoding import encode_text
-from ..tasks.examples import Examples, has_target
+from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
 from .pipeline import SoftPromptPipeline
 from .requests import Result
@@ -70,6 +70,8 @@ class AnswerLog:
         text = task.text(row)
         seen = reader.read(text, encode_text(task, row, self.tokenizer, encoder_decoder=self._encoder_decoder))
         if "scores" in result:
-            label = task.label(row) if has_target(task, row) else None
+            label = None
+            with suppress(ValueError):  # an answer needs no label: what is none is not logged
+                label = task.label(row)
             seen = answered(seen, result["scores"], label)
         return facts | seen.to_json() | ({"text": text} if self.texts else {})

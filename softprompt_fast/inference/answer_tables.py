@@ -90,5 +90,5 @@ def _array(values: list[Any]) -> pa.Array:
         array = pa.array(values, from_pandas=True)
         return array.cast(pa.string()) if pa.types.is_null(array.type) else array
     except (pa.ArrowException, TypeError, ValueError, OverflowError, UnicodeEncodeError):
-        texts = [None if is_missing(value) else _cell(value) for value in values]
+        texts = [None if is_missing(value) and not isinstance(value, str) else _cell(value) for value in values]
         return pa.array([text and text.encode(errors="replace").decode() for text in texts], pa.string())

@@ -99,10 +99,13 @@ class SoftPromptPipeline:
         members = [[name] for name in each] if ensemble is None else [list(ensemble) for _ in rows]
         head = architecture.pools_last_token(self._base)
 
+        trees: dict[tuple[tuple[int, ...], ...], LabelTree] = {}  # rows of a task share one
+
         def prepare(index: int) -> Request:
             names = members[index]
             words = self.encoder.label_words(labels, rows[index], names[0]) if not head else {}
-            tree = LabelTree(list(words.values()))
+            key = tuple(map(tuple, words.values()))
+            tree = trees[key] if key in trees else trees.setdefault(key, LabelTree(key))
             encoded: Encoded = {}
             units: list[Unit] = []
             for name in names:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -238,9 +239,14 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
     acceleration = acceleration_of(model)
     if acceleration.compat == "exact" and _differs(model, given):
         return own.forward(model, *args, **keywords)
-    # Says, as PEFT does, that position ids and language models' token types are ignored.
-    remove = not isinstance(acceleration.runner, HeadRunner)
-    model._adjust_prompt_learning_kwargs(model.active_peft_config, kwargs=given, remove_token_type_ids=remove)
+    # As PEFT does it; it has no public function for this.
+    ignored = {"position_ids": "Position ids"}
+    if not isinstance(acceleration.runner, HeadRunner):
+        ignored["token_type_ids"] = "Token type ids"
+    for name, words in ignored.items():
+        if given.pop(name, None) is not None:
+            text = f"{words} are not supported for parameter efficient tuning. Ignoring {words.lower()}."
+            warnings.warn(text, stacklevel=3)
     given = {name: value for name, value in given.items() if value is not None}
     given.pop("use_cache", None)
     given["prompts"] = _bank(model)
@@ -265,7 +271,8 @@ def _language_model_output(model: Any, given: dict[str, Any]) -> Any:
 
     def logits() -> Tensor:
         acceleration.reads_logits = True
-        values: Tensor = runner(**given, return_logits=True, return_dict=True).logits
+        with torch.inference_mode(False), torch.enable_grad():  # as in the forward pass that they belong to
+            values: Tensor = runner(**given, return_logits=True, return_dict=True).logits
         return values
 
     output = with_lazy_logits(output, logits)

@@ -31,11 +31,12 @@ def check_adapters(model: Any, own_class: type) -> None:
     """Checks that every adapter of a PEFT model can be accelerated.
 
     Args:
-        own_class: the model's class in PEFT, one of TASKS.
+        own_class: the model's class, one of TASKS or derived from one.
 
     Raises:
         TypeError: naming the adapter and the reason.
     """
+    names = {owner.__name__ for owner in own_class.__mro__}
     if not model.peft_config:
         raise TypeError("`peft_model` must have an adapter, got none")
     for name, config in model.peft_config.items():
@@ -45,11 +46,11 @@ def check_adapters(model: Any, own_class: type) -> None:
                 f"the {kind} adapter {name!r} cannot be accelerated: only prompts are, of types "
                 f"{', '.join(PLAIN + PREFIXES)}"
             )
-        if kind in PREFIXES and own_class.__name__ != "PeftModelForCausalLM":
+        if kind in PREFIXES and "PeftModelForCausalLM" not in names:
             base = type(model.base_model).__name__
             raise TypeError(f"the {kind} adapter {name!r} of {base} cannot be accelerated: it is no causal model")
     encoder_decoder = architecture.is_encoder_decoder(model.base_model)
-    if encoder_decoder != (own_class.__name__ == "PeftModelForSeq2SeqLM"):
+    if encoder_decoder != ("PeftModelForSeq2SeqLM" in names):
         base = type(model.base_model).__name__
         raise TypeError(f"{own_class.__name__} of {base} cannot be accelerated: its encoder or decoder is unexpected")
 

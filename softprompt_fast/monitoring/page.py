@@ -74,8 +74,8 @@ def html_page(report: Report, history: Sequence[Mapping[str, Any]] = ()) -> str:
             if drawn:
                 parts.append(f'<div class="figures">{"".join(drawn)}</div>')
     if len(history) > 1:
-        parts.append(f"<h2>Over time</h2><p class='quiet'>{len(history)} reports; red points are alarms.</p>")
         shown = history[-HISTORY:]
+        parts.append(f"<h2>Over time</h2><p class='quiet'>{len(shown)} reports; red points are alarms.</p>")
         figures = [
             _figure(test, history_figure(test.name, shown), test.statistic_name)
             for test in report.tests

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..evaluation.scores import describe_scores
 from .report import DRIFT, FINE, DriftTest, Report
 
 STYLES = {FINE: "bold green", DRIFT: "bold red"}
@@ -45,8 +46,7 @@ def summary_lines(report: Report) -> list[str]:
 
 def scores_text(scores: dict[str, float]) -> str:
     if "accuracy" in scores:
-        low, high = scores["accuracy_low"], scores["accuracy_high"]
-        return f"accuracy {scores['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, {scores['rows']:.0f} rows)"
+        return describe_scores(scores)
     return f"loss {scores['loss']:.4f} per token ({scores['rows']:.0f} rows)"
 
 

@@ -53,21 +53,27 @@ def answer_with_both(
     batch_size: int = 32,
     dtype: str = "auto",
     device: str | None = None,
-    force: bool = False,
+    scores_only: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Answered:
     """Lets two prompts answer rows on one base model.
 
     If no row has a label, nothing is scored; if some have, the others are left out with a warning.
 
+    Args:
+        scores_only: do not let them generate text. The rows must have labels.
+        progress: called with the number of rows that a prompt has scored or answered.
+
     Raises:
-        ValueError: no row with text, tasks of different kinds, no base model is known, or a prompt's base model is
-            another one.
+        ValueError: no row with text, no labels where they are needed, tasks of different kinds, no base model is known,
+            or a prompt's base model is another one.
     """
     tasks = (Task.load(folders[0]), Task.load(folders[1]))
     if tasks[0].kind != tasks[1].kind:
         raise ValueError(f"the prompts must have tasks of one kind, got {tasks[0].kind} and {tasks[1].kind}")
-    labelled = any(not is_missing(row.get(task.target_column)) for row in rows for task in tasks[:1])
+    labelled = any(not is_missing(row.get(tasks[0].target_column)) for row in rows)
+    if scores_only and not labelled:
+        raise ValueError(f"`rows` must hold labels, which the promotion is decided by, got none in {len(rows)} rows")
     if labelled:
         for task in tasks:
             rows = complete_rows(task, rows)
@@ -82,23 +88,25 @@ def answer_with_both(
     answers, scores, row_scores = [], [], []
     for folder, task in zip(folders, tasks, strict=True):
         tuned = (DeepPromptModel if peft_type(folder) == DEEP else SoftPromptModel)(base)
-        tuned.load_prompt(folder, task.prompt, force=force)
+        tuned.load_prompt(folder, task.prompt)
+        generates = task.kind == "generation" and not scores_only
         if labelled:
             encoded = encode_rows(task, rows, tokenizer, encoder_decoder=is_encoder_decoder(base))
             with evaluating(tuned):
-                own = score_rows(ModelBackend(tuned, task.prompt), encoded, batch_size, progress)
+                counted = None if generates else progress  # a row counts once
+                own = score_rows(ModelBackend(tuned, task.prompt), encoded, batch_size, counted)
             row_scores.append(own)
             scores.append(own.metrics(encoded.truth))
         if labelled and task.kind == "classification":
             assert row_scores[-1].predicted is not None
             answers.append([task.labels[i] for i in row_scores[-1].predicted.tolist()])
-        else:
+        elif generates or not labelled:
             predicted = predict(tuned, tokenizer, task, rows, batch_size=batch_size, progress=progress)
             answers.append([str(one["prediction"]) for one in predicted])
     return Answered(
         rows,
         tasks,
-        (answers[0], answers[1]),
+        (answers[0], answers[1]) if answers else ([], []),
         (scores[0], scores[1]) if labelled else None,
         (row_scores[0], row_scores[1]) if labelled else None,
     )

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from ..base.locations import names_a_version
 from ..ops.extension.build import cache_directory
 from ..prompts.base_identity import same_base
@@ -193,9 +195,11 @@ class PromptRegistry:
             target = own
         else:
             target = cache_directory() / "versions" / record.content_hash[:32] / f"{raw.version}" / name
-            if not target.is_dir() or faults(target, record):
-                shutil.rmtree(target, ignore_errors=True)
-                self._checked_download(raw, record, target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.with_name(f".{name}.lock")):  # several processes start with one version
+                if not target.is_dir() or faults(target, record):
+                    shutil.rmtree(target, ignore_errors=True)
+                    self._checked_download(raw, record, target)
         return target
 
     def _checked_download(self, raw: Any, record: Record, target: Path) -> None:
@@ -290,7 +294,7 @@ class PromptRegistry:
 
     def _side(self, text: str) -> tuple[str, Path, Record]:
         """A version or a folder: what it is called, its files and its record."""
-        if not Path(text).exists() or names_a_version(text):
+        if not Path(text).exists():
             version = self.get(text)
             return str(version), self.fetch(str(version)), version.record
         folder = only_prompt(Path(text))
@@ -313,12 +317,12 @@ class PromptRegistry:
             ]
         if rows is None:
             return []
-        difference = self.diff(str(present), f"{record.name}@{number}", rows=rows, model=model, **options)
-        test = difference.test
-        if test is None:
-            raise ValueError(
-                f"`rows` must hold labels, which the promotion is decided by, got none in {len(rows)} rows"
-            )
+        from .answers import answer_with_both, compare_answers
+
+        folders = [self.fetch(str(present)), self.fetch(f"{record.name}@{number}")]
+        answered = answer_with_both(folders, [present.record, record], rows, model, scores_only=True, **options)
+        test = compare_answers(answered)
+        assert test is not None
         if not test.significantly_worse:
             return []
         return [

@@ -164,7 +164,8 @@ def run_facts(folder: Path) -> dict[str, Any]:
     if "after" not in facts:
         return {}
     rows = {key: run.get(f"{key} of {name!r}") for key in ("train_rows", "held_out_rows")}
-    return {"settings": facts.get("settings"), "before": facts.get("before"), "after": facts["after"]} | rows
+    settings = (facts.get("settings") or {}) | run.get(f"settings of {name!r}", {})  # a member has some of its own
+    return {"settings": settings, "before": facts.get("before"), "after": facts["after"]} | rows
 
 
 def _search_facts(output: Path, name: str) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def faults(folder: Path, record: Record) -> list[str]:
     stored = read_json(folder / RECORD_FILE)
     if stored is None:
         found.append(f"{folder / RECORD_FILE} is missing or not readable")
-    elif stored != record.to_json():
+    elif {key: stored.get(key, value) for key, value in record.to_json().items()} != record.to_json():
         found.append(f"{folder / RECORD_FILE} differs from the registry's record")
     return found
 

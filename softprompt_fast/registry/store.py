@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from http.client import HTTPException
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import unquote, urlparse
 from urllib.request import urlopen
 
@@ -111,17 +112,15 @@ class Store:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Turns MLflow's errors into one line."""
+        """Turns errors of MLflow and of the database into one line."""
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
-        except MlflowException as error:
-            raise self._plain(error) from error
-
-    def _plain(self, error: Exception) -> OSError:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return OSError(f"the registry {self} failed: {lines[0]}")
+        except (MlflowException, SQLAlchemyError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise OSError(f"the registry {self} failed: {lines[0]}") from error
 
     # --- reading ---
 
@@ -138,15 +137,20 @@ class Store:
 
     def model(self, name: str) -> Any:
         """The registered model of a name, with its aliases and tags; None: there is none, or it is no prompt."""
+        model = self._existing(lambda: self.client.get_registered_model(name))
+        return model if model is not None and model.tags.get(KIND) == PROMPT else None
+
+    def _existing(self, read: Callable[[], Any]) -> Any:
+        """What a call reads; None: MLflow does not have it."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            model = self.client.get_registered_model(name)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise self._plain(error) from error
-        return model if model.tags.get(KIND) == PROMPT else None
+        with self.reading():
+            try:
+                return read()
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
 
     def versions(self, name: str) -> dict[int, Any]:
         """MLflow's versions of a name by their numbers."""
@@ -161,16 +165,9 @@ class Store:
 
     def version(self, name: str, number: int) -> Any:
         """MLflow's version of a number; None: there is none."""
-        from mlflow.exceptions import MlflowException
-
         if number >= LARGEST_NUMBER:
             return None
-        try:
-            return self.client.get_model_version(name, str(number))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise self._plain(error) from error
+        return self._existing(lambda: self.client.get_model_version(name, str(number)))
 
     def folder(self, version: Any) -> Path | None:
         """The folder of a version's files, if this machine can read it; it must not be changed."""
@@ -303,10 +300,10 @@ def _check_answers(uri: str) -> None:
         with urlopen(f"{uri.rstrip('/')}/health", timeout=TIMEOUT):
             return
     except HTTPError as error:
-        if error.code in (401, 403):
-            return  # it answers; whether it lets us in, MLflow's client finds out
+        if error.code < 500:
+            return  # it answers; what it allows, MLflow's client finds out
         reason: object = f"/health gave status {error.code}"
-    except (URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
     raise ConnectionError(f"the registry {uri} must be an MLflow server that answers: {reason}")
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..evaluation.scores import describe_scores
+from ..length_search.significance import ALPHA
 from .difference import VersionDifference
 from .history import Move
 from .prompt_registry import PromptVersion
@@ -117,7 +118,7 @@ def _print_rows(difference: VersionDifference, console: Console, shown_rows: int
         better = "gains" if test.metric == "accuracy" else "lowers the loss by"
         console.print(
             f"{second} {better} {-test.worse_by:.4f}{interval} ({test.test}, p = {test.p_value:.2g}): "
-            f"{'significantly ' + direction if test.p_value < 0.05 else 'no significant difference'}",
+            f"{'significantly ' + direction if test.p_value < ALPHA else 'no significant difference'}",
             highlight=False,
         )
     console.print(f"{len(difference.changed)} of {difference.rows} answers changed", highlight=False)

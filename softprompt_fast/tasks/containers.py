@@ -19,15 +19,16 @@ def listed(values: Any, argument: str, what: str) -> list[Any]:
         raise TypeError(f"`{argument}` must be a list of {what}, got one {type(values).__name__}")
     if hasattr(values, "features") and hasattr(values, "num_rows"):  # a dataset: numbers of classes become names
         return from_dataset(values, argument)
+    columns: Any = getattr(values, "column_names", None) or getattr(values, "columns", ())
+    names = [str(name) for name in columns]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise TypeError(f"`{argument}` must name each column once, got {', '.join(double)} more than once")
     for method in ("to_dicts", "to_pylist"):  # polars' and pyarrow's tables
         if hasattr(values, method):
             return list(getattr(values, method)())
     if not hasattr(values, "__iter__"):
         raise TypeError(f"`{argument}` must be a list of {what}, got one {type(values).__name__}")
     if hasattr(values, "columns") and hasattr(values, "to_dict"):  # pandas
-        if not values.columns.is_unique:
-            double = sorted({str(column) for column in values.columns[values.columns.duplicated()]})
-            raise TypeError(f"`{argument}` must name each column once, got {', '.join(double)} more than once")
         return list(values.to_dict("records"))
     return list(values)
 

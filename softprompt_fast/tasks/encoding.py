@@ -196,19 +196,6 @@ def with_ends(words: list[list[int]], tokenizer: Any) -> list[list[int]]:
     return [[*word, _end(tokenizer)] for word in words] if begins_another(words) else words
 
 
-def label_token_ids(task: Task, tokenizer: Any) -> list[int] | None:
-    """The token of each label's word.
-
-    Returns:
-        None for a generation task, a word of several tokens, or two labels with the same token.
-    """
-    if task.kind != "classification":
-        return None
-    words = label_words(task, tokenizer)
-    ids = [word[0] for word in words if len(word) == 1]
-    return ids if len(set(ids)) == len(words) else None
-
-
 def check_label_words(
     task: Task, rows: Sequence[Mapping[str, Any]], tokenizer: Any, *, encoder_decoder: bool = False
 ) -> None:

@@ -42,14 +42,13 @@ class LabelTree:
         for prefix in ordered:
             if not any(path[: len(prefix)] == prefix for path in self.paths):
                 self.paths.append(prefix)
+        self._read_on: dict[Prefix, list[Prefix]] = {path: [] for path in self.paths}
+        for prefix in self.branches:
+            self._read_on[next(path for path in self.paths if path[: len(prefix)] == prefix)].append(prefix)
 
     def branches_on(self, path: Prefix) -> list[Prefix]:
         """The branches that are read on a path; each is read on the first path that it begins."""
-        return [
-            prefix
-            for prefix in self.branches
-            if path == next(other for other in self.paths if other[: len(prefix)] == prefix)
-        ]
+        return self._read_on[path]
 
     def scores(self, values: dict[Prefix, Tensor], rows: int) -> Tensor:
         """[rows, C], the log-probability of each label, up to a constant of each row.

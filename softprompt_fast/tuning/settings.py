@@ -65,7 +65,8 @@ class TuningSettings:
     objective: str = field(
         default="labels",
         metadata=described(
-            "Cross entropy among the labels (labels), or among all tokens (vocabulary).",
+            "Cross entropy among the labels (labels; encoder-decoders only with words of several tokens), or among all "
+            "tokens (vocabulary).",
             one_of("labels", "vocabulary"),
             group=TRAINING,
         ),

@@ -139,6 +139,14 @@ def test_a_generation_task(tmp_path: Path, model_folder: Path, runs: Runs) -> No
     assert status == 0 and "a log of generated text does not hold it" in shown
 
 
+def test_a_row_that_cannot_be_read_is_left_out(trained: Path, tmp_path: Path, runs: Runs) -> None:
+    rows = [*drawn(60, 2), {"text": "bad \ud83d", "label": "yes"}, {"text": ["fine"], "label": "yes"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, shown = runs("-p", trained / "run", "-d", data)
+    assert status in (0, 1) and "2 rows of --data without readable text are left out" in shown, shown
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

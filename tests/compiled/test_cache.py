@@ -121,6 +121,19 @@ def test_rows_are_repeated_and_selected(reading: str) -> None:
     assert layer.keys.shape == (6, 2, 7, 8)
 
 
+def test_the_row_of_the_longest_prompt_may_leave(reading: str) -> None:
+    layer, alone = Layer(places(), 0), Layer(RowPlaces(COMPILED, PREFIXES[:2], PADDING[:2]), 0)
+    first, last = states(3, 5), states(2, 1)
+    layer.update(*first)
+    attend(layer, 3, 5)
+    layer.batch_select_indices(torch.tensor([0, 1]))
+    alone.update(*(x[:2] for x in first))
+    attend(alone, 2, 5)
+    for one in (layer, alone):
+        one.update(*last)
+    assert torch.allclose(attend(layer, 2, 1), attend(alone, 2, 1), atol=1e-6)
+
+
 def test_an_attention_that_does_not_read_the_cache_is_noticed() -> None:
     layer = Layer(places(), 0)
     layer.update(*states(3, 5))

@@ -85,6 +85,10 @@ def test_a_model_without_packed_layout_has_no_keys_and_values(tmp_path: Path) ->
 
 
 def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "retention.json").touch()  # of an earlier run with other names
+    with pytest.raises(FileExistsError, match=r"retention\.json already exists; choose another output folder"):
+        compressed(tmp_path, tokens=[4, 8])
+    (tmp_path / "retention.json").unlink()
     (tmp_path / "prompt-8").mkdir()
     with pytest.raises(FileExistsError, match="prompt-8 already exists; choose another output folder"):
         compressed(tmp_path, tokens=[4, 8])

@@ -124,6 +124,14 @@ def test_other_settings_are_other_answers(tmp_path: Path, change: dict[str, Any]
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_another_generation_configuration_gives_other_answers(tmp_path: Path) -> None:
+    model = build("llama")
+    teacher_of(model, tmp_path).targets(QUERIES)
+    model.generation_config.suppress_tokens = list(range(10, 60))
+    (first, *_) = teacher_of(model, tmp_path).targets(QUERIES)
+    assert not set(first.continuation) & set(range(10, 60))
+
+
 def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     first = teacher_of(model, tmp_path).targets(QUERIES)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from support.analysis_cases import TASKS, tuned_on
@@ -95,6 +96,14 @@ FIRST = (0.232475, 0.799486, 0.226805)
 """A profile is compared with logs that other versions have written, so these never change."""
 
 
+def test_tables_of_pandas_are_rows(tmp_path: Path) -> None:
+    tuned, task, folder = saved(tmp_path)
+    table = pd.DataFrame(ROWS)
+    assert observe(tuned, TOKENIZER, task, table) == observe(tuned, TOKENIZER, task, ROWS)
+    one, other = (record_profile(tuned, TOKENIZER, task, rows, folder) for rows in (table, ROWS))
+    assert one.observations == other.observations
+
+
 def test_an_observation_survives_json() -> None:
     (one,) = observe(model_with_prompt("llama"), TOKENIZER, TASKS["one-token"], ROWS[:1])
     assert Observation.from_json(json.loads(json.dumps(one.to_json() | {"text": "other keys"}))) == one
@@ -106,6 +115,7 @@ def test_an_observation_survives_json() -> None:
         {"row": None},
         {"tokens": "5"},
         {"embedding": [1.0]},
+        {"embedding": 5},
         {"margin": "x"},
         {"entropy": float("nan")},
         {"correct": "yes"},

@@ -65,6 +65,12 @@ def test_the_log_equals_a_second_pass(tuned: Any, tmp_path: Path) -> None:
     assert "the text is empty" in found[9]["error"] and "row" not in found[9]
 
 
+def test_a_label_that_is_none_ends_nothing(tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.ROWS", [row | {"label": ["yes", "no"]} for row in ROWS])
+    found = lines(tuned, tmp_path, ["p"] * 10)
+    assert len(found) == 10 and all("correct" not in line for line in found)
+
+
 def test_a_log_without_texts_holds_none(tuned: Any, tmp_path: Path) -> None:
     names: list[str | None] = ["p", "q", None, *["p"] * 7]
     found = lines(tuned, tmp_path, names, texts=False)

@@ -96,6 +96,14 @@ def test_generate_marks_rows_it_cannot_answer(folders: dict[str, Path], tmp_path
     assert "no prompt 'unknown'" in found[2]["error"]
 
 
+def test_blank_texts_among_numbers_stay_in_a_table(tmp_path: Path) -> None:
+    rows = [{"text": "a", "x": 1}, {"text": "b", "x": "  "}, {"text": "c", "x": None}]
+    answers = in_chunks(lambda rows, names: [{"prediction": "p"} for _ in rows], rows, [None] * 3, chunk=4)
+    output = tmp_path / "a.parquet"
+    assert write_answers(rows, answers, output) == (3, 0)
+    assert pd.read_parquet(output)["x"].fillna("none").tolist() == ["1", "  ", "none"]
+
+
 def test_a_run_is_resumed_without_losing_or_repeating_rows(tmp_path: Path) -> None:
     asked: list[int] = []
 

@@ -35,6 +35,17 @@ def snapshot(model: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
+def test_a_class_that_is_derived_from_pefts(kind: str) -> None:
+    class Derived(peft.PeftModelForCausalLM):  # type: ignore[misc, name-defined]
+        pass
+
+    model, inputs = Derived(base_model("llama"), adapter_config(kind=kind)), batch("right")
+    expected = model.eval()(**inputs).loss
+    assert isinstance(spf.accelerate(model), Derived)
+    torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning"])
 def test_restore_undoes_everything(kind: str) -> None:
     model = peft_model(kind=kind)
     inputs = batch("left")

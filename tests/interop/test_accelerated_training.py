@@ -172,6 +172,16 @@ def test_logits_of_training_are_computed_when_they_are_read(read_first: bool) ->
         torch.testing.assert_close(got, parameter.grad)
 
 
+def test_logits_that_are_first_read_without_gradients_have_them_in_the_loss() -> None:
+    model = spf.accelerate(peft_model())
+    parameter = next(p for p in model.parameters() if p.requires_grad)
+    output = model(**batch("right"))
+    with torch.no_grad():
+        assert output.logits.argmax(-1) is not None
+    output.logits[:, VIRTUAL:].square().sum().backward()
+    assert parameter.grad is not None and parameter.grad.any()
+
+
 def test_a_loop_that_reads_logits_computes_them_with_the_loss() -> None:
     model = spf.accelerate(peft_model())
     inputs = batch("right")

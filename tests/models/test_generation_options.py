@@ -102,7 +102,7 @@ PADDING_MATTERS: dict[str, tuple[Any, Processors]] = {
         lambda text: [lp.SequenceBiasLogitsProcessor([[[BEGIN] * 3, -99.0]])],
     ),
 }
-"""Values with which a row's text would be another one if padding stood before it."""
+"""Values with which a row's text would be another one if padding came before it."""
 LOSSLESS: dict[str, dict[str, Any]] = {
     "prefill_chunk_size": {"prefill_chunk_size": 4},
     "use_cache": {"use_cache": False},

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import DEVICE, ON_GPU
 from support.op_cases import poisoned, same_bits
 from support.segments import table
 from torch import Tensor
@@ -258,10 +259,7 @@ def test_is_refused(native: backend.Ops, case: str, changes: Arguments, message:
         getattr(native, name)(*(make() | changes).values())
 
 
-ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-
-
-class OnGpu:
+class MovedArguments:
     """The ops for arguments that are copied to the GPU."""
 
     def __init__(self, ops: backend.Ops) -> None:
@@ -271,7 +269,7 @@ class OnGpu:
         def moved(value: Any) -> Any:
             if isinstance(value, list):
                 return [moved(x) for x in value]
-            return value.cuda() if isinstance(value, Tensor) else value
+            return value.to(DEVICE) if isinstance(value, Tensor) else value
 
         return lambda *arguments: getattr(self._ops, name)(*(moved(value) for value in arguments))
 
@@ -279,9 +277,9 @@ class OnGpu:
 @pytest.mark.parametrize("ops", ["native", "emulated", pytest.param("cuda", marks=ON_GPU)])
 def test_what_contents_ask_for_beyond_the_tensors_is_left_out(ops: str, request: pytest.FixtureRequest) -> None:
     """Contents are not refused: on a GPU only the kernels see them."""
-    on_gpu = ops == "cuda"
-    fixture: backend.Ops = request.getfixturevalue("native" if on_gpu else ops)
-    used = OnGpu(fixture) if on_gpu else fixture
+    moved = ops == "cuda"
+    fixture: backend.Ops = request.getfixturevalue("native" if moved else ops)
+    used = MovedArguments(fixture) if moved else fixture
     ones = prompt_backward() | {"grad": torch.ones(4, 8), "use_ids": None, "prompt_offsets": torch.tensor([0, 5])}
     result = used.prompt_backward(*(ones | {"prompt_slots": torch.tensor([2, LARGE, -5, 0])}).values())
     assert result[:, 0].tolist() == [2, 2, 1, 1, 0]  # slots 2 and 3, and 0 to 3
@@ -308,6 +306,6 @@ def test_what_contents_ask_for_beyond_the_tensors_is_left_out(ops: str, request:
     assert torch.equal(used.assemble(*visible.values())[1], used.assemble(*wide.values())[1])
 
     outside = [[-4, 3, 0, 0], [LARGE, 2, 1, 0], [0, 2, 0, LARGE], [7, LARGE, 1, 2], [11, -3, -1, 0]]
-    if on_gpu:  # on a CPU the op looks at the plan
+    if moved and DEVICE != "cpu":  # on a CPU the op looks at the plan
         status = used.assemble(*(packed() | {"plan": torch.tensor(outside)}).values())[-1]
         assert status[Status.BAD_LENGTH] == 0

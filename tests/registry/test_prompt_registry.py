@@ -15,6 +15,7 @@ from support.tiny_tuning import tune_tiny
 from softprompt_fast.prompts import write_prompt
 from softprompt_fast.registry import PromptRegistry
 from softprompt_fast.registry.history import Move, promoted
+from softprompt_fast.registry.record import RECORD_FILE, describe, faults, write_record
 
 
 def test_a_version_holds_the_facts_of_its_run(registry: PromptRegistry, tmp_path: Path) -> None:
@@ -57,6 +58,18 @@ def test_a_version_is_a_copy(registry: PromptRegistry, tmp_path: Path) -> None:
     assert registry.verify() == [] and registry.get("sentiment@1") == version
     with pytest.raises(FileExistsError, match="already exists; choose another folder"):
         registry.fetch("sentiment@1", tmp_path / "mine")
+
+
+def test_a_record_of_an_older_library_is_no_fault(tmp_path: Path) -> None:
+    folder = write_tiny_prompt(tmp_path / "p")
+    record = describe(folder, folder, "p", parent=None, description="")
+    write_record(folder, record)
+    stored = json.loads((folder / RECORD_FILE).read_text())
+    del stored["description"]  # a field that came later
+    (folder / RECORD_FILE).write_text(json.dumps(stored | {"later": 1}))
+    assert faults(folder, record) == []
+    (folder / RECORD_FILE).write_text(json.dumps(stored | {"author": "somebody else"}))
+    assert len(faults(folder, record)) == 1
 
 
 @pytest.mark.parametrize("fault", ["changed", "missing", "more", "record", "folder"])

@@ -12,6 +12,7 @@ from support.tiny_reviews import reviews, run
 from typer.testing import CliRunner
 
 from softprompt_fast.cli.app import app
+from softprompt_fast.cli.versions import register_prompts
 from softprompt_fast.registry import PromptRegistry
 
 QUICK = ["--dtype", "float32"]
@@ -127,7 +128,20 @@ def test_several_prompts_of_a_run_get_names_of_their_own(
 ) -> None:
     train(model_folder, data, "run", "--steps", "1", "--members", "2")
     assert registry.names() == ["sentiment-movies-0", "sentiment-movies-1"]
-    assert registry.get("sentiment-movies-1@1").record.scores["rows"] == 6
+    second = registry.get("sentiment-movies-1@1").record
+    assert second.scores["rows"] == 6 and second.seed == 1  # each member has a seed of its own
+
+
+def test_of_several_processes_the_first_registers(
+    registry: PromptRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_tiny_prompt(tmp_path / "p")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for rank in (1, 0):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        register_prompts("sentiment", [folder])
+        assert registry.names() == ([] if rank else ["sentiment"])
+    assert len(registry.versions("sentiment")) == 1
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_every_container_gives_the_same_rows() -> None:
         (["a"], "a mapping of columns in each row, got str in row 0"),
         (np.array([["a", "b"]]), "a mapping of columns in each row, got ndarray in row 0"),
         (pd.DataFrame([["a", "b"]], columns=["text", "text"]), "must name each column once, got text more than once"),
+        (pa.table([["a"], ["b"]], names=["text", "text"]), "must name each column once, got text more than once"),
     ],
 )
 def test_what_holds_no_rows_is_refused(data: Any, message: str) -> None:

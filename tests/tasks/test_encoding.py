@@ -12,7 +12,7 @@ from support.comparison_cases import ANSWERS, LONG_WORDS, TASK
 from support.tiny_reviews import tiny_tokenizer
 
 from softprompt_fast.tasks.collation import padded
-from softprompt_fast.tasks.encoding import encode_text, label_token_ids, label_words, token_ids, without_end
+from softprompt_fast.tasks.encoding import encode_text, label_words, token_ids, without_end
 from softprompt_fast.tasks.task import Task
 
 
@@ -43,9 +43,9 @@ def test_texts_before_an_answer_have_no_end() -> None:
 def test_label_words_as_tokens() -> None:
     tokenizer = tiny_tokenizer()
     one = tokenizer("no yes").input_ids
-    assert label_words(TASK, tokenizer) == [[one[0]], [one[1]]] and label_token_ids(TASK, tokenizer) == one
-    assert len(label_words(LONG_WORDS, tokenizer)[0]) == 2 and label_token_ids(LONG_WORDS, tokenizer) is None
-    assert label_words(ANSWERS, tokenizer) == [] and label_token_ids(ANSWERS, tokenizer) is None
+    assert label_words(TASK, tokenizer) == [[one[0]], [one[1]]]
+    assert len(label_words(LONG_WORDS, tokenizer)[0]) == 2
+    assert label_words(ANSWERS, tokenizer) == []
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -15,7 +15,6 @@ from softprompt_fast.tasks.encoding import (
     encode,
     encode_target,
     encode_text,
-    label_token_ids,
     label_words,
     token_ids,
 )
@@ -39,8 +38,8 @@ def test_words_have_no_token_of_their_own_space_where_a_tokenizer_prepends_one()
     tokenizer = prepending("negative", "positive", "x", "Label:")
     assert len(token_ids(tokenizer, " negative")) == 2  # alone: the prepended space is a token
     task = two_labels("{text}\nLabel:")
-    ids = label_token_ids(task, tokenizer)
-    assert ids is not None and tokenizer.convert_ids_to_tokens(ids) == ["▁negative", "▁positive"]
+    words = [tokenizer.convert_ids_to_tokens(word) for word in label_words(task, tokenizer)]
+    assert words == [["▁negative"], ["▁positive"]]
     row = {"text": "x", "label": "a"}
     assert running(tokenizer, task, row) == token_ids(tokenizer, "x\nLabel: negative")
 
@@ -68,7 +67,7 @@ def test_the_space_at_a_templates_end_is_the_one_before_the_word(template: str, 
 def test_words_of_scripts_without_spaces_get_none() -> None:
     tokenizer = byte_bpe("负面", "正面")
     task = classification_task([], template="评论:{text}\n情感:", label_words={"0": "负面", "1": "正面"})
-    assert len(label_token_ids(task, tokenizer) or []) == 2
+    assert [len(word) for word in label_words(task, tokenizer)] == [1, 1]
     assert [spaced(word) for word in ("neg", " neg", "负面", "ดี", "よい", "좋다", "Ж", "7")] == [
         " neg",
         " neg",
@@ -156,7 +155,6 @@ def test_words_that_begin_others_end_with_the_end_token(labels: list[str], encod
     task = Task("classification", "{text}\nLabel:", "label", {label: f" {label}" for label in labels})
     words = label_words(task, tokenizer, encoder_decoder=encoder_decoder)
     assert all(word[-1] == 2 for word in words) and not begins_another(words)
-    assert label_token_ids(task, tokenizer) is None
     row = {"text": "x", "label": labels[-1]}
     assert encode_target(task, row, tokenizer, encoder_decoder=encoder_decoder) == words[-1]
     old = Task(**vars(task) | {"encoding": 1})

@@ -37,6 +37,11 @@ class RaggedPlan:
     starts: Tensor
     """[slots + 1]: the places of slot s are ``places[starts[s] : starts[s + 1]]``."""
 
+    @property
+    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
+        """What every library wants after queries, keys and values."""
+        return self.cu_queries, self.cu_keys, self.max_queries, self.max_keys
+
     @classmethod
     def of(cls, lines: Sequence[Line], device: torch.device, prefix_slots: int | None = None) -> RaggedPlan | None:
         """The plan of these segments. None: they do not follow one another from slot 0 on.
