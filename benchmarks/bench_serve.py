@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import add_model_arguments, append_rows, argument_parser, environment, interleaved, load
+from common import add_model_arguments, append_rows, argument_parser, environment, interleaved, load, print_profile
 
 from softprompt_fast.inference.engine import Engine
 from softprompt_fast.inference.prompt_bank import PromptBank
@@ -136,6 +136,8 @@ def against_peft(arguments: argparse.Namespace) -> None:
                 rounds = max(1, arguments.rounds * 16 // count)
                 runs = {"peft": partial(a, texts, names), "ours": partial(b, texts, names)}
                 times = interleaved(runs, rounds, device=device)
+                if arguments.profile:
+                    print_profile(f"{job}, ours", runs["ours"], device)
                 row = {
                     **environment(device),
                     "dtype": arguments.dtype,
@@ -187,6 +189,7 @@ def resident(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argument_parser(__doc__)
     add_model_arguments(parser, dtype="float32", rounds=5)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, after the measurement")
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--virtual-tokens", type=int, nargs="+", default=[20, 100])
     parser.add_argument("--requests", type=int, nargs="+", default=[16, 64, 256])

@@ -28,6 +28,7 @@ from common import (
     interleaved,
     last_line,
     load,
+    print_profile,
     synchronise,
 )
 from torch import Tensor
@@ -154,6 +155,9 @@ def measure(arguments: argparse.Namespace, model: Any, shape: tuple[int, int, in
     limit = statistics.median(speeds)
     achieved = useful_flops(model, *shape) / medians["shared"] / 1e9
     padded_loss, padded = first["padded"]
+    if arguments.profile:
+        for provider in providers:
+            print_profile(provider, steps[provider], device)
     memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape, steps[p]) for p in PROVIDERS}
 
     def error(provider: str) -> str:
@@ -183,6 +187,7 @@ def main() -> None:
     add_model_arguments(parser, dtype="float32", rounds=5)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, after the measurement")
     parser.add_argument("--compile", action="store_true", help="measure PEFT under torch.compile too")
     parser.add_argument("--shape", "--shapes", help='"P,B,T;P,B,T"; default: the four of the README')
     arguments = parser.parse_args()

@@ -120,6 +120,18 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def print_profile(name: str, run: Callable[[], Any], device: str = "cpu") -> None:
+    """Where the time of one run goes: operators and kernels by their own time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = not device.startswith("cpu")
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as found:
+        run()
+        synchronise(device)
+    order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    print(f"{name}:\n{found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)}", flush=True)
+
+
 def last_line(script: str, *arguments: str, quiet: bool = False, variables: Mapping[str, str] | None = None) -> str:
     """Runs a script in a separate process and returns the last line that it prints.
 

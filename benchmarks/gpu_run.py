@@ -73,7 +73,7 @@ def steps(device: str) -> list[Step]:
     op += [] if gpu else ["--quick"]
     serve = [PYTHON, "benchmarks/bench_serve.py", "--model", model, "--dtype", dtype, "--device", device]
     serve += ["--tasks", tasks, "--requests", tasks, "--virtual-tokens", "20", "--jobs", "generate", "--skip-resident"]
-    tests = [PYTHON, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", "-W", "ignore::UserWarning"]
+    tests = [PYTHON, "-m", "pytest", "-m", "cuda", "-v", "-p", "no:cacheprovider", "-W", "ignore::UserWarning"]
     tests += ["tests/ops/packing", "tests/ops/segment_attention/test_varlen.py", "tests/ops/test_hostile_arguments.py"]
     tests += ["tests/packed/test_packed_on_gpu.py", "tests/ops/cuda/test_cuda.py"]
     tests += [] if gpu else ["-k", "not equals_the_twin and not gradients"]
@@ -82,13 +82,13 @@ def steps(device: str) -> list[Step]:
     return [
         Step("build", 120, [PYTHON, "-c", BUILD, device]),
         Step("smoke", 40, [*smoke, "--csv", "{csv}"]),
-        Step("train", 90, [*train, "--model", model, "--shapes", train_shapes, "--output", "{csv}"]),
+        Step("train", 90, [*train, "--model", model, "--shapes", train_shapes, "--profile", "--output", "{csv}"]),
         Step(
             "op",
             60,
             [*op, "--providers", "eager,ours,clone", "--dtypes", "bf16", "--shapes", op_shapes, "--rounds", "3"],
         ),
-        Step("generate", 60, [*serve, "--rounds", rounds, "--output", "{csv}"]),
+        Step("generate", 60, [*serve, "--rounds", rounds, "--profile", "--output", "{csv}"]),
         Step("tests", 120, tests, must_say=r"\d+ passed", variables=(("SOFTPROMPT_FAST_TEST_DEVICE", device),)),
         Step("memcheck", 60, [*checker, "memcheck", *smoke], needs="compute-sanitizer", variables=alone),
         Step("racecheck", 60, [*checker, "racecheck", *smoke], needs="compute-sanitizer", variables=alone),
