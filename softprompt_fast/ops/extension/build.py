@@ -131,7 +131,7 @@ def plan(*, cuda: bool = True, extra_sources: tuple[Path, ...] = (), namespace: 
     ldflags += further
     cuda_cflags: list[str] = []
     if architectures:
-        sources += [root / "cuda" / "register.cpp", root / "cuda" / "kernels.cu"]
+        sources += [root / "cuda" / "register_cuda.cpp", root / "cuda" / "kernels.cu"]
         cflags += [f"-DSOFTPROMPT_FAST_CUDA={torch.version.cuda}"]
         cuda_cflags = ["-O3"]
     digest = hashlib.sha256()

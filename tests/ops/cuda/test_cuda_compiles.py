@@ -46,5 +46,5 @@ def test_registration_compiles(tmp_path: Path) -> None:
         (tmp_path / generated).write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
     flags = ("-fsyntax-only", "-std=c++20", "-Werror", f"-DSOFTPROMPT_FAST_NAMESPACE={build.NAMESPACE}")
     system = [word for path in (*includes, headers, tmp_path) for word in ("-isystem", path)]
-    run(compiler, *flags, *system, build.source_directory() / "cuda" / "register.cpp")
+    run(compiler, *flags, *system, build.source_directory() / "cuda" / "register_cuda.cpp")
     assert torch.version.cuda is None or not (tmp_path / "c10").exists()

@@ -257,6 +257,9 @@ def test_the_key_changes_with_the_architectures(monkeypatch: pytest.MonkeyPatch)
     assert len({plan.key for plan in plans.values()}) == 3
     assert plans["9.0;8.0"] == plans["8.0 9.0"] and plans["8.0 9.0"].architectures == ("8.0", "9.0")
     assert all(plan.with_cuda and any("kernels.cu" in name for name in plan.sources) for plan in plans.values())
+    # Object files are named after their sources: two of one name would be one file.
+    objects = [Path(name).stem + ".cuda" * name.endswith(".cu") for name in plans["9.0"].sources]
+    assert len(set(objects)) == len(objects), objects
 
 
 def test_the_reason_of_a_build_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
