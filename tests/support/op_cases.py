@@ -254,7 +254,7 @@ def broken(draw: Callable[..., Any]) -> AssembleCall:
     def spoil(values: torch.Tensor, *wrong: float) -> torch.Tensor:
         at = torch.randint(3, values.shape, generator=random) == 0
         choice = torch.tensor(wrong, dtype=torch.float64)[torch.randint(len(wrong), values.shape, generator=random)]
-        return torch.where(at, choice.to(values.dtype), values)
+        return torch.where(at, choice, values.double()).to(values.dtype)  # not every version has `where` for uint16
 
     mask, plan = call.attention_mask, call.plan
     vocabulary, rows, count = len(call.embedding), len(call.prompts), call.prompt_offsets.numel() - 1
@@ -299,8 +299,11 @@ def gradients(case: Case, ops: backend.Ops | None, grad: Tensor | None = None) -
 
 
 def expected_gradients(case: Case) -> tuple[Tensor, ...]:
-    """The same by definition: sums in ascending rows, in float32 (float64 for float64), rounded once."""
-    grad, batch = output_gradient(case).flatten(0, 1), case.run(None)
+    """The same by definition, on the CPU: sums in ascending rows, in float32 (float64 for float64), rounded once.
+
+    A batch on a GPU may be wider than the same on the CPU: it has room for the longest prompt, used or not.
+    """
+    grad, batch = output_gradient(case).flatten(0, 1).cpu(), case.run(None)
     offsets = [int(offset) for offset in case.prompt_offsets]
     if batch.packed is not None:
         uses = batch.packed.prompts
@@ -319,13 +322,13 @@ def expected_gradients(case: Case) -> tuple[Tensor, ...]:
     for token, slot in zip(case.input_ids.flatten().tolist(), batch.token_slots.flatten().tolist(), strict=True):
         if slot >= 0:
             embedding[token] += grad[slot].to(embedding.dtype)
-    used = case.input_ids[batch.token_slots >= 0].unique()
+    used = case.input_ids[batch.token_slots >= 0].unique().cpu()
     embedding[used] *= case.options.get("embedding_scale", 1.0)
     expected = prompts.to(case.prompts.dtype), embedding.to(case.embedding.dtype)
     update = case.token_update()
     if update is None:
         return expected
-    update = torch.zeros_like(update)
+    update = torch.zeros_like(update, device="cpu")
     for row, slots in enumerate(batch.token_slots.tolist()):
         taken = [slot for slot in slots if slot >= 0][: update.shape[1]]
         for rank, slot in enumerate(taken if case.prompt_of(row) >= 0 else []):

@@ -59,7 +59,8 @@ def assert_forward(case: Case, ops: Any) -> None:
 
 
 def assert_backward(case: Case, device: str, ops: Any) -> None:
-    for ours, expected in zip(gradients(case.to(device), ops), expected_gradients(case), strict=True):
+    case = case.to(device)
+    for ours, expected in zip(gradients(case, ops), expected_gradients(case), strict=True):
         assert same_bits(ours.cpu(), expected), f"largest difference {(ours.cpu() - expected).abs().max()}"
 
 
