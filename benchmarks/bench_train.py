@@ -37,8 +37,12 @@ import softprompt_fast as spf
 
 SHAPES = ((20, 16, 32), (100, 16, 32), (20, 16, 128), (100, 8, 64))
 PROVIDERS = ("peft", "padded", "shared")
+UNGRAPHED = "shared_without_graphs"
+"""Shared-prompt execution without CUDA graphs; only on a GPU."""
 COMPILED = "peft_compiled"
 """PEFT with the base model under ``torch.compile``; only with --compile, because compiling takes long."""
+WARM_UP = 4
+"""Steps before the measurement on a GPU: then the batch runs as a CUDA graph."""
 
 
 def batch(rows: int, tokens: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +71,8 @@ def step(provider: str, model: Any, virtual: int, rows: int, tokens: int) -> Cal
         parameter = tuned.prompt_encoder["default"].embedding.weight
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     else:
-        tuned = spf.SoftPromptModel(model, execution=provider)
+        execution = "padded" if provider == "padded" else "shared"
+        tuned = spf.SoftPromptModel(model, execution=execution, cuda_graphs=provider == "shared")
         parameter = tuned.add_prompt("p", init=prompt)
         arguments = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     with torch.no_grad():
@@ -143,11 +148,14 @@ def resident(field: str) -> float:
 def measure(arguments: argparse.Namespace, model: Any, shape: tuple[int, int, int]) -> Row:
     """One row of the results."""
     device = arguments.device
-    providers = (*PROVIDERS, COMPILED) if arguments.compile else PROVIDERS
+    providers = [*PROVIDERS]
+    providers += [] if device == "cpu" else [UNGRAPHED]
+    providers += [COMPILED] if arguments.compile else []
     steps, first = {}, {}
     for provider in providers:
         steps[provider] = step(provider, load(arguments.model, arguments.dtype, device), *shape)
-        loss, gradient = steps[provider]()
+        for _ in range(WARM_UP if device != "cpu" else 1):
+            loss, gradient = steps[provider]()
         first[provider] = loss.item(), gradient.float().clone()
     dtype = getattr(torch, arguments.dtype)
     speeds = [matrix_speed(dtype, device)]

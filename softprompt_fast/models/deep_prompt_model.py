@@ -78,8 +78,8 @@ class DeepPromptModel(SoftPromptModel):
         return torch.Size(slot_shape(model)).numel()
 
     @staticmethod
-    def _packed_runner(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
-        return PrefixRunner(model, check=check)
+    def _packed_runner(model: Any, **options: Any) -> PackedRunner:
+        return PrefixRunner(model, check=options["check"])
 
     def _after_error(self, error: Exception, padded: Callable[[], Any]) -> NoReturn:
         """Tells a bad call from a model that cannot run packed texts, by a batch that is known to be good."""

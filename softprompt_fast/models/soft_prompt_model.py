@@ -50,6 +50,8 @@ class SoftPromptModel(PromptFiles):
         check: compare the first training and the first inference batch of "shared" with each row run alone.
         shared_text: "auto": tokens that all rows of a prompt share at their start (an instruction, examples) also run
             once; None: they run in every row.
+        cuda_graphs: on a GPU, "shared" runs batches whose sizes come again as CUDA graphs (``packed/cuda_graphs.py``).
+            They keep the memory of one step of the largest batch.
 
     Raises:
         TypeError: the model's results would be wrong with a prompt in front of its input; with the reason.
@@ -73,6 +75,7 @@ class SoftPromptModel(PromptFiles):
         execution: str = "auto",
         check: bool = True,
         shared_text: str | None = "auto",
+        cuda_graphs: bool = True,
     ) -> None:
         if execution not in EXECUTIONS:
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
@@ -90,7 +93,8 @@ class SoftPromptModel(PromptFiles):
         self.execution = execution
         self._reported: set[str] = set()
         self._packed_worked = False
-        self.runner = self._packed_runner(model, check, shared_text) if execution != "padded" else None
+        options = {"check": check, "shared_text": shared_text, "cuda_graphs": cuda_graphs}
+        self.runner = self._packed_runner(model, **options) if execution != "padded" else None
         """Runs the packed layout; None: padded execution was asked for."""
         self._generator = TextGenerator(model, self.runner)
         if execution == "shared" and self.runner is not None and self.runner.unsupported:
@@ -103,8 +107,8 @@ class SoftPromptModel(PromptFiles):
         return width
 
     @staticmethod
-    def _packed_runner(model: Any, check: bool, shared_text: str | None) -> PackedRunner:
-        return PackedRunner(model, check=check, shared_text=shared_text)
+    def _packed_runner(model: Any, **options: Any) -> PackedRunner:
+        return PackedRunner(model, **options)
 
     # --- prompts ---
 

@@ -72,7 +72,7 @@ def packed_attention(
                 softcap=softcap,
                 sinks=s_aux,
             )
-            for group in (layout.prompts, layout.rows)
+            for group in layout.groups
             if group.slots
         ]
     return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None

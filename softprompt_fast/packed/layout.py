@@ -131,6 +131,11 @@ class PackedLayout:
         """K"""
         return self.prompts.slots + self.rows.slots
 
+    @property
+    def groups(self) -> tuple[RowGroup, ...]:
+        """What attends in one call each, where nothing attends to all segments at once."""
+        return self.prompts, self.rows
+
     @cached_property
     def table(self) -> Tensor:
         """[prompts + rows, 4], all segments, for :func:`segment_attention`."""

@@ -29,6 +29,7 @@ from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.selection import Selection
 from ..tasks.encoding import IGNORED
 from .batch import PackedInputs, SharedBatch, pack_rows, updated_embeddings
+from .cuda_graphs import StepGraphs
 from .layout import PackedLayout
 from .self_check import checked_rows, compare_with_rows_alone, tolerance
 
@@ -55,15 +56,19 @@ class PackedRunner:
         model: a causal language model of transformers, or a PEFT model of one.
         check: compare the first training and the first inference batch with each row run alone.
         shared_text: "auto": text that all rows of a prompt share at their start also runs once.
+        cuda_graphs: on a GPU, run batches of sizes that come again as CUDA graphs.
     """
 
     slack = 1.0
     """Factor on the tolerance of the check."""
 
-    def __init__(self, model: Any, *, check: bool = True, shared_text: str | None = "auto") -> None:
+    def __init__(
+        self, model: Any, *, check: bool = True, shared_text: str | None = "auto", cuda_graphs: bool = True
+    ) -> None:
         self.model = architecture.without_adapters(model)
         self.check = check
         self.shared_text = shared_text
+        self.graphs = StepGraphs() if cuda_graphs else None
         self.unsupported: str | None = None
         self.checked: dict[str, float] = {}
         self.context_length = architecture.context_length(model)
@@ -272,14 +277,18 @@ class PackedRunner:
         layout = batch.layout
         check_room([0], [max(layout.prompts.keys, layout.rows.keys)], self.context_length)
         layout.attention = self.make_ready()
+        replayed = None if self.graphs is None else self.graphs.run(self, batch, read, options)
+        if replayed is not None:
+            return replayed
         try:
-            return self._run_once(batch, read, options)
+            return self.run_once(batch, read, options)
         except Exception:
             if not layout.attention.ensure():
                 raise
-        return self._run_once(batch, read, options)  # another implementation was set while the batch ran
+        return self.run_once(batch, read, options)  # another implementation was set while the batch ran
 
-    def _run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+    def run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+        """:meth:`run` by the model itself, with the attention that is installed now."""
         layout = batch.layout
         layout.calls = 0
         output, logits = self.logits_at(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from support.tiny_models import batch
 
 import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank
+from softprompt_fast.packed.cuda_graphs import EAGER_BATCHES
 
 pytestmark = ON_GPU
 MODELS = ["llama", "mistral-window", "gpt2", "gemma2", "gemma3"]
@@ -80,3 +82,67 @@ def test_compiled_prompts_give_the_logits_of_the_prompts() -> None:
         last = torch.tensor([(row, len(text) - 1) for row, text in enumerate(rows)])
         found = torch.stack(list(Engine(bank).logits_at(view, rows, ROWS, last)))
     assert relative(found, expected.detach()) < TOLERANCE
+
+
+class TestCudaGraphs:
+    """In bfloat16, because a library computes the attention there."""
+
+    TOLERANCE = 0.03
+
+    def models(self, name: str) -> tuple[spf.SoftPromptModel, spf.SoftPromptModel]:
+        with_graphs = tuned_model(name)
+        with_graphs.base_model.to(DEVICE, torch.bfloat16)
+        with_graphs.to(DEVICE)
+        return with_graphs, spf.SoftPromptModel(with_graphs.base_model, with_graphs.prompts, cuda_graphs=False)
+
+    def step(self, model: spf.SoftPromptModel, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
+        model.prompts.zero_grad()
+        output = model(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS, return_logits=True)
+        output.loss.backward()
+        return [output.logits.detach(), *(model.prompts[prompt].grad.clone() for prompt in ("short", "long"))]
+
+    def assert_same_steps(self, models: tuple[spf.SoftPromptModel, spf.SoftPromptModel], loader: Any) -> None:
+        for ids, mask in loader:
+            ids, mask = ids.to(DEVICE), mask.to(DEVICE)
+            found, expected = (self.step(model, ids, mask) for model in models)
+            for one, other in zip(found, expected, strict=True):
+                assert ((one - other).norm() / other.norm()).item() < self.TOLERANCE
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_steps_equal_those_without(self, name: str) -> None:
+        models = self.models(name)
+        ids, mask = batch()
+        self.assert_same_steps(models, [((ids + i) % 50, mask) for i in range(EAGER_BATCHES + 3)])
+        runner = models[0].runner
+        assert runner is not None and runner.graphs is not None
+        assert len(runner.graphs) > 0 or getattr(models[0].config, "attn_logit_softcapping", None), (
+            runner.graphs.stopped
+        )
+
+    def test_a_loader_may_pin_memory_meanwhile(self) -> None:
+        ids, mask = batch()
+        rows = [((ids + i) % 50, mask) for i in range(4 * EAGER_BATCHES)]
+        loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1, pin_memory=True)
+        models = self.models("llama")
+        self.assert_same_steps(models, loader)
+        assert models[0].runner is not None and len(models[0].runner.graphs or ()) > 0
+
+    def test_a_capture_that_fails_does_no_harm(self, caplog: pytest.LogCaptureFixture) -> None:
+        ids, mask = batch()
+        rows = [((ids + i) % 50, mask) for i in range(EAGER_BATCHES + 3)]
+        models = self.models("llama")
+        layer = models[0].base_model.model.layers[1].mlp
+        original = type(layer).forward
+
+        def waiting(self: Any, x: torch.Tensor) -> torch.Tensor:
+            assert x.sum().item() == x.sum().item()
+            return original(self, x)
+
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(type(layer), "forward", waiting)
+            self.assert_same_steps(models, rows)
+        assert "does not run as CUDA graphs" in caplog.text
+        assert torch.randn(1000, device=DEVICE).std() > 0.5
+        others = self.models("llama")
+        self.assert_same_steps(others, rows)
+        assert others[0].runner is not None and len(others[0].runner.graphs or ()) > 0

@@ -10,14 +10,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..extension import backend
 
+IntArray = npt.NDArray[np.int64]
 Line = tuple[int, int, int, int]
 """First slot and length of a segment's own part, first slot and length of its prefix."""
+
+
+@dataclass(frozen=True)
+class HostPlan:
+    """A :class:`RaggedPlan` on the host."""
+
+    parts: tuple[IntArray, ...]
+    """``cu_queries``, ``cu_keys``, ``sources``, ``places`` and ``starts``."""
+    max_queries: int
+    max_keys: int
+
+
+def host_plan(lines: Sequence[Line], prefix_slots: int | None = None) -> HostPlan | None:
+    """The plan of these segments. None: they do not follow one another from slot 0 on.
+
+    Args:
+        prefix_slots: slots of the tensor that holds the prefixes; None: they are among the segments' own.
+    """
+    table = np.array(lines, dtype=np.int64).reshape(-1, 4)
+    first, length, prefix, before = table.T
+    ends = np.concatenate([[0], np.cumsum(length)])
+    if not np.array_equal(first[length > 0], ends[:-1][length > 0]):
+        return None
+    slots, shift = int(ends[-1]), 0
+    if prefix_slots is not None:
+        slots, shift = slots + prefix_slots, slots
+    keys = np.concatenate([[0], np.cumsum(length + before)])
+    at = np.arange(keys[-1]) - np.repeat(keys[:-1], length + before)  # place in the segment
+    own_first, prefix_first, border = (np.repeat(x, length + before) for x in (first, prefix, before))
+    sources = np.where(at < border, prefix_first + at + shift, own_first + at - border)
+    places = np.argsort(sources, kind="stable")
+    starts = np.searchsorted(sources[places], np.arange(slots + 1))
+    return HostPlan(
+        (ends, keys, sources, places, starts),
+        int(length.max(initial=0)),
+        int((length + before).max(initial=0)),
+    )
 
 
 @dataclass(eq=False)
@@ -44,38 +83,16 @@ class RaggedPlan:
 
     @classmethod
     def of(cls, lines: Sequence[Line], device: torch.device, prefix_slots: int | None = None) -> RaggedPlan | None:
-        """The plan of these segments. None: they do not follow one another from slot 0 on.
-
-        Args:
-            prefix_slots: slots of the tensor that holds the prefixes; None: they are among the segments' own.
-        """
-        table = np.array(lines, dtype=np.int64).reshape(-1, 4)
-        first, length, prefix, before = table.T
-        ends = np.concatenate([[0], np.cumsum(length)])
-        if not np.array_equal(first[length > 0], ends[:-1][length > 0]):
+        """:func:`host_plan`, on a device."""
+        plan = host_plan(lines, prefix_slots)
+        if plan is None:
             return None
-        slots, shift = int(ends[-1]), 0
-        if prefix_slots is not None:
-            slots, shift = slots + prefix_slots, slots
-        keys = np.concatenate([[0], np.cumsum(length + before)])
-        at = np.arange(keys[-1]) - np.repeat(keys[:-1], length + before)  # place in the segment
-        own_first, prefix_first, border = (np.repeat(x, length + before) for x in (first, prefix, before))
-        sources = np.where(at < border, prefix_first + at + shift, own_first + at - border)
-        places = np.argsort(sources, kind="stable")
-        starts = np.searchsorted(sources[places], np.arange(slots + 1))
-        parts = [ends, keys, sources, places, starts]
-        moved = torch.from_numpy(np.concatenate(parts))
+        moved = torch.from_numpy(np.concatenate(plan.parts))
         if device.type == "cuda":  # one copy, which does not wait
             moved = moved.pin_memory()
         moved = moved.to(device, non_blocking=True)
-        cu_queries, cu_keys, *rest = moved.split([len(part) for part in parts])
-        return cls(
-            cu_queries.to(torch.int32),
-            cu_keys.to(torch.int32),
-            int(length.max(initial=0)),
-            int((length + before).max(initial=0)),
-            *rest,
-        )
+        cu_queries, cu_keys, *rest = moved.split([len(part) for part in plan.parts])
+        return cls(cu_queries.to(torch.int32), cu_keys.to(torch.int32), plan.max_queries, plan.max_keys, *rest)
 
 
 class _RaggedKeys(torch.autograd.Function):
