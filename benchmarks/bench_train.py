@@ -2,7 +2,7 @@
 
 All run the same ragged batches (rows of T/2 to T tokens, padded on the right), interleaved in one process, and their
 medians are compared. Losses and prompt gradients are compared with the padded path's. Peak memory above the model is
-measured too: on a CPU in a separate process for each, on a GPU as its allocator counts it. Usage::
+measured too: on a CPU in a separate process for each, on a GPU during the first steps, by its allocator. Usage::
 
     python benchmarks/bench_train.py --model DIR [--dtype bfloat16] [--output benchmarks/results/train_cpu.csv]
     python benchmarks/bench_train.py --model llama-1b --dtype bfloat16 --device cuda --shapes "100,32,64;20,32,128"
@@ -113,18 +113,19 @@ def matrix_speed(dtype: torch.dtype, device: str) -> float:
     return 2 * rows * width * width / statistics.median(times[5:]) / 1e9
 
 
-def peak_memory(
-    arguments: argparse.Namespace, provider: str, shape: tuple[int, int, int], run: Callable[[], Any]
-) -> float:
-    """Largest size in memory above the loaded model during a step, in MB: on a CPU resident, in a separate process."""
-    if arguments.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+def resident_memory(arguments: argparse.Namespace, provider: str, shape: tuple[int, int, int]) -> float:
+    """Largest size in memory above the loaded model during a step on the CPU, in MB; in a separate process."""
     options = ["--model", arguments.model, "--dtype", arguments.dtype]
     options += ["--memory", provider, "--shape", ",".join(map(str, shape))]
     return float(last_line(__file__, *options, quiet=True))
+
+
+def start_memory(device: str) -> int:
+    """Bytes in use on a GPU now; the largest number is counted anew."""
+    if device == "cpu":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def measure_memory(arguments: argparse.Namespace) -> None:
@@ -151,11 +152,16 @@ def measure(arguments: argparse.Namespace, model: Any, shape: tuple[int, int, in
     providers = [*PROVIDERS]
     providers += [] if device == "cpu" else [UNGRAPHED]
     providers += [COMPILED] if arguments.compile else []
-    steps, first = {}, {}
+    steps, first, memory = {}, {}, {}
     for provider in providers:
         steps[provider] = step(provider, load(arguments.model, arguments.dtype, device), *shape)
+        before = start_memory(device)
         for _ in range(WARM_UP if device != "cpu" else 1):
             loss, gradient = steps[provider]()
+        if device != "cpu":  # a graph keeps its memory, so later steps allocate little
+            memory[provider] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        elif not arguments.no_memory and provider in PROVIDERS:
+            memory[provider] = resident_memory(arguments, provider, shape)
         first[provider] = loss.item(), gradient.float().clone()
     dtype = getattr(torch, arguments.dtype)
     speeds = [matrix_speed(dtype, device)]
@@ -166,7 +172,6 @@ def measure(arguments: argparse.Namespace, model: Any, shape: tuple[int, int, in
     if arguments.profile:
         for provider in providers:
             print_profile(provider, steps[provider], device)
-    memory = {} if arguments.no_memory else {p: peak_memory(arguments, p, shape, steps[p]) for p in PROVIDERS}
 
     def error(provider: str) -> str:
         gradient = first[provider][1]
