@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kGradientThreads) prompt_backward_kernel(Promp
   const int64_t row = static_cast<int64_t>(blockIdx.x) / chunks;
   const int64_t d = (static_cast<int64_t>(blockIdx.x) % chunks * blockDim.x + threadIdx.x) * N;
   if (d >= p.dim) return;
-  const int64_t prompt = prompt_holding(p, row), place = prompt < 0 ? 0 : row - p.prompt_offsets[prompt];
+  const int64_t prompt = prompt_holding(p, row), place = prompt < 0 ? 0 : row - integer_at(p.prompt_offsets, prompt);
   const Range uses = uses_of(p, prompt);
   wide_t<P> sum[N] = {};
   for (int64_t use = uses.first; use < uses.last; use += kFlight) {

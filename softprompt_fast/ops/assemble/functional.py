@@ -23,7 +23,7 @@ from .checks import (
     fail,
     readable,
 )
-from .integers import device_integers, known_integers
+from .integers import kernel_integers, known_integers
 from .sizes import Segments, packed_sizes, padded_sizes
 
 
@@ -114,13 +114,19 @@ def assemble(
         sizes = padded_sizes(rows, tokens, count, offsets, ids, prompt_rows, max_prompt_length)
     segments = sizes.segments
 
-    # 3. Run the op. Arguments by position: keywords would slow down a small call by 2 %.
+    # 3. Run the op: on a GPU in one launch, if the integers are few and the values are not checked.
+    if check is None:
+        check = _checks_by_default(input_ids, device, waits)
+    few_may_stay = not torch.compiler.is_compiling() and device.type != "meta"
+    if packed and token_factors is None:
+        prompt_ids = None  # the plan has them; the gradient of a token update alone needs them
+    # Arguments by position: keywords would slow down a small call by 2 %.
     call = AssembleCall(
         input_ids,
         _adjacent(embedding),
         _adjacent(prompts),
-        device_integers(prompt_offsets, device),
-        None if prompt_ids is None else device_integers(prompt_ids, device),
+        kernel_integers(prompt_offsets, device, few_may_stay),
+        None if prompt_ids is None else kernel_integers(prompt_ids, device, few_may_stay and token_factors is None),
         attention_mask,
         labels,
         None if segments is None else segments.plan[:-1],
@@ -133,14 +139,14 @@ def assemble(
         sliding_window or 0,
         float(embedding_scale),
         None if token_factors is None else token_update(*token_factors, tokens, embedding.dtype),
+        bool(check),
     )
     outputs = run(call, -1 if padding_idx is None else padding_idx)
 
     # 4. Check the values that only the op has read.
-    status = outputs[-1]
-    if check or (check is None and _checks_by_default(status, device, waits)):
+    if check:
         text_lengths = None if segments is None else segments.text_lengths
-        check_status(status.tolist(), call, text_lengths, max_prompt_length)
+        check_status(outputs[-1].tolist(), call, text_lengths, max_prompt_length)
     return _batch(call, outputs, segments, layout, padding_side)
 
 
@@ -163,7 +169,7 @@ def _batch(
         layout,
         padding_side,
         packed,
-        status,
+        status if call.check else None,
     )
 
 
@@ -197,8 +203,8 @@ def _adjacent(matrix: Tensor) -> Tensor:
     return matrix.contiguous() if matrix.stride(1) != 1 and matrix.shape[1] > 1 else matrix
 
 
-def _checks_by_default(status: Tensor, device: torch.device, waits: bool) -> bool:
+def _checks_by_default(input_ids: Tensor, device: torch.device, waits: bool) -> bool:
     """Whether reading the status costs no extra wait for a GPU, and is possible at all."""
-    if not (waits or device.type == "cpu") or not readable(status) or torch.compiler.is_compiling():
+    if not (waits or device.type == "cpu") or not readable(input_ids) or torch.compiler.is_compiling():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
