@@ -10,7 +10,6 @@ struct AssembleCase {
   int64_t vocabulary;
   const void *embedding, *prompts;
   const int64_t *input_ids, *mask, *labels;  // mask: null if all tokens are real
-  const int64_t* offsets;                    // on the device, for kernels that take them from there
   void* vectors;
   int64_t *mask_out, *positions, *labels_out, *token_slots, *prompt_slots, *status;
 
@@ -18,12 +17,11 @@ struct AssembleCase {
   int64_t slots() const { return rows * width(); }
 };
 
-// The gradient of `prompt_length` vectors that each row uses once.
+// The gradient of `prompt_length` vectors that each row uses once; its sum is float32.
 struct BackwardCase {
   int prompt_length, rows, tokens, dim;
-  bool wide_prompts;
   const void* grad;
-  const int64_t *slots, *offsets;
+  const int64_t* slots;
   void* result;
 };
 

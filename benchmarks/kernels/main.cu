@@ -164,17 +164,17 @@ void time_assemble(const Shape& s, char* flush) {
   Halves embedding(size_t{kVocabulary} * s.dim), prompts(size_t{2} * s.prompt_length * s.dim);
   fill(embedding);
   fill(prompts);
-  const Words ids(batch.ids), mask(batch.mask), labels(batch.labels), offsets({0, s.prompt_length});
+  const Words ids(batch.ids), mask(batch.mask), labels(batch.labels);
   const size_t slots = size_t{1} * s.rows * (s.prompt_length + s.tokens), tokens = batch.ids.size();
   const Halves vectors(slots * s.dim);
   const Words mask_out(slots), positions(slots), labels_out(slots), token_slots(tokens), prompt_slots(s.rows),
       status(5);
   for (const bool wide : {true, false}) {
     for (const bool masked : {true, false}) {
-      const AssembleCase c{s.prompt_length, s.rows,         s.tokens,        s.dim,       wide,
-                           kVocabulary,     embedding.at,   prompts.at,      ids.at,      masked ? mask.at : nullptr,
-                           labels.at,       offsets.at,     vectors.at,      mask_out.at, positions.at,
-                           labels_out.at,   token_slots.at, prompt_slots.at, status.at};
+      const AssembleCase c{s.prompt_length, s.rows,          s.tokens,    s.dim,        wide,
+                           kVocabulary,     embedding.at,    prompts.at,  ids.at,       masked ? mask.at : nullptr,
+                           labels.at,       vectors.at,      mask_out.at, positions.at, labels_out.at,
+                           token_slots.at,  prompt_slots.at, status.at};
       compare(
           std::string("assemble ") + (wide ? "fp32 prompts" : "bf16 prompts") + (masked ? " mask" : " no mask"),
           shape_of(s.prompt_length, s.rows, s.tokens, s.dim), 2 * vectors.bytes(), flush,
@@ -198,9 +198,9 @@ void time_backward(const Shape& s, char* flush) {
   fill(grad);
   std::vector<int64_t> first;
   for (int row = 0; row < s.rows; ++row) first.push_back(int64_t{row} * width);
-  const Words slots(first), offsets({0, s.prompt_length});
+  const Words slots(first);
   const Buffer<float> result(size_t{1} * s.prompt_length * s.dim);
-  const BackwardCase c{s.prompt_length, s.rows, s.tokens, s.dim, true, grad.at, slots.at, offsets.at, result.at};
+  const BackwardCase c{s.prompt_length, s.rows, s.tokens, s.dim, grad.at, slots.at, result.at};
   const size_t read = size_t{2} * s.rows * s.prompt_length * s.dim;
   compare(
       "prompt_backward", shape_of(s.prompt_length, s.rows, s.tokens, s.dim), 2 * read, flush,

@@ -9,25 +9,18 @@
 namespace softprompt_fast {
 namespace {
 
-struct Launcher {
-  static constexpr int max_threads() { return cuda::kMaxThreads; }
-
-  template <class Kernel, class... Arguments>
-  void run(Kernel kernel, const cuda::Launch& launch, const Arguments&... arguments) const {
-    kernel<<<static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.threads)>>>(arguments...);
-  }
-};
+// Only what the cases need: bfloat16, eight elements in an access.
+template <class Kernel, class... Arguments>
+void run(Kernel kernel, const cuda::Launch& launch, const Arguments&... arguments) {
+  kernel<<<static_cast<unsigned>(launch.blocks), static_cast<unsigned>(launch.threads)>>>(arguments...);
+}
 
 Scalar prompt_type(bool wide) { return wide ? Scalar::f32 : Scalar::bf16; }
 
-#ifndef SPF_OLD
-void set_offsets(Integers& offsets, const int64_t*, int prompt_length) {
+void set_offsets(Integers& offsets, int prompt_length) {
   offsets.count = 2;
   offsets.few[1] = prompt_length;
 }
-#else
-void set_offsets(const int64_t*& offsets, const int64_t* given, int) { offsets = given; }
-#endif
 
 void assemble(const AssembleCase& c) {
   AssembleParams p{};
@@ -45,7 +38,7 @@ void assemble(const AssembleCase& c) {
   p.labels = {c.labels, 8, c.tokens, 1};
   p.embedding = {c.embedding, Scalar::bf16, c.vocabulary, c.dim};
   p.prompts = {c.prompts, prompt_type(c.wide_prompts), c.prompt_length, c.dim};
-  set_offsets(p.prompt_offsets, c.offsets, c.prompt_length);
+  set_offsets(p.prompt_offsets, c.prompt_length);
   p.inputs_embeds = c.vectors;
   p.mask_out = c.mask_out;
   p.position_ids = c.positions;
@@ -53,7 +46,13 @@ void assemble(const AssembleCase& c) {
   p.token_slots = c.token_slots;
   p.prompt_slots = c.prompt_slots;
   p.status = c.status;
-  cuda::run_assemble(p, Launcher{});
+  const cuda::Launch launch = cuda::plan_assemble(p);
+  const cuda::Tiling tiling = cuda::tiling_of(p, launch);
+  if (c.wide_prompts) {
+    run(cuda::assemble_kernel<bf16, float, 8>, launch, p, tiling);
+  } else {
+    run(cuda::assemble_kernel<bf16, bf16, 8>, launch, p, tiling);
+  }
 }
 
 void prompt_backward(const BackwardCase& c) {
@@ -62,10 +61,10 @@ void prompt_backward(const BackwardCase& c) {
   p.uses = c.rows;
   p.prompt_count = 1;
   p.grad = {c.grad, Scalar::bf16, int64_t{1} * c.rows * (c.prompt_length + c.tokens), c.dim};
-  p.grad_prompts = {c.result, prompt_type(c.wide_prompts), c.prompt_length, c.dim};
+  p.grad_prompts = {c.result, Scalar::f32, c.prompt_length, c.dim};
   p.slots = c.slots;
-  set_offsets(p.prompt_offsets, c.offsets, c.prompt_length);
-  cuda::run_prompt_backward(p, Launcher{});
+  set_offsets(p.prompt_offsets, c.prompt_length);
+  run(cuda::prompt_backward_kernel<bf16, float, 8>, cuda::plan_prompt_backward(p), p);
 }
 
 void fill(PackingParams& p, const PackingCase& c, bool rows_to_slots) {
@@ -82,7 +81,7 @@ void unpack(const PackingCase& c) {
   UnpackParams p{};
   fill(p, c, false);
   p.table = c.table;
-  cuda::run_unpack(p, Launcher{});
+  run(cuda::unpack_kernel<bf16, bf16, 8>, cuda::plan_packing(p, p.rows * p.width), p);
 }
 
 void pack(const PackingCase& c) {
@@ -91,7 +90,7 @@ void pack(const PackingCase& c) {
   p.held = c.held;
   p.places = c.places;
   p.starts = c.starts;
-  cuda::run_pack(p, Launcher{});
+  run(cuda::pack_kernel<bf16, bf16, 8>, cuda::plan_packing(p, p.slots), p);
 }
 
 }  // namespace

@@ -68,10 +68,10 @@ SPF_HOST_DEVICE void store(T* out, const Pack<T, N>& pack) {
 }
 
 // sum += terms that are there, in their order.
-template <class W, class T, int N>
-SPF_HOST_DEVICE void add(W (&sum)[N], const Pack<T, N> (&terms)[kFlight], const bool (&there)[kFlight]) {
+template <class W, class T, int N, int F>
+SPF_HOST_DEVICE void add(W (&sum)[N], const Pack<T, N> (&terms)[F], const bool (&there)[F]) {
 #pragma unroll
-  for (int k = 0; k < kFlight; ++k)
+  for (int k = 0; k < F; ++k)
     if (there[k]) {
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += static_cast<W>(widen(terms[k].at[i]));

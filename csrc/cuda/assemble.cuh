@@ -8,6 +8,18 @@ namespace softprompt_fast::cuda {
 constexpr int kMaxTile = 1024;  // output slots per block
 constexpr int kMaskBits = 64;   // mask values that a thread remembers
 
+// How the slots of a segment and the tokens of a row are shared out: divisions that no thread need repeat.
+struct Tiling {
+  int tile;         // output slots of a block
+  uint32_t tiles;   // blocks of a segment
+  int64_t stretch;  // tokens whose mask a thread reads
+};
+
+inline Tiling tiling_of(const AssembleParams& p, const Launch& launch) {
+  const int64_t tiles = p.width > 0 ? (p.width + launch.tile - 1) / launch.tile : 1;  // a launch has fewer than 2^31
+  return {launch.tile, static_cast<uint32_t>(tiles), (p.tokens + launch.threads - 1) / launch.threads};
+}
+
 inline Launch plan_assemble(const AssembleParams& p, int max_threads = kMaxThreads) {
   const int64_t size = size_of(p.embedding.type);
   const MatrixRef<void> out{p.inputs_embeds, p.embedding.type, p.slots, p.dim};
@@ -35,6 +47,7 @@ __device__ void fill_visibility(const AssembleParams& p, const Layout& layout, i
   int64_t head = static_cast<int64_t>((0 - reinterpret_cast<uintptr_t>(out)) % kAccessBytes / sizeof(T));
   if (head > total || p.width < kPack) head = total;
   const int64_t packs = (total - head) / kPack, tail = head + packs * kPack;
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < packs; i += blockDim.x) {
     const int64_t at = head + i * kPack, q = first + at / p.width;
     const int key = static_cast<int>(at % p.width), left = static_cast<int>(p.width) - key;  // in this row of the mask
@@ -47,6 +60,7 @@ __device__ void fill_visibility(const AssembleParams& p, const Layout& layout, i
       pack.at[j] = (j < left ? j >= shown && j < ends : j >= next_shown && j < next_ends) ? seen : hidden;
     store<T, static_cast<int>(kPack)>(out + at, pack);
   }
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < head + (total - tail); i += blockDim.x) {
     const int64_t at = i < head ? i : tail + i - head;
     const Range keys = visible_keys(p, layout, first + at / p.width);
@@ -59,6 +73,7 @@ template <class Out, class In, int N, class Convert>
 __device__ void copy_vector(Out* out, const In* in, int packs, int lane, const Convert& convert) {
   constexpr int kHeld =
       sizeof(Pack<In, N>) > kAccessBytes && kFlight > 1 ? kFlight / 2 : kFlight;  // else registers lack
+#pragma unroll 1
   for (int first = lane; first < packs; first += kLanes * kHeld) {
     Pack<In, N> held[kHeld];
 #pragma unroll
@@ -105,23 +120,21 @@ __device__ inline RunningSum running_sum(int64_t count, int64_t (&warp_counts)[k
 
 // One block writes `tile` output slots of one segment: vectors, positions, labels, masks.
 template <class E, class P, int N>
-__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(AssembleParams p, int tile) {
+__global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(AssembleParams p, Tiling tiling) {
   __shared__ int64_t warp_counts[kMaxThreads / kLanes];
   __shared__ int64_t columns[kMaxTile];
   __shared__ int64_t sources[kMaxTile];
   __shared__ int64_t update;  // row of token_update for the text's first token, -1: none
 
-  const int64_t tiles = p.width > 0 ? (p.width + tile - 1) / tile : 1;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) / tiles;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) % tiles * tile;
+  const int tile = tiling.tile;
+  const int64_t index = blockIdx.x / tiling.tiles, first = int64_t{tile} * (blockIdx.x % tiling.tiles);
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
 
   // Each thread looks at one stretch of the row's mask. Its first values are under way while the segment is found.
   const bool masked = p.attention_mask.data != nullptr;
   const int64_t row = index - p.prompt_segments, tokens = row < 0 ? 0 : p.tokens;
-  const int64_t stretch = (tokens + threads - 1) / threads;
-  const int64_t from = thread * stretch < tokens ? thread * stretch : tokens;
-  const int64_t to = from + stretch < tokens ? from + stretch : tokens;
+  const int64_t from = thread * tiling.stretch < tokens ? thread * tiling.stretch : tokens;
+  const int64_t to = from + tiling.stretch < tokens ? from + tiling.stretch : tokens;
   uint64_t values[kFlight];
   if (masked) read_mask(p, row, from, to, values);
   Segment segment = segment_at(p, index);
@@ -132,6 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
   uint64_t marks = 0;  // which of the stretch's first tokens are real
   int64_t count = 0;
   if (masked) {
+#pragma unroll 1
     for (int64_t t = from; t < to; t += kFlight) {
       if (t > from) read_mask(p, row, t, to, values);
 #pragma unroll
@@ -150,6 +164,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
   // Tokens whose slot is in this tile leave their column there. The first tile also marks what has no slot.
   if (masked && (first == 0 || (sum.before < first_rank + slots && sum.before + count > first_rank))) {
     int64_t rank = sum.before;
+#pragma unroll 1
     for (int64_t t = from; t < to; ++t) {
       const bool real = t - from < kMaskBits ? (marks >> (t - from) & 1) != 0 : is_real(p, row, t);
       const bool placed = real && rank < layout.text;
@@ -158,10 +173,13 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
       if (real) ++rank;
     }
   }
-  if (!masked && first == 0)
+  if (!masked && first == 0) {
+#pragma unroll 1
     for (int64_t t = layout.text + thread; t < tokens; t += threads) p.token_slots[row * p.tokens + t] = -1;
+  }
   if (thread == 0 && first == 0) fill_prompt_slot(p, segment, layout);
   if (masked) __syncthreads();
+#pragma unroll 1
   for (int64_t i = thread; i < slots; i += threads) {
     const int64_t rank = text_rank(segment, layout, first + i);
     sources[i] = fill_slot(p, segment, layout, first + i, rank < 0 ? -1 : masked ? columns[i] : rank);
@@ -176,10 +194,12 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
   E* out = static_cast<E*>(p.inputs_embeds) + (segment.slot + first) * p.dim;
   const int packs = static_cast<int>(p.dim / N), lane = thread % kLanes, warps = threads / kLanes;
   const wide_t<E> scale = static_cast<wide_t<E>>(p.scale);
-  for (int64_t s = thread / kLanes; s < slots; s += warps) {  // a warp per slot: its lanes take the same branch
+  const int filled = static_cast<int>(slots);
+  for (int s = thread / kLanes; s < filled; s += warps) {  // a warp per slot: its lanes take the same branch
     const int64_t source = sources[s], rank = first_rank + s;
     E* write = out + s * p.dim;
     if (source == kPadding) {
+#pragma unroll 1
       for (int d = lane; d < packs; d += kLanes) store<E, N>(write + d * N, Pack<E, N>{});
     } else if (source < kPadding) {
       const P* read = row_at<P>(p.prompts, decode_prompt_row(source));
@@ -188,6 +208,7 @@ __global__ void __launch_bounds__(kMaxThreads, kMinBlocks) assemble_kernel(Assem
     } else if (p.token_update.data != nullptr && update >= 0 && rank < p.update_length) {
       const E* read = row_at<E>(p.embedding, source);
       const wide_t<E>* added = row_at<wide_t<E>>(p.token_update, update + rank);
+#pragma unroll 1
       for (int d = lane; d < packs; d += kLanes) move_updated<E, N>(write + d * N, read + d * N, added + d * N, scale);
     } else if (p.scale != 1.0) {
       copy_vector<E, E, N>(write, row_at<E>(p.embedding, source), packs, lane,

@@ -2,13 +2,13 @@
 #pragma once
 
 #ifndef SPF_THREADS
-#define SPF_THREADS 256
+#define SPF_THREADS 128
 #endif
 #ifndef SPF_MIN_BLOCKS
-#define SPF_MIN_BLOCKS 3
+#define SPF_MIN_BLOCKS 5
 #endif
 #ifndef SPF_MIN_TILE
-#define SPF_MIN_TILE 16
+#define SPF_MIN_TILE 8
 #endif
 #ifndef SPF_FLIGHT
 #define SPF_FLIGHT 4

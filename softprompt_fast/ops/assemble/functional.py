@@ -61,8 +61,9 @@ def assemble(
         embedding: [V, D] float32, bfloat16, float16 or float64: the model's input embeddings.
         prompts: [R, D], the vectors of all prompts, concatenated; float32 or the embedding's dtype.
         prompt_offsets: [N + 1], ascending from 0 to R: prompt n is ``prompts[offsets[n]:offsets[n + 1]]``. A list of
-            ints (or a CPU tensor) avoids a GPU synchronisation.
-        prompt_ids: [B], the prompt of each row, -1 for none. Optional if there is exactly one prompt.
+            ints (or a CPU tensor) avoids a GPU synchronisation, and up to 64 of them a copy to the GPU.
+        prompt_ids: [B], the prompt of each row, -1 for none; a list as with the offsets. Optional if there is exactly
+            one prompt.
         attention_mask: [B, T] of 1 (token) and 0 (padding), any boolean, integer or float dtype. None: all ones.
         labels: [B, T] int64 or int32, moved with their tokens; -100 at prompts and padding.
         token_factors: (a [N, U, r], b [N, r, D]), float32 or the embedding's dtype: ``(a[n] @ b[n])[t]`` is added to
