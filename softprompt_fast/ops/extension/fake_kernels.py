@@ -22,7 +22,8 @@ def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(kernel)
     def checked(*arguments: Any, **named: Any) -> Any:
         devices = set()
-        for name, value in (*zip(names, arguments, strict=False), *named.items()):
+        by_position = [names[min(i, len(names) - 1)] for i in range(len(arguments))]  # the last name is of all the rest
+        for name, value in (*zip(by_position, arguments, strict=True), *named.items()):
             few = name in MAY_BE_ON_THE_HOST
             for x in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(x, Tensor) and not (few and x.device.type == "cpu" and x.numel() <= FEW_INTEGERS):
