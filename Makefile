@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PINS := pyproject.toml setup.py constraints.txt
 SOURCES := $(shell find softprompt_fast csrc -type f -not -path '*/__pycache__/*' -not -path '*/_prebuilt/*')
-NATIVE := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
+NATIVE := $(shell find csrc tests/csrc benchmarks/kernels -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' 2>/dev/null)
 # `dev` includes `test`, and both include `demo`: the largest one installed is used for all.
 DEV := .venv/.dev
 TEST := $(or $(wildcard .venv/.dev),.venv/.test)

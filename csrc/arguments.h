@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -59,6 +60,19 @@ inline const int64_t* integers_of(const at::Tensor& tensor, const char* name, in
               name, " must be ", size, " adjacent int64 on ", like.device(), ", got ", tensor.sizes(), " ",
               tensor.scalar_type(), " on ", tensor.device());
   return tensor.const_data_ptr<int64_t>();
+}
+
+// Integers for a kernel: on its device, or on the host if they are few. What the host holds needs no copy of its own.
+inline Integers few_or_there(const at::Tensor& tensor, const char* name, int64_t size, const at::Tensor& like) {
+  Integers integers{};
+  integers.count = size;
+  if (!tensor.is_cpu() || size > kFewIntegers) {
+    integers.data = integers_of(tensor, name, size, like);
+  } else {
+    const int64_t* values = integers_of(tensor, name, size, tensor);
+    std::copy_n(values, size, integers.few);
+  }
+  return integers;
 }
 
 // [slots, D] of [.., D], adjacent.

@@ -55,6 +55,7 @@ pybind11::dict constants() {
   using namespace softprompt_fast;
   return order({{"NO_ERROR", kNoError},
                 {"STATUS_SIZE", kStatusSize},
+                {"FEW_INTEGERS", kFewIntegers},
                 {"PLAN_COLUMNS", kPlanColumns},
                 {"TABLE_COLUMNS", kTableColumns}});
 }

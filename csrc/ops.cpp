@@ -35,7 +35,7 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
                    const std::optional<at::Tensor>& prompt_ids, const std::optional<at::Tensor>& attention_mask,
                    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& plan, int64_t slots,
                    int64_t width, int64_t prompt_segments, bool left, int64_t mask_format, bool causal, int64_t window,
-                   double scale, const std::optional<at::Tensor>& token_update) {
+                   double scale, const std::optional<at::Tensor>& token_update, bool check) {
   check_matrix(input_ids, "input_ids", input_ids);
   check_matrix(embedding, "embedding", input_ids);
   check_matrix(prompts, "prompts", input_ids);
@@ -69,8 +69,8 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
   p.embedding = matrix_of(embedding, "embedding");
   p.prompts = matrix_of(prompts, "prompts");
   p.prompt_count = prompt_offsets.numel() - 1;
-  p.prompt_offsets = integers_of(prompt_offsets, "prompt_offsets", p.prompt_count + 1, input_ids);
-  if (prompt_ids.has_value()) p.prompt_ids = integers_of(*prompt_ids, "prompt_ids", p.rows, input_ids);
+  p.prompt_offsets = few_or_there(prompt_offsets, "prompt_offsets", p.prompt_count + 1, input_ids);
+  if (prompt_ids.has_value()) p.prompt_ids = few_or_there(*prompt_ids, "prompt_ids", p.rows, input_ids);
   if (plan.has_value()) {
     TORCH_CHECK(plan->dim() == 2 && plan->size(1) == kPlanColumns && plan->size(0) - p.rows == prompt_segments &&
                     prompt_segments >= 0,
@@ -125,7 +125,7 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
   at::Tensor token_slots = at::empty({p.rows, p.tokens}, long_options);
   at::Tensor row_ids = at::empty({plan.has_value() ? slots : 0}, long_options);
   at::Tensor prompt_slots = at::empty({plan.has_value() ? prompt_segments : p.rows}, long_options);
-  at::Tensor status = at::full({kStatusSize}, kNoError, long_options);
+  at::Tensor status = check ? at::full({kStatusSize}, kNoError, long_options) : at::empty({0}, long_options);
   p.inputs_embeds = inputs_embeds.mutable_data_ptr();
   p.mask_out = mask_out.mutable_data_ptr();
   p.position_ids = position_ids.mutable_data_ptr<int64_t>();
@@ -133,7 +133,7 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
   p.token_slots = token_slots.mutable_data_ptr<int64_t>();
   p.row_ids = plan.has_value() ? row_ids.mutable_data_ptr<int64_t>() : nullptr;
   p.prompt_slots = prompt_slots.mutable_data_ptr<int64_t>();
-  p.status = status.mutable_data_ptr<int64_t>();
+  p.status = check ? status.mutable_data_ptr<int64_t>() : nullptr;
   if (p.segments > 0) kernels.assemble(p);
   return {inputs_embeds, mask_out, position_ids, labels_out, token_slots, prompt_slots, row_ids, status};
 }
@@ -151,16 +151,15 @@ at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const
   p.prompt_count = prompt_offsets.numel() - 1;
   p.grad = matrix_of(flat, "grad");
   p.grad_prompts = output_matrix(result);
-  p.sorted_slots = integers_of(prompt_slots, "prompt_slots", p.uses, grad);
-  at::Tensor sorted_ids, order, sorted_slots;
+  p.slots = integers_of(prompt_slots, "prompt_slots", p.uses, grad);
+  p.prompt_offsets = few_or_there(prompt_offsets, "prompt_offsets", p.prompt_count + 1, grad);
+  at::Tensor sorted_ids, order;
   if (use_ids.has_value()) {
-    integers_of(*use_ids, "use_ids", p.uses, grad);
+    few_or_there(*use_ids, "use_ids", p.uses, grad);
     std::tie(sorted_ids, order) = at::sort(use_ids->flatten(), /*stable=*/true, /*dim=*/0, /*descending=*/false);
-    sorted_slots = prompt_slots.flatten().index_select(0, order);
-    p.sorted_ids = sorted_ids.const_data_ptr<int64_t>();
-    p.sorted_slots = sorted_slots.const_data_ptr<int64_t>();
+    p.sorted_ids = few_or_there(sorted_ids, "sorted_ids", p.uses, grad);
+    p.order = few_or_there(order, "order", p.uses, grad);
   }
-  p.prompt_offsets = integers_of(prompt_offsets, "prompt_offsets", p.prompt_count + 1, grad);
   if (result.numel() > 0) kernels.prompt_backward(p);
   return result;
 }

@@ -27,7 +27,7 @@ Assembled assemble(const Kernels& kernels, const at::Tensor& input_ids, const at
                    const std::optional<at::Tensor>& prompt_ids, const std::optional<at::Tensor>& attention_mask,
                    const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& plan, int64_t slots,
                    int64_t width, int64_t prompt_segments, bool left, int64_t mask_format, bool causal, int64_t window,
-                   double scale, const std::optional<at::Tensor>& token_update);
+                   double scale, const std::optional<at::Tensor>& token_update, bool check);
 
 at::Tensor prompt_backward(const Kernels& kernels, const at::Tensor& grad, const at::Tensor& prompt_slots,
                            const std::optional<at::Tensor>& use_ids, const at::Tensor& prompt_offsets,

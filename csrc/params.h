@@ -41,6 +41,14 @@ enum Status : int32_t {
 };
 constexpr int64_t kNoError = INT64_MAX;
 
+// Integers that a kernel reads: on its device, or here if the host knows them and they are few. Those need no copy.
+constexpr int32_t kFewIntegers = 64;
+struct Integers {
+  const int64_t* data;  // null: the first `count` of few
+  int64_t count;
+  int64_t few[kFewIntegers];
+};
+
 // One line of the packed layout's plan, [segments, kPlanColumns] int64.
 enum PlanColumn : int32_t { kPlanSlot = 0, kPlanLength = 1, kPlanPrompt = 2, kPlanPosition = 3, kPlanColumns = 4 };
 
@@ -60,9 +68,9 @@ struct AssembleParams {
 
   Words input_ids, attention_mask, labels;
   MatrixRef<const void> embedding, prompts;
-  const int64_t* prompt_offsets;  // [N + 1]
-  const int64_t* prompt_ids;      // [B]; null: prompt 0 everywhere
-  const int64_t* plan;            // null: padded layout
+  Integers prompt_offsets;  // [N + 1]
+  Integers prompt_ids;      // [B]; none: prompt 0 everywhere
+  const int64_t* plan;      // null: padded layout
 
   MatrixRef<const void> token_update;  // [N * U, D], float64 if the embedding is, else float32; null: none
   int64_t update_length;               // U
@@ -74,16 +82,17 @@ struct AssembleParams {
   int64_t* token_slots;   // [B, T]: slot of each token, -1 for padding
   int64_t* row_ids;       // [slots] packed: row of each token, -1 for prompts; null: padded
   int64_t* prompt_slots;  // [B] padded, [distinct prompts] packed: slot of a prompt's first vector
-  int64_t* status;        // [kStatusSize]
+  int64_t* status;        // [kStatusSize], null: nobody reads it
 };
 
 struct PromptBackwardParams {
   int64_t dim, uses, prompt_count;
   MatrixRef<const void> grad;    // [slots, D]
   MatrixRef<void> grad_prompts;  // [R, D]
-  const int64_t* sorted_ids;     // [uses] ascending: the prompt of each use; null: prompt 0 everywhere
-  const int64_t* sorted_slots;   // [uses]: slot of a use's first vector, -1: none; ascending rows within a prompt
-  const int64_t* prompt_offsets;
+  Integers sorted_ids;           // [uses] ascending: the prompt of each use; none: prompt 0 everywhere
+  Integers order;        // [uses]: the uses in the order of sorted_ids, ascending within a prompt; none: as they are
+  const int64_t* slots;  // [uses]: slot of a use's first vector, -1: none
+  Integers prompt_offsets;
 };
 
 // Gradient of a table of which each slot holds one row: the embedding, or a token update's vectors.

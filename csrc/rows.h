@@ -49,7 +49,12 @@ constexpr int64_t kPadding = -1;
 SPF_HOST_DEVICE int64_t encode_prompt_row(int64_t row) { return -2 - row; }
 SPF_HOST_DEVICE int64_t decode_prompt_row(int64_t source) { return -2 - source; }
 
+SPF_HOST_DEVICE int64_t integer_at(const Integers& integers, int64_t index) {
+  return integers.data != nullptr ? integers.data[index] : integers.few[index];
+}
+
 SPF_HOST_DEVICE void report(int64_t* status, Status rule, int64_t index) {
+  if (status == nullptr) return;
 #ifdef __CUDA_ARCH__
   atomicMin(reinterpret_cast<long long*>(status + rule), static_cast<long long>(index));
 #else
@@ -113,7 +118,7 @@ SPF_HOST_DEVICE void find_prompt(const AssembleParams& p, int64_t id, int64_t ro
     report(p.status, kBadPromptId, row);
     return;
   }
-  const int64_t first = p.prompt_offsets[id], last = p.prompt_offsets[id + 1];
+  const int64_t first = integer_at(p.prompt_offsets, id), last = integer_at(p.prompt_offsets, id + 1);
   if (first < 0 || last < first || last > p.prompts.count) {
     report(p.status, kBadOffset, id);
     return;
@@ -124,7 +129,7 @@ SPF_HOST_DEVICE void find_prompt(const AssembleParams& p, int64_t id, int64_t ro
 
 // The prompt that row `row` of the padded layout asks for.
 SPF_HOST_DEVICE int64_t prompt_of(const AssembleParams& p, int64_t row) {
-  return p.prompt_ids != nullptr ? p.prompt_ids[row] : (p.prompt_count > 0 ? 0 : -1);
+  return p.prompt_ids.count > 0 ? integer_at(p.prompt_ids, row) : (p.prompt_count > 0 ? 0 : -1);
 }
 
 SPF_HOST_DEVICE Segment segment_at(const AssembleParams& p, int64_t index) {
@@ -202,21 +207,23 @@ SPF_HOST_DEVICE void fill_prompt_slot(const AssembleParams& p, const Segment& se
 // `column` is the token's place in input_ids, -1 if no token is there.
 SPF_HOST_DEVICE int64_t fill_slot(const AssembleParams& p, const Segment& segment, const Layout& layout, int64_t s,
                                   int64_t column) {
-  const int64_t slot = segment.slot + s;
+  const int64_t slot = segment.slot + s, row = segment.text_row;
   const bool real = s >= layout.begin && s < layout.end;
+  // Everything is read before anything is written: a GPU then waits for all of it at once.
+  uint64_t label = static_cast<uint64_t>(int64_t{-100}), mask = p.mask_one;
+  int64_t id = -1;
+  if (column >= 0) {
+    id = read_integer(p.input_ids, row, column);
+    if (p.labels_out != nullptr) label = read_bits(p.labels, row, column);
+    if (p.attention_mask.data != nullptr) mask = mask_bits(p, row, column);
+  }
   p.position_ids[slot] = real ? segment.position + s - layout.begin : 0;
   if (p.mask_format == MaskFormat::two_d) write_bits(p.mask_out, p.attention_mask.bytes, slot, real ? p.mask_one : 0);
-  if (p.row_ids != nullptr) p.row_ids[slot] = segment.text_row;
-  if (column < 0) {
-    if (p.labels_out != nullptr) write_bits(p.labels_out, p.labels.bytes, slot, static_cast<uint64_t>(int64_t{-100}));
-    return real ? encode_prompt_row(segment.prompt_row + s - layout.begin) : kPadding;
-  }
-  const int64_t row = segment.text_row;
+  if (p.row_ids != nullptr) p.row_ids[slot] = row;
+  if (p.labels_out != nullptr) write_bits(p.labels_out, p.labels.bytes, slot, label);
+  if (column < 0) return real ? encode_prompt_row(segment.prompt_row + s - layout.begin) : kPadding;
   p.token_slots[row * p.tokens + column] = slot;
-  if (p.labels_out != nullptr) write_bits(p.labels_out, p.labels.bytes, slot, read_bits(p.labels, row, column));
-  if (p.attention_mask.data != nullptr && mask_bits(p, row, column) != p.mask_one)
-    report(p.status, kBadMaskValue, row * p.tokens + column);
-  const int64_t id = read_integer(p.input_ids, row, column);
+  if (mask != p.mask_one) report(p.status, kBadMaskValue, row * p.tokens + column);
   if (id < 0 || id >= p.embedding.count) {
     report(p.status, kBadTokenId, row * p.tokens + column);
     return kPadding;
@@ -246,25 +253,27 @@ SPF_HOST_DEVICE int64_t prompt_holding(const PromptBackwardParams& p, int64_t ro
   int64_t low = 0, high = p.prompt_count;  // the first prompt that ends after the row
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (p.prompt_offsets[middle + 1] <= row) {
+    if (integer_at(p.prompt_offsets, middle + 1) <= row) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
-  return low < p.prompt_count && p.prompt_offsets[low] >= 0 && p.prompt_offsets[low] <= row ? low : -1;
+  if (low == p.prompt_count) return -1;
+  const int64_t first = integer_at(p.prompt_offsets, low);
+  return first >= 0 && first <= row ? low : -1;
 }
 
-// The uses of a prompt: [first, last).
+// The uses of a prompt, in the order of their ids: [first, last).
 SPF_HOST_DEVICE Range uses_of(const PromptBackwardParams& p, int64_t prompt) {
   if (prompt < 0) return {0, 0};
-  if (p.sorted_ids == nullptr) return {0, prompt == 0 ? p.uses : 0};
+  if (p.sorted_ids.count == 0) return {0, prompt == 0 ? p.uses : 0};
   Range range{0, 0};
   for (int end = 0; end < 2; ++end) {
     int64_t low = range.first, high = p.uses;  // the first use of this prompt, then of a later one
     while (low < high) {
       const int64_t middle = low + (high - low) / 2;
-      if (p.sorted_ids[middle] < prompt + end) {
+      if (integer_at(p.sorted_ids, middle) < prompt + end) {
         low = middle + 1;
       } else {
         high = middle;
@@ -275,9 +284,9 @@ SPF_HOST_DEVICE Range uses_of(const PromptBackwardParams& p, int64_t prompt) {
   return range;
 }
 
-// Row of the gradient for place `place` of the prompt in a use, -1 if the prompt is not there.
+// Row of the gradient for place `place` of the prompt in the use at `use` of that order, -1 if the prompt is not there.
 SPF_HOST_DEVICE int64_t gradient_row(const PromptBackwardParams& p, int64_t use, int64_t place) {
-  const int64_t slot = p.sorted_slots[use];
+  const int64_t slot = p.slots[p.order.count > 0 ? integer_at(p.order, use) : use];
   return slot >= 0 && slot < p.grad.count - place ? slot + place : -1;
 }
 

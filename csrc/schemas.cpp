@@ -23,7 +23,8 @@ TORCH_LIBRARY(SOFTPROMPT_FAST_NAMESPACE, library) {
     bool causal,
     int window,
     float scale,
-    Tensor? token_update=None
+    Tensor? token_update=None,
+    bool check=True
   ) -> (
     Tensor inputs_embeds,
     Tensor attention_mask,

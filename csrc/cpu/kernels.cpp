@@ -230,13 +230,13 @@ void prompt_backward(const PromptBackwardParams& p) {
       at::parallel_for(0, p.grad_prompts.count, grain(bytes), [&](int64_t first, int64_t last) {
         std::vector<W> sum(static_cast<size_t>(p.dim));
         for (int64_t row = first; row < last; ++row) {
-          const int64_t id = prompt_holding(p, row);
+          const int64_t id = prompt_holding(p, row), begin = id < 0 ? 0 : integer_at(p.prompt_offsets, id);
           const Range uses = uses_of(p, id);
           std::fill(sum.begin(), sum.end(), W(0));
           const G* terms[4];
           int held = 0;
           for (int64_t use = uses.first; use < uses.last; ++use) {
-            const int64_t from = gradient_row(p, use, row - p.prompt_offsets[id]);
+            const int64_t from = gradient_row(p, use, row - begin);
             if (from < 0) continue;
             terms[held++] = row_at<G>(p.grad, from);
             if (held < 4) continue;

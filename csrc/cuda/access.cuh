@@ -2,13 +2,12 @@
 #pragma once
 
 #include "../dtypes.h"
+#include "tuning.h"
 
 namespace softprompt_fast::cuda {
 
-constexpr int kMaxThreads = 256;
 constexpr int64_t kAccessBytes = 16;
 constexpr int kLanes = 32;  // threads of a warp
-constexpr int kFlight = 4;  // loads that a thread starts before it uses the first: what hides the memory's latency
 
 struct Launch {
   int64_t blocks;
@@ -69,10 +68,10 @@ SPF_HOST_DEVICE void store(T* out, const Pack<T, N>& pack) {
 }
 
 // sum += terms that are there, in their order.
-template <class W, class T, int N>
-SPF_HOST_DEVICE void add(W (&sum)[N], const Pack<T, N> (&terms)[kFlight], const bool (&there)[kFlight]) {
+template <class W, class T, int N, int F>
+SPF_HOST_DEVICE void add(W (&sum)[N], const Pack<T, N> (&terms)[F], const bool (&there)[F]) {
 #pragma unroll
-  for (int k = 0; k < kFlight; ++k)
+  for (int k = 0; k < F; ++k)
     if (there[k]) {
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[i] += static_cast<W>(widen(terms[k].at[i]));
@@ -88,12 +87,16 @@ SPF_HOST_DEVICE Pack<T, N> narrowed(const W (&sum)[N], W scale = W(1)) {
 }
 
 template <class Out, class In, int N>
-SPF_HOST_DEVICE void move(Out* out, const In* in, wide_t<Out> scale) {
-  const Pack<In, N> from = load<In, N>(in);
+SPF_HOST_DEVICE Pack<Out, N> converted(const Pack<In, N>& from, wide_t<Out> scale) {
   Pack<Out, N> to;
 #pragma unroll
   for (int i = 0; i < N; ++i) to.at[i] = Narrow<Out>::from(static_cast<wide_t<Out>>(widen(from.at[i])) * scale);
-  store<Out, N>(out, to);
+  return to;
+}
+
+template <class Out, class In, int N>
+SPF_HOST_DEVICE void move(Out* out, const In* in, wide_t<Out> scale) {
+  store<Out, N>(out, converted<Out, In, N>(load<In, N>(in), scale));
 }
 
 // a * b, rounded: never fused with the sum that follows, because the twin rounds twice.

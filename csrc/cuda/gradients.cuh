@@ -7,6 +7,7 @@
 namespace softprompt_fast::cuda {
 
 constexpr int kGradientThreads = 64;  // many small blocks: a prompt has few rows
+constexpr int kTerms = 8;             // of a sum, under way at once: few threads need more of them
 
 // Blocks that cover the elements of one vector.
 inline int64_t chunks_of(int64_t dim, const Launch& launch) {
@@ -26,25 +27,32 @@ inline Launch plan_prompt_backward(const PromptBackwardParams& p, int max_thread
 // One block sums a part of one prompt row over the uses of its prompt.
 template <class G, class P, int N>
 __global__ void __launch_bounds__(kGradientThreads) prompt_backward_kernel(PromptBackwardParams p) {
-  const int64_t packs = p.dim / N, chunks = (packs + blockDim.x - 1) / blockDim.x;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) / chunks;
-  const int64_t d = (static_cast<int64_t>(blockIdx.x) % chunks * blockDim.x + threadIdx.x) * N;
-  if (d >= p.dim) return;
-  const int64_t prompt = prompt_holding(p, row), place = prompt < 0 ? 0 : row - p.prompt_offsets[prompt];
+  __shared__ int64_t rows[kGradientThreads];  // of the gradient, for as many uses; -1: none
+  const unsigned thread = threadIdx.x, threads = blockDim.x;
+  const unsigned chunks = static_cast<unsigned>((p.dim / N + threads - 1) / threads);  // a launch has fewer than 2^31
+  const int64_t row = blockIdx.x / chunks, d = N * (int64_t{blockIdx.x % chunks} * threads + thread);
+  const int64_t prompt = prompt_holding(p, row), place = prompt < 0 ? 0 : row - integer_at(p.prompt_offsets, prompt);
   const Range uses = uses_of(p, prompt);
+  const G* grad = static_cast<const G*>(p.grad.data) + d;
   wide_t<P> sum[N] = {};
-  for (int64_t use = uses.first; use < uses.last; use += kFlight) {
-    Pack<G, N> terms[kFlight];
-    bool there[kFlight];
+  for (int64_t base = uses.first; base < uses.last; base += threads) {
+    if (base > uses.first) __syncthreads();  // others may still read
+    rows[thread] = base + thread < uses.last ? gradient_row(p, base + thread, place) : -1;
+    __syncthreads();
+    const int count = static_cast<int>(uses.last - base < threads ? uses.last - base : threads);
+    for (int use = 0; use < count && d < p.dim; use += kTerms) {
+      Pack<G, N> terms[kTerms];
+      bool there[kTerms];
 #pragma unroll
-    for (int k = 0; k < kFlight; ++k) {
-      const int64_t from = use + k < uses.last ? gradient_row(p, use + k, place) : -1;
-      there[k] = from >= 0;
-      if (there[k]) terms[k] = load<G, N>(row_at<G>(p.grad, from) + d);
+      for (int k = 0; k < kTerms; ++k) {
+        const int64_t from = use + k < count ? rows[use + k] : -1;
+        there[k] = from >= 0;
+        if (there[k]) terms[k] = load<G, N>(grad + from * p.grad.stride);
+      }
+      add(sum, terms, there);
     }
-    add(sum, terms, there);
   }
-  store<P, N>(row_at<P>(p.grad_prompts, row) + d, narrowed<P, N>(sum));
+  if (d < p.dim) store<P, N>(row_at<P>(p.grad_prompts, row) + d, narrowed<P, N>(sum));
 }
 
 inline Launch plan_embedding_backward(const EmbeddingBackwardParams& p, int max_threads = kMaxThreads) {

@@ -41,9 +41,9 @@ void run_assemble(const AssembleParams& p, const Go& go) {
       constexpr int N = decltype(elements)::value;
       if constexpr (!too_wide<E>(N)) {
         if (p.prompts.type == p.embedding.type) {
-          go.run(assemble_kernel<E, E, N>, launch, p, launch.tile);
+          go.run(assemble_kernel<E, E, N>, launch, p, tiling_of(p, launch));
         } else {
-          go.run(assemble_kernel<E, float, N>, launch, p, launch.tile);
+          go.run(assemble_kernel<E, float, N>, launch, p, tiling_of(p, launch));
         }
       }
     });

@@ -13,7 +13,7 @@ namespace softprompt_fast {
 namespace {
 
 struct Player {
-  static constexpr int max_threads() { return 32; }  // fewer than a GPU: small cases take several turns
+  static constexpr int max_threads() { return 64; }  // two warps; fewer threads than a GPU: small cases take turns
 
   template <class Kernel, class... Arguments>
   void run(Kernel kernel, const cuda::Launch& launch, const Arguments&... arguments) const {

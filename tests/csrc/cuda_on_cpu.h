@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <random>
@@ -53,7 +54,8 @@ struct Index {
 
 class Block {
  public:
-  explicit Block(unsigned threads) : fibers_(threads), stacks_(threads * kStackBytes), order_(threads) {
+  explicit Block(unsigned threads)
+      : fibers_(threads), stacks_(threads * kStackBytes), order_(threads), exchanged_(threads) {
     for (unsigned i = 0; i < threads; ++i) {
       order_[i] = i;
       fibers_[i].stack = &stacks_[i * kStackBytes];
@@ -85,6 +87,15 @@ class Block {
     arrive(fiber.saved, round);
   }
 
+  // Called by every thread of the block: the value that the lane `distance` below gives, or its own if there is none.
+  int64_t from_lane_below(unsigned thread, int64_t value, unsigned distance) {
+    exchanged_[thread] = value;
+    barrier();
+    const int64_t found = exchanged_[thread % kWarp >= distance ? thread - distance : thread];
+    barrier();
+    return found;
+  }
+
   static Block*& current() {
     static Block* block = nullptr;
     return block;
@@ -92,6 +103,7 @@ class Block {
 
  private:
   static constexpr size_t kStackBytes = 64 * 1024;
+  static constexpr unsigned kWarp = 32;
 
   struct Fiber {
     ucontext_t context;
@@ -150,6 +162,7 @@ class Block {
   std::vector<Fiber> fibers_;
   std::vector<char> stacks_;
   std::vector<unsigned> order_;
+  std::vector<int64_t> exchanged_;
   std::minstd_rand random_;
   ucontext_t scheduler_;
   const std::function<void()>* code_ = nullptr;
@@ -168,6 +181,11 @@ class Block {
 inline cuda_on_cpu::Index threadIdx, blockIdx, blockDim, gridDim;
 
 inline void __syncthreads() { cuda_on_cpu::Block::current()->barrier(); }
+
+// Only where all threads of a block call it, not those of one warp alone: it waits for the block.
+inline int64_t __shfl_up_sync(unsigned, int64_t value, unsigned distance) {
+  return cuda_on_cpu::Block::current()->from_lane_below(threadIdx.x, value, distance);
+}
 
 namespace cuda_on_cpu {
 

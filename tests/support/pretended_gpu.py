@@ -38,6 +38,16 @@ WAITS = {
 }
 
 
+NO_LAUNCH = {"detach", "alias", "view", "_unsafe_view", "slice", "select", "as_strided", "unsqueeze", "expand", "t"}
+NO_LAUNCH |= {"empty", "empty_like", "new_empty", "empty_strided", "transpose", "permute", "unbind", "split"}
+_launched: list[str] = []
+
+
+def packet_name(func: Any) -> str:
+    """As in ``aten.copy_``: without namespace and overload."""
+    return str(func.overloadpacket).rsplit(".", 1)[-1]
+
+
 class Waits(AssertionError):
     """A value of the device was read on the host."""
 
@@ -110,6 +120,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*plain_args, **plain_kwargs)
     if not there:
         return result
+    if packet_name(func) not in NO_LAUNCH:
+        _launched.append(packet_name(func))
     if func._schema.is_mutable and args and isinstance(args[0], OnGpu) and result is plain_args[0]:
         return args[0]
     return tree_map(lambda x: OnGpu(x) if isinstance(x, Tensor) else x, result)
@@ -144,13 +156,18 @@ def to_gpu(module: nn.Module) -> None:
 
 
 @contextmanager
-def pretended_gpu(*, may_wait: bool = False) -> Iterator[None]:
-    """The native ops run for pretended tensors. Reading a value on the host raises :class:`Waits`, or may be done."""
+def pretended_gpu(*, may_wait: bool = False) -> Iterator[list[str]]:
+    """The native ops run for pretended tensors. Reading a value on the host raises :class:`Waits`, or may be done.
+
+    Yields:
+        The ops that would have given the GPU something to do, as they run. A native op counts once.
+    """
     native = backend.native_ops()
     with (
         _Factories(),
         mock.patch.object(backend, "ops_for", lambda device: native),
         mock.patch.object(Tensor, "pin_memory", lambda self: self),
         mock.patch(f"{__name__}._allowed", [True] if may_wait else []),
+        mock.patch(f"{__name__}._launched", []) as launched,
     ):
-        yield
+        yield launched

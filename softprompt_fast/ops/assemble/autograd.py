@@ -81,7 +81,7 @@ class _Assemble(torch.autograd.Function):
         ctx.vocabulary, ctx.scale, ctx.padding_idx = embedding.shape[0], call.scale, padding_idx
         use_ids = call.prompt_ids
         if call.plan is not None:
-            use_ids = call.plan[: call.prompt_segments, PlanColumn.PROMPT].contiguous()
+            use_ids = call.plan[: call.prompt_segments, PlanColumn.PROMPT]
         ctx.update_shape = None if token_update is None else token_update.shape
         row_prompts = None if token_update is None else call.prompt_ids
         ctx.save_for_backward(prompt_slots, call.prompt_offsets, use_ids, call.input_ids, token_slots, row_prompts)
@@ -97,6 +97,8 @@ class _Assemble(torch.autograd.Function):
         assert ops is not None
         for_prompts = for_embedding = for_update = None
         if ctx.needs_input_grad[0]:
+            if use_ids is not None:
+                use_ids = use_ids.contiguous()  # a column of the plan; here, so that the forward pass is one launch
             for_prompts = ops.prompt_backward(
                 grad, prompt_slots, use_ids, prompt_offsets, ctx.prompt_rows, ctx.prompt_dtype
             )

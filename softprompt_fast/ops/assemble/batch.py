@@ -62,6 +62,7 @@ class PromptedBatch(Mapping[str, Tensor]):
     padding_side: str = "right"
     packed: PackedRows | None = None
     status: Tensor | None = field(default=None, repr=False)
+    """[5] int64 on the device, what the checks of values read; None if they were skipped."""
 
     def _model_inputs(self) -> dict[str, Tensor]:
         inputs = {"inputs_embeds": self.inputs_embeds}

@@ -23,7 +23,7 @@ from .checks import (
     fail,
     readable,
 )
-from .integers import device_integers, known_integers
+from .integers import kernel_integers, known_integers
 from .sizes import Segments, packed_sizes, padded_sizes
 
 
@@ -61,8 +61,9 @@ def assemble(
         embedding: [V, D] float32, bfloat16, float16 or float64: the model's input embeddings.
         prompts: [R, D], the vectors of all prompts, concatenated; float32 or the embedding's dtype.
         prompt_offsets: [N + 1], ascending from 0 to R: prompt n is ``prompts[offsets[n]:offsets[n + 1]]``. A list of
-            ints (or a CPU tensor) avoids a GPU synchronisation.
-        prompt_ids: [B], the prompt of each row, -1 for none. Optional if there is exactly one prompt.
+            ints (or a CPU tensor) avoids a GPU synchronisation, and up to 64 of them a copy to the GPU.
+        prompt_ids: [B], the prompt of each row, -1 for none; a list as with the offsets. Optional if there is exactly
+            one prompt.
         attention_mask: [B, T] of 1 (token) and 0 (padding), any boolean, integer or float dtype. None: all ones.
         labels: [B, T] int64 or int32, moved with their tokens; -100 at prompts and padding.
         token_factors: (a [N, U, r], b [N, r, D]), float32 or the embedding's dtype: ``(a[n] @ b[n])[t]`` is added to
@@ -114,13 +115,19 @@ def assemble(
         sizes = padded_sizes(rows, tokens, count, offsets, ids, prompt_rows, max_prompt_length)
     segments = sizes.segments
 
-    # 3. Run the op. Arguments by position: keywords would slow down a small call by 2 %.
+    # 3. Run the op: on a GPU in one launch, if the integers are few and the values are not checked.
+    if check is None:
+        check = _checks_by_default(input_ids, device, waits)
+    few_may_stay = not torch.compiler.is_compiling() and device.type != "meta"
+    if packed and token_factors is None:
+        prompt_ids = None  # the plan has them; the gradient of a token update alone needs them
+    # Arguments by position: keywords would slow down a small call by 2 %.
     call = AssembleCall(
         input_ids,
         _adjacent(embedding),
         _adjacent(prompts),
-        device_integers(prompt_offsets, device),
-        None if prompt_ids is None else device_integers(prompt_ids, device),
+        kernel_integers(prompt_offsets, device, few_may_stay),
+        None if prompt_ids is None else kernel_integers(prompt_ids, device, few_may_stay and token_factors is None),
         attention_mask,
         labels,
         None if segments is None else segments.plan[:-1],
@@ -133,14 +140,14 @@ def assemble(
         sliding_window or 0,
         float(embedding_scale),
         None if token_factors is None else token_update(*token_factors, tokens, embedding.dtype),
+        bool(check),
     )
     outputs = run(call, -1 if padding_idx is None else padding_idx)
 
     # 4. Check the values that only the op has read.
-    status = outputs[-1]
-    if check or (check is None and _checks_by_default(status, device, waits)):
+    if check:
         text_lengths = None if segments is None else segments.text_lengths
-        check_status(status.tolist(), call, text_lengths, max_prompt_length)
+        check_status(outputs[-1].tolist(), call, text_lengths, max_prompt_length)
     return _batch(call, outputs, segments, layout, padding_side)
 
 
@@ -163,7 +170,7 @@ def _batch(
         layout,
         padding_side,
         packed,
-        status,
+        status if call.check else None,
     )
 
 
@@ -197,8 +204,8 @@ def _adjacent(matrix: Tensor) -> Tensor:
     return matrix.contiguous() if matrix.stride(1) != 1 and matrix.shape[1] > 1 else matrix
 
 
-def _checks_by_default(status: Tensor, device: torch.device, waits: bool) -> bool:
+def _checks_by_default(input_ids: Tensor, device: torch.device, waits: bool) -> bool:
     """Whether reading the status costs no extra wait for a GPU, and is possible at all."""
-    if not (waits or device.type == "cpu") or not readable(status) or torch.compiler.is_compiling():
+    if not (waits or device.type == "cpu") or not readable(input_ids) or torch.compiler.is_compiling():
         return False
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..extension.contract import FEW_INTEGERS
 from .checks import check_integers, fail, readable
 
 
@@ -28,11 +29,17 @@ def host_integers(values: Tensor | Sequence[int], argument: str) -> list[int]:
     return values.tolist()
 
 
-def device_integers(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """Integers as a contiguous int64 tensor on the device, copied without waiting."""
+def kernel_integers(values: Tensor | Sequence[int], device: torch.device, may_stay: bool) -> Tensor:
+    """Integers as a contiguous int64 tensor that a kernel on the device can read; nothing waits for the device.
+
+    Args:
+        may_stay: few integers that are on the host stay there: a kernel's arguments take them along, without a copy.
+    """
     if not isinstance(values, Tensor):
-        made = torch.tensor(values, dtype=torch.int64)
-        return made if device.type == "cpu" else made.to(device, non_blocking=True)
-    if values.dtype is torch.int64 and values.device == device and values.is_contiguous():
+        values = torch.tensor(values, dtype=torch.int64)
+    target = device
+    if may_stay and values.device.type == "cpu" and values.shape[0] <= FEW_INTEGERS:
+        target = values.device
+    if values.dtype is torch.int64 and values.device == target and values.is_contiguous():
         return values
-    return values.to(device=device, dtype=torch.int64, non_blocking=True).contiguous()
+    return values.to(device=target, dtype=torch.int64, non_blocking=True).contiguous()

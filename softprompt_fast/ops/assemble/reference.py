@@ -46,8 +46,9 @@ class _Slots(NamedTuple):
 
 def assemble(call: AssembleCall) -> tuple[Tensor, ...]:
     """The outputs of the op for this call."""
-    rows, tokens = call.input_ids.shape
-    device = call.input_ids.device
+    rows, device = len(call.input_ids), call.input_ids.device
+    offsets, ids = call.prompt_offsets, call.prompt_ids
+    call = call._replace(prompt_offsets=offsets.to(device), prompt_ids=None if ids is None else ids.to(device))
     nothing = call.input_ids.new_empty(0, dtype=torch.int64)
     real = torch.ones_like(call.input_ids, dtype=torch.bool)
     if call.attention_mask is not None:
@@ -74,10 +75,18 @@ def assemble(call: AssembleCall) -> tuple[Tensor, ...]:
         prompt_slots = prompt_slots[: call.prompt_segments]
         row_ids = segments.text_row.clamp(min=-1)[slots.segment]
 
+    status = _status(call, segments, real, placed) if call.check else nothing
+    mask = _mask(call, segments, filled, lead)
+    return embeds, mask, position_ids, labels, token_slots, prompt_slots, row_ids, status
+
+
+def _status(call: AssembleCall, segments: _Segments, real: Tensor, placed: Tensor) -> Tensor:
+    rows, tokens = call.input_ids.shape
+    device = call.input_ids.device
     token = torch.arange(rows * tokens, device=device).view(rows, tokens)
     bad_id = placed & ((call.input_ids < 0) | (call.input_ids >= len(call.embedding)))
     bad_mask = torch.zeros_like(real) if call.attention_mask is None else placed & (call.attention_mask != 1)
-    status = torch.stack(  # in the order of Status
+    return torch.stack(  # in the order of Status
         [
             _first(bad_id, token),
             _first(segments.bad_prompt, torch.arange(len(segments.bad_prompt), device=device)),
@@ -86,8 +95,6 @@ def assemble(call: AssembleCall) -> tuple[Tensor, ...]:
             _first(segments.bad_offset, segments.prompt),
         ]
     )
-    mask = _mask(call, segments, filled, lead)
-    return embeds, mask, position_ids, labels, token_slots, prompt_slots, row_ids, status
 
 
 def _segments(call: AssembleCall, real_tokens: Tensor) -> _Segments:

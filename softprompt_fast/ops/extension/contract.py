@@ -12,6 +12,8 @@ from torch import Tensor
 
 NO_ERROR = 2**63 - 1
 """A field of ``status`` whose rule holds everywhere."""
+FEW_INTEGERS = 64
+"""As many offsets or ids of prompts may stay on the host: they go to a kernel with its arguments."""
 
 
 class MaskFormat(IntEnum):
@@ -64,9 +66,10 @@ class AssembleCall(NamedTuple):
     prompts: Tensor
     """[R, D] float32 or the embedding's dtype, elements of a row adjacent."""
     prompt_offsets: Tensor
-    """[N + 1] int64."""
+    """[N + 1] int64; on the device, or on the host if there are at most FEW_INTEGERS."""
     prompt_ids: Tensor | None
-    """[B] int64; None: prompt 0 everywhere, or none if there is no prompt."""
+    """[B] int64, where the offsets may be; None: prompt 0 everywhere, or none if there is no prompt. Packed, only the
+    gradient of ``token_update`` needs them."""
     attention_mask: Tensor | None
     """[B, T]"""
     labels: Tensor | None
@@ -90,3 +93,5 @@ class AssembleCall(NamedTuple):
     """Factor on token embeddings."""
     token_update: Tensor | None = None
     """[N, U, D] float64 if the embedding is, else float32."""
+    check: bool = True
+    """Whether ``status`` is written. If not, it is empty."""

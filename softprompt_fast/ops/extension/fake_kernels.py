@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -9,16 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import AssembleCall, MaskFormat, Status
+from .contract import FEW_INTEGERS, AssembleCall, MaskFormat, Status
+
+MAY_BE_ON_THE_HOST = ("prompt_offsets", "prompt_ids", "use_ids")
 
 
 def _on_one_device(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """Refuses what the real kernels refuse: beside a meta tensor another one would get a result without data."""
+    names = list(AssembleCall._fields if kernel.__name__ == "assemble" else inspect.signature(kernel).parameters)
 
     @wraps(kernel)
     def checked(*arguments: Any, **named: Any) -> Any:
-        lists = (x if isinstance(x, (list, tuple)) else [x] for x in (*arguments, *named.values()))
-        devices = {str(x.device) for xs in lists for x in xs if isinstance(x, Tensor)}
+        devices = set()
+        by_position = [names[min(i, len(names) - 1)] for i in range(len(arguments))]  # the last name is of all the rest
+        for name, value in (*zip(by_position, arguments, strict=True), *named.items()):
+            few = name in MAY_BE_ON_THE_HOST
+            for x in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(x, Tensor) and not (few and x.device.type == "cpu" and x.numel() <= FEW_INTEGERS):
+                    devices.add(str(x.device))
         if len(devices) > 1:
             raise RuntimeError(f"the tensors must be on one device, got {', '.join(sorted(devices))}")
         return kernel(*arguments, **named)
@@ -51,7 +60,7 @@ def assemble(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
         long(rows, tokens),
         long(call.prompt_segments if packed else rows),
         long(call.slots if packed else 0),
-        long(len(Status)),
+        long(len(Status) if call.check else 0),
     )
 
 

@@ -18,7 +18,7 @@ namespace fuzz {
 namespace {
 
 struct Player {
-  static constexpr int max_threads() { return 32; }
+  static constexpr int max_threads() { return 64; }
 
   template <class Kernel, class... Values>
   void run(Kernel kernel, const cuda::Launch& launch, const Values&... values) const {
@@ -71,6 +71,18 @@ int64_t* offsets(Arguments& arguments, int64_t prompts, int64_t& rows) {
   return values;
 }
 
+// On the device, or with the arguments.
+Integers integers_at(Random& random, const int64_t* values, int64_t count) {
+  Integers integers{};
+  integers.count = count;
+  if (count > kFewIntegers || random.once_in(2)) {
+    integers.data = values;
+  } else {
+    std::copy_n(values, count, integers.few);
+  }
+  return integers;
+}
+
 Words mask(Arguments& arguments, AssembleParams& p) {
   Random& random = arguments.random;
   struct Kind {
@@ -98,7 +110,7 @@ void make_plan(Arguments& arguments, AssembleParams& p) {
   int64_t* plan = static_cast<int64_t*>(arguments.bytes(p.segments * kPlanColumns * 8));
   for (int64_t i = 0; i < p.segments; ++i) {
     const bool text = i >= p.prompt_segments;
-    const auto offset = [&](int64_t at) { return static_cast<uint64_t>(p.prompt_offsets[at]); };
+    const auto offset = [&](int64_t at) { return static_cast<uint64_t>(integer_at(p.prompt_offsets, at)); };
     int64_t length = text ? 0 : static_cast<int64_t>(offset(i + 1) - offset(i));
     for (int64_t t = 0; text && t < p.tokens; ++t) length += is_real(p, i - p.prompt_segments, t) ? 1 : 0;
     if (length < 0 || length > 100 || (arguments.hostile && random.once_in(4))) length = random.from(0, 7);
@@ -118,7 +130,7 @@ void assemble(Random& random, Counts& counts) {
   p.dim = some_dim(random);
   p.prompt_count = random.from(0, 3);
   int64_t prompt_rows;
-  p.prompt_offsets = offsets(arguments, p.prompt_count, prompt_rows);
+  p.prompt_offsets = integers_at(random, offsets(arguments, p.prompt_count, prompt_rows), p.prompt_count + 1);
   const Scalar type = arguments.scalar();
   const int64_t vocabulary = random.from(1, 6);
   p.embedding = arguments.matrix(type, vocabulary, p.dim);
@@ -136,7 +148,8 @@ void assemble(Random& random, Counts& counts) {
   if (packed) {
     make_plan(arguments, p);
   } else {
-    if (p.prompt_count == 0 || random.once_in(2)) p.prompt_ids = arguments.integers(p.rows, -1, p.prompt_count - 1);
+    if (p.prompt_count == 0 || random.once_in(2))
+      p.prompt_ids = integers_at(random, arguments.integers(p.rows, -1, p.prompt_count - 1), p.rows);
     p.width = random.once_in(4) ? random.from(0, 5) : p.tokens + 5;
     p.slots = p.rows * p.width;
     p.segments = p.rows;
@@ -163,7 +176,7 @@ void assemble(Random& random, Counts& counts) {
   p.row_ids = packed ? static_cast<int64_t*>(arguments.output(p.slots * 8)) : nullptr;
   p.prompt_slots = static_cast<int64_t*>(arguments.output((packed ? p.prompt_segments : p.rows) * 8));
   // Where rules are broken it gets the smallest index: the first bytes stand for "none" well enough.
-  p.status = static_cast<int64_t*>(arguments.output(kStatusSize * 8));
+  p.status = random.once_in(4) ? nullptr : static_cast<int64_t*>(arguments.output(kStatusSize * 8));
   if (p.segments == 0) return;
   compare("assemble", arguments, p, counts, cpu::assemble,
           [](const AssembleParams& params) { cuda::run_assemble(params, Player{}); });
@@ -183,15 +196,18 @@ void prompt_backward(Random& random, Counts& counts) {
   p.uses = random.from(0, 20);
   p.prompt_count = random.from(0, 4);
   int64_t rows;
-  p.prompt_offsets = offsets(arguments, p.prompt_count, rows);
+  p.prompt_offsets = integers_at(random, offsets(arguments, p.prompt_count, rows), p.prompt_count + 1);
   const Scalar type = arguments.scalar();
   p.grad = arguments.matrix(type, random.from(0, 40), p.dim);
   p.grad_prompts = arguments.output_matrix(random.once_in(2) ? type : Scalar::f32, rows, p.dim);
-  p.sorted_slots = arguments.integers(p.uses, -1, p.grad.count - 1);
+  p.slots = arguments.integers(p.uses, -1, p.grad.count - 1);
   if (random.once_in(2)) {
     int64_t* ids = arguments.integers(p.uses, -1, p.prompt_count - 1);
     std::sort(ids, ids + p.uses);
-    p.sorted_ids = ids;
+    p.sorted_ids = integers_at(random, ids, p.uses);
+    int64_t* order = arguments.integers(p.uses, 0, 0);
+    for (int64_t use = 0; use < p.uses; ++use) order[use] = p.uses - 1 - use;
+    p.order = integers_at(random, order, p.uses);
   }
   if (rows == 0) return;
   compare("prompt_backward", arguments, p, counts, cpu::prompt_backward,

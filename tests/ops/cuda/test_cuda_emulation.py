@@ -20,7 +20,7 @@ from support.op_cases import (
 
 from softprompt_fast.ops.assemble.checks import FLOATS, LAYOUTS
 from softprompt_fast.ops.extension import backend
-from softprompt_fast.ops.extension.contract import AssembleCall
+from softprompt_fast.ops.extension.contract import FEW_INTEGERS, AssembleCall
 
 # Of every vector width, and beyond what one turn of a block's threads covers.
 DIMS = (7, 1, 2, 4, 8, 16, 33, 64, 264, 520)
@@ -64,14 +64,26 @@ def test_converts_every_bit_pattern_as_the_twin(emulated: backend.Ops, dtype: to
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", [torch.bool, torch.float64], ids=str)
 def test_rows_longer_than_a_tile(emulated: backend.Ops, mask: torch.dtype, layout: str) -> None:
-    """Long masks over short vectors make the largest tiles."""
-    rows, tokens = 3, 2500
+    """Long masks over short vectors make the largest tiles. A thread has more tokens than it remembers, 64."""
+    rows, tokens = 3, 4500
     real = torch.rand(rows, tokens) < 0.7
     options = {"layout": layout, "padding_side": "left", "mask_format": "2d"}
     ids, embedding, prompts = torch.randint(9, (rows, tokens)), torch.randn(9, 2), torch.randn(40, 2)
     factors = torch.randn(2, 1500, 1), torch.randn(2, 1, 2)
     case = Case(ids, embedding, prompts, [0, 30, 40], [1, -1, 0], real.to(mask), None, options, factors)
     assert_same(case.run(emulated), case.run(None))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_prompts_and_rows_than_travel_with_the_arguments(emulated: backend.Ops, layout: str) -> None:
+    rows = FEW_INTEGERS + 9
+    offsets = [*range(rows), rows + 2]
+    prompt_ids = [row * 7 % (rows + 1) - 1 for row in range(rows)]
+    ids, embedding, prompts = torch.randint(9, (rows, 3)), torch.randn(9, 4), torch.randn(offsets[-1], 4)
+    case = Case(ids, embedding, prompts, offsets, prompt_ids, torch.rand(rows, 3) < 0.7, ids, {"layout": layout})
+    assert_same(case.run(emulated), case.run(None))
+    for ours, expected in zip(gradients(case, emulated), expected_gradients(case), strict=True):
+        assert same_bits(ours, expected)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

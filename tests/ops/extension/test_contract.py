@@ -27,6 +27,7 @@ def test_constants_are_those_of_the_extension(native: backend.Ops) -> None:
     assert module is not None
     assert module.constants() == {
         "NO_ERROR": contract.NO_ERROR,
+        "FEW_INTEGERS": contract.FEW_INTEGERS,
         "STATUS_SIZE": len(contract.Status),
         "PLAN_COLUMNS": len(contract.PlanColumn),
         "TABLE_COLUMNS": len(contract.TableColumn),
