@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from ..base.compiling import outside_of_graphs
 from ..base.errors import PackedFailure, Unsupported
 from ..base.modules import evaluating
 from ..hf import architecture
@@ -186,6 +187,7 @@ class PackedRunner:
         )
         return loss
 
+    @outside_of_graphs
     def _check(
         self,
         bank: FastSoftPrompt,
@@ -232,6 +234,7 @@ class PackedRunner:
         self.stop(reason)
         logger.warning("%s runs in the padded layout: %s", type(self.model).__name__, reason)
 
+    @outside_of_graphs
     def pack(
         self,
         selection: Selection,
