@@ -116,8 +116,9 @@ def _attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
         out, log_sums = ops.attention(query, key, value, layout.table, None, prefix_key, prefix_value, scale, window)
         return out, log_sums
-    out = _attend(layout, [query, key, value], prefix_key, prefix_value, sinks, scaling, window, softcap)
-    return out.contiguous(), query.new_empty(0, dtype=torch.float32)
+    with _autograd_inside_an_op(), torch.no_grad():
+        out = _attend(layout, [query, key, value], prefix_key, prefix_value, sinks, scaling, window, softcap)
+    return _unshared(out), query.new_empty(0, dtype=torch.float32)
 
 
 @_attention.register_fake
@@ -136,6 +137,22 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     sums = query.shape[:2] if _is_native(query, softcap, sinks) else (0,)
     return query.new_empty(*query.shape[:2], value.shape[2]), query.new_empty(sums, dtype=torch.float32)
+
+
+def _unshared(result: Tensor) -> Tensor:
+    """A contiguous tensor that shares no memory, as results of an op must be; parts of one gradient do."""
+    alone = result.is_contiguous() and result.untyped_storage().nbytes() == result.nbytes
+    return result if alone else result.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def _autograd_inside_an_op() -> Iterator[None]:
+    """PyTorch switches autograd off inside of an op; here it works, for instance for the first try of a library."""
+    keys = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        keys = keys.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), keys):
+        yield
 
 
 def _attend(
@@ -185,12 +202,12 @@ def _attention_backward(
         )
         return found
     # What a library's attention would save cannot be said ahead, so the forward pass runs again.
-    with _recording():
+    with _autograd_inside_an_op(), torch.enable_grad():
         inputs = (query, key, value, prefix_key, prefix_value, sinks)
         given = [None if x is None else x.detach().requires_grad_() for x in inputs]
         leaves = [x for x in given if x is not None]
         again = _attend(layout, leaves[:3], *given[3:], scaling, window, softcap)  # type: ignore[call-arg,arg-type]
-        return [x.contiguous() for x in torch.autograd.grad(again, leaves, grad)]
+        return [_unshared(x) for x in torch.autograd.grad(again, leaves, grad)]
 
 
 @_attention_backward.register_fake
@@ -207,17 +224,6 @@ def _(
 ) -> list[Tensor]:
     inputs = (query, key, value, prefix_key, prefix_value, sinks)
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs if x is not None]
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Records gradients inside of an op, where PyTorch has switched autograd off."""
-    keys = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        keys = keys.remove(getattr(torch._C.DispatchKey, name))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, keys), torch.enable_grad():
-        yield
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
