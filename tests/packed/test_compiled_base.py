@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from support.deep_rows_alone import deep_model
 from support.rows_alone import ROWS, relative, tuned_model
-from support.tiny_models import LLAMA, WINDOW, batch
+from support.tiny_models import LLAMA, WINDOW, batch, build
 from support.varlen_stand_in import NAME, path_of_a_gpu
 from torch._dynamo.utils import counters
 
@@ -40,7 +40,8 @@ def graphs() -> int:
 
 def compile_base(tuned: Any, backend: str, **options: Any) -> None:
     base = tuned.base_model
-    base.forward = torch.compile(base.forward, backend=backend, dynamic=True, **{"fullgraph": True} | options)
+    settings: dict[str, Any] = {"fullgraph": True, "dynamic": True} | options
+    base.forward = torch.compile(base.forward, backend=backend, **settings)
 
 
 def step(tuned: Any, size: tuple[int, int] = SIZES[0], **options: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -87,6 +88,15 @@ def test_one_graph_for_batches_of_all_sizes(unchecked: Callable[..., Any]) -> No
     compile_base(tuned, "aot_eager")
     same_steps(tuned, expected, SIZES)
     assert graphs() == 1
+
+
+def test_without_a_word_on_sizes_the_second_batch_is_compiled_again_and_no_more(
+    unchecked: Callable[..., Any],
+) -> None:
+    tuned, expected = unchecked("llama")
+    compile_base(tuned, "eager", dynamic=None)
+    same_steps(tuned, expected, SIZES)
+    assert graphs() == 2
 
 
 def compile_module(tuned: Any) -> Any:
@@ -232,6 +242,23 @@ def test_a_library_can_be_tried_with_gradients_inside_of_the_op(
             tuned(ids, mask, prompt_ids=ROWS)
         assert tried and all(gradient == [2.0, 2.0] for gradient in tried)
         assert relative(step(tuned)[0].logits, wanted) < 1e-5
+
+
+def test_an_adapter_inside_of_the_base() -> None:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    base = peft.get_peft_model(build("llama"), settings)
+    prompt = torch.randn(7, 32) * 0.5
+    outputs = []
+    for _ in range(2):
+        tuned = spf.SoftPromptModel(base, execution="shared", check=False)
+        tuned.add_prompt("long", init=prompt)
+        torch.manual_seed(0)
+        outputs.append(tuned(*batch(), prompt_ids="long").logits)
+        base.get_base_model().compile(backend="eager", dynamic=True, fullgraph=True)
+    assert relative(outputs[1], outputs[0]) < 1e-5
+    assert graphs() == 1
 
 
 def test_autocast(unchecked: Callable[..., Any]) -> None:
