@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +100,14 @@ def test_without_a_word_on_sizes_the_second_batch_is_compiled_again_and_no_more(
     assert graphs() == 2
 
 
+def test_static_sizes_are_compiled_until_the_limit(unchecked: Callable[..., Any]) -> None:
+    tuned, expected = unchecked("llama", layers=1)
+    compile_base(tuned, "eager", dynamic=False, fullgraph=False)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        same_steps(tuned, expected, SIZES)
+    assert graphs() < len(SIZES)
+
+
 def compile_module(tuned: Any) -> Any:
     tuned.base_model.compile(backend="eager", dynamic=True, fullgraph=True)
     return tuned
@@ -124,6 +133,34 @@ def test_inductor(unchecked: Callable[..., Any]) -> None:
         tuned, expected = unchecked("llama", make, layers=2)
         compile_base(tuned, "inductor")
         same_steps(tuned, expected, SIZES)
+
+
+@pytest.mark.slow
+def test_layers_that_nothing_reads_are_not_missed(unchecked: Callable[..., Any]) -> None:
+    tuned, _ = unchecked("llama", layers=1)
+    compile_base(tuned, "inductor")
+    ids, mask = batch()
+    with torch.no_grad():
+        tuned(ids, mask, labels=torch.full_like(ids, -100), prompt_ids=ROWS, return_logits=False)
+    assert tuned.execution_report().execution == "shared", tuned.execution_report()
+
+
+@pytest.mark.slow
+def test_trainer_compiles(tmp_path: Path) -> None:
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        tuned = spf.SoftPromptModel(build("llama"), execution="shared")
+        tuned.add_prompt("long", init=torch.randn(7, 32) * 0.5)
+        rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 90, (16, 9))]
+        backend = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        arguments = tf.TrainingArguments(
+            str(tmp_path), max_steps=4, learning_rate=0.1, report_to=[], logging_steps=1, use_cpu=True, **backend
+        )
+        trainer = tf.Trainer(tuned, arguments, train_dataset=rows)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.slow
