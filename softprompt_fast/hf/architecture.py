@@ -46,6 +46,18 @@ def pools_last_token(model: Any) -> bool:
     return is_named(model, "ForSequenceClassification")
 
 
+def compiled_in_place(model: Any) -> Any:
+    """The model in a wrapper that torch.compile returned, compiled as ``model.compile()`` does it with these settings.
+
+    Such a wrapper is not a transformers model: it has another class, and its ``generate`` runs uncompiled.
+    """
+    original, context = getattr(model, "_orig_mod", None), getattr(model, "dynamo_ctx", None)
+    if original is None or context is None:
+        return model
+    original._compiled_call_impl = context(original._call_impl)
+    return original
+
+
 def check_supported(model: Any) -> None:
     """Refuses models whose results would be wrong with a prompt in front of ``inputs_embeds``.
 
@@ -53,8 +65,6 @@ def check_supported(model: Any) -> None:
         TypeError: with the model's class and the reason.
     """
     name = type(model).__name__
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("`model` must be the model that was given to torch.compile; call `model.compile()` instead")
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"`model` must be a transformers model, got {name}")
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

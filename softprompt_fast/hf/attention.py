@@ -20,6 +20,9 @@ from ..base.errors import Unsupported
 IMPLEMENTATION_PREFIX = "softprompt_fast_"
 CARRIER_ATTRIBUTE = "_softprompt_fast_layout"
 """Attribute of a mask or of keys. Its value is the object whose ``attend`` method computes the attention."""
+HANDLE_ATTRIBUTE = "_softprompt_fast_handle"
+"""Attribute of a mask with a carrier: a tensor by which a compiled model finds the carrier of each batch. The carrier
+has a method ``attend_traced``, which torch.compile can trace."""
 # Keywords that change nothing here: queries and keys already contain positions, nothing is cached or returned.
 IGNORED = {"position_ids", "use_cache", "cache_position", "num_items_in_batch", "return_dict", "logits_to_keep"}
 IGNORED |= {
@@ -138,7 +141,7 @@ def _register(before: str) -> None:
     name = IMPLEMENTATION_PREFIX + before
     ignored = IGNORED_BY.get(before, set())
 
-    @torch.compiler.disable  # the carrier is another object in every batch
+    @torch.compiler.disable  # runs as it is written, between two compiled parts of the model
     def attend(carrier: Any, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
         result: tuple[Tensor, Tensor | None] = carrier.attend(*args, **keywords)
         return result
@@ -152,6 +155,11 @@ def _register(before: str) -> None:
         if args:
             raise Unsupported("its attention passes arguments by position")
         used = {k: v for k, v in keywords.items() if k not in ignored}
+        if torch.compiler.is_compiling():
+            handle = getattr(attention_mask, HANDLE_ATTRIBUTE, None)
+            if handle is not None and not used.get("dropout"):  # an opaque op would draw other numbers in its backward
+                traced: tuple[Tensor, Tensor | None] = carrier.attend_traced(handle, module, query, key, value, **used)
+                return traced
         return attend(carrier, module, query, key, value, **used)
 
     if name not in ALL_ATTENTION_FUNCTIONS:

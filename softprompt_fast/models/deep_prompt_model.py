@@ -58,6 +58,7 @@ class DeepPromptModel(SoftPromptModel):
     prompts: FastSoftPrompt
 
     def __init__(self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True) -> None:
+        model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
         try:
             check_architecture(model)

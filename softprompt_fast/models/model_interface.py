@@ -22,6 +22,7 @@ class ModelInterface(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
         self._frozen: list[Frozen] | None = freeze(model.parameters())
         """None: :meth:`unload` was called."""

@@ -39,7 +39,8 @@ class SoftPromptModel(PromptFiles):
 
     Args:
         model: a transformers decoder, encoder or encoder-decoder, or a PEFT model of one. Its parameters are frozen
-            in place until :meth:`unload`, or until the last object that uses it is gone.
+            in place until :meth:`unload`, or until the last object that uses it is gone. What ``torch.compile(model)``
+            returned is taken as the model itself after ``model.compile()``.
         prompts: a bank to use; None: an empty one, on the model's device.
         execution: one of:
 
@@ -82,6 +83,7 @@ class SoftPromptModel(PromptFiles):
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
         super().__init__(model)
+        model = self.base_model
         check_inputs(model, run_sharded=False)
         embedding = model.get_input_embeddings()
         width = self._prompt_width(model)

@@ -40,27 +40,69 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention of [1, H, K, E] queries with [1, H', K, E] keys and [1, H', K, E'] values -> [1, K, H, E']."""
     check_keywords(module, is_causal, keywords)
-    if query.shape[0] != 1 or query.shape[2] != layout.slots or key.shape[2] != layout.slots:
-        raise Unsupported(f"its attention got {list(query.shape)} queries for {layout.slots} packed slots")
-    layout.calls += 1
-    if sliding_window:
-        layout.windows.add(sliding_window)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # as autocast casts SDPA's arguments
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    packed = [x[0].transpose(0, 1) for x in (query, key, value)]  # [K, heads, size]
+    packed = packed_states(query, key, value)
+    count_call(layout, packed, sliding_window)
     if layout.capture is not None:
-        layout.store_captured(module, packed[1], packed[2])
+        layout.store_captured(getattr(module, "layer_idx", None), packed[1], packed[2])
     prefix = layout.compiled_states(module, packed[1], packed[2])
-    with torch.autocast(device, enabled=False):
-        if not dropout and softcap is None and s_aux is None:
-            out = _segments(layout, packed, prefix, scaling, sliding_window)
+    out = attend_packed(
+        layout, packed, prefix, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
+    )
+    return out[None], None
+
+
+def packed_states(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Queries, keys and values of a batch of one sequence, [K, heads, size] each, as autocast casts SDPA's arguments.
+
+    Raises:
+        Unsupported: there are more sequences.
+    """
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+        raise Unsupported(f"its attention got {list(query.shape)} queries for {list(key.shape)} keys")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    return [x[0].transpose(0, 1) for x in (query, key, value)]
+
+
+def count_call(layout: PackedLayout, packed: list[Tensor], window: int | None) -> None:
+    """Counts an attention call, for the runner's check that every layer makes one.
+
+    Raises:
+        Unsupported: the tensors are not of this batch.
+    """
+    if len(packed[0]) != layout.slots:
+        raise Unsupported(f"its attention got {len(packed[0])} queries for {layout.slots} packed slots")
+    layout.calls += 1
+    if window:
+        layout.windows.add(window)
+
+
+def attend_packed(
+    layout: PackedLayout,
+    packed: list[Tensor],
+    prefix: tuple[Tensor, Tensor] | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[K, H, E'], attention of :func:`packed_states`.
+
+    Args:
+        prefix: keys [R, H', E] and values of compiled prompts; None: the rows' prefixes are among the packed slots.
+    """
+    with torch.autocast(packed[0].device.type, enabled=False):
+        if not dropout and softcap is None and sinks is None:
+            out = _segments(layout, packed, prefix, scaling, window)
             if out is not None:
-                return out[None], None
+                return out
         compiled_slots = 0
         if prefix is not None:  # one sequence of compiled and own slots
             compiled_slots = prefix[0].shape[0]
-            packed[1:] = [torch.cat([a, b]) for a, b in zip(prefix, packed[1:], strict=True)]
+            packed = [packed[0], *(torch.cat([a, b]) for a, b in zip(prefix, packed[1:], strict=True))]
         parts = [
             _attend(
                 group,
@@ -68,14 +110,14 @@ def packed_attention(
                 compiled_slots,
                 scaling=scaling,
                 dropout=dropout,
-                window=sliding_window,
+                window=window,
                 softcap=softcap,
-                sinks=s_aux,
+                sinks=sinks,
             )
             for group in layout.groups
             if group.slots
         ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _segments(

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base.compiling import outside_of_graphs
 from ..base.errors import Unsupported
-from ..hf.attention import CARRIER_ATTRIBUTE
+from ..hf.attention import CARRIER_ATTRIBUTE, HANDLE_ATTRIBUTE
 from ..ops.extension.contract import TableColumn
 from ..ops.packing.functional import RowTable
 from ..ops.segment_attention.ragged import Line, RaggedPlan
 from .attention import packed_attention
+from .traced_attention import layout_handle, traced_attention
 
 
 @dataclass(eq=False)
@@ -151,34 +153,47 @@ class PackedLayout:
         """Keys [R, H', E] and values of compiled prompts in a module's layer."""
         if self.compiled is None:
             return None
-        _check_cache_shape(module, self.compiled, key, value)
+        _check_cache_shape(getattr(module, "layer_idx", None), self.compiled, key, value)
         keys, values = self._compiled_layers[module.layer_idx].unbind(0)
         return keys.to(key.dtype), values.to(value.dtype)
 
-    def store_captured(self, module: Any, key: Tensor, value: Tensor) -> None:
-        """Writes the keys and values of a module's layer into ``capture``."""
+    def store_captured(self, layer: int | None, key: Tensor, value: Tensor) -> None:
+        """Writes the keys and values of a layer into ``capture``."""
         assert self.capture is not None
-        _check_cache_shape(module, self.capture, key, value)
-        self.capture[module.layer_idx, 0] = key
-        self.capture[module.layer_idx, 1] = value
+        layer = _check_cache_shape(layer, self.capture, key, value)
+        self.capture[layer, 0] = key
+        self.capture[layer, 1] = value
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
         """Attention of a batch that carries this layout; called by ``hf/attention.py``."""
         return packed_attention(self, module, query, key, value, **options)
 
+    def attend_traced(
+        self, handle: Tensor, module: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any
+    ) -> tuple[Tensor, None]:
+        """The same while torch.compile traces the model; `handle` is the tensor at the marker's HANDLE_ATTRIBUTE."""
+        return traced_attention(self, handle, module, query, key, value, **options)
+
+    @outside_of_graphs
     def marker(self, device: torch.device) -> Tensor:
         """The mask that carries this layout. Any other attention fails at its shape, so it never returns a result."""
         size = self.slots + 1
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).expand(1, 1, size, size)
         setattr(mask, CARRIER_ATTRIBUTE, self)
+        setattr(mask, HANDLE_ATTRIBUTE, layout_handle(self))
         return mask
 
 
-def _check_cache_shape(module: Any, cache: Tensor, key: Tensor, value: Tensor) -> None:
-    layer = getattr(module, "layer_idx", None)
+def _check_cache_shape(layer: int | None, cache: Tensor, key: Tensor, value: Tensor) -> int:
+    """The number of a layer that the cache [L, 2, ...] has.
+
+    Raises:
+        Unsupported: it has no such layer, or other sizes.
+    """
     if layer is None or not 0 <= layer < cache.shape[0]:
         raise Unsupported(f"its attention layers are not numbered 0 to {cache.shape[0] - 1}, got {layer}")
     for tensor in (key, value):
         if tensor.shape[1:] != cache.shape[3:]:
             shapes = f"{list(cache.shape[3:])}, got {list(tensor.shape[1:])} in layer {layer}"
             raise Unsupported(f"its layers have different heads: {shapes}")
+    return layer

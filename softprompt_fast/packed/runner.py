@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from ..base.compiling import outside_of_graphs
 from ..base.errors import PackedFailure, Unsupported
 from ..base.modules import evaluating
 from ..hf import architecture
@@ -191,6 +192,7 @@ class PackedRunner:
         )
         return loss
 
+    @outside_of_graphs
     def _check(
         self,
         bank: FastSoftPrompt,
@@ -237,6 +239,7 @@ class PackedRunner:
         self.stop(reason)
         logger.warning("%s runs in the padded layout: %s", type(self.model).__name__, reason)
 
+    @outside_of_graphs
     def pack(
         self,
         selection: Selection,
@@ -298,7 +301,8 @@ class PackedRunner:
             attention_mask=layout.marker(batch.inputs_embeds.device),
             **options,
         )
-        self._count_calls(layout)
+        if len(read) or output.get("hidden_states") is not None:  # a compiler leaves out layers that nothing reads
+            self._count_calls(layout)
         return output, logits
 
     def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:

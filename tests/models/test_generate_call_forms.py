@@ -13,7 +13,6 @@ from support.serving import tiny_tokenizer
 from support.tiny_models import build
 from torch import Tensor
 
-import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank, SoftPromptPipeline
 
 ONE = GREEDY | {"num_beams": 1}
@@ -139,14 +138,6 @@ def test_what_encoder_decoders_take_and_refuse(name: str) -> None:
         tuned.generate(ids, mask, ROWS, prefill_chunk_size=4, **ONE)
     with pytest.raises(ValueError, match=r"`assistant_model`=[A-Za-z0-9]+ cannot be combined with soft prompts$"):
         tuned.generate(ids, mask, ROWS, assistant_model=model, **ONE)
-
-
-def test_a_compiled_wrapper_is_refused_with_what_to_do() -> None:
-    model = build("llama")
-    with pytest.raises(
-        TypeError, match=r"must be the model that was given to torch\.compile; call `model\.compile\(\)`"
-    ):
-        spf.SoftPromptModel(torch.compile(model))
 
 
 def test_a_pipeline_reads_a_generation_configuration() -> None:
