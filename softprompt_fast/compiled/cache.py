@@ -22,7 +22,7 @@ from ..ops.segment_attention.functional import available, cached_attention
 from ..packed.attention import compute_dtype, explicit_attention, masked_attention
 
 if TYPE_CHECKING:
-    from .decode_graph import Decoding
+    from .decoding import Decoding
 
 GROWTH = 64
 """Slots for later tokens that a layer allocates when it grows."""

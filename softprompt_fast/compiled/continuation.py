@@ -34,7 +34,7 @@ class Continuation:
         self.unsupported: str | None = None
         """Why the model cannot generate on this cache; None: it can, as far as is known."""
         self._checked = not runner.check
-        from .decode_graph import DecodeGraphs
+        from .decoding import DecodeGraphs
 
         self.graphs = None if runner.graphs is None else DecodeGraphs()
         """On a GPU, the steps that run as CUDA graphs; None: none do."""
@@ -74,7 +74,7 @@ class Continuation:
             return output
 
         from .cache import place_after_prompts
-        from .decode_graph import steps_as_graphs
+        from .decoding import steps_as_graphs
 
         hook = self.model.register_forward_pre_hook(place_after_prompts, with_kwargs=True)
         try:

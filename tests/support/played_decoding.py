@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from softprompt_fast.compiled import cache, decode_graph
+from softprompt_fast.compiled import cache, decoding
 from softprompt_fast.compiled.decode_graph import DecodeGraph
 from support.varlen_stand_in import path_of_a_gpu
 
@@ -47,9 +47,9 @@ def played_steps() -> Iterator[type[PlayedSteps]]:
     with (
         path_of_a_gpu(),
         mock.patch.object(cache, "available", lambda query: False),
-        mock.patch.object(decode_graph, "on_gpu", lambda device: True),
-        mock.patch.object(decode_graph, "new_pool", lambda: None),
-        mock.patch.object(decode_graph, "most_memory", lambda device: 1e9),
-        mock.patch.object(decode_graph.DecodeGraphs, "graph_type", PlayedSteps),
+        mock.patch.object(decoding, "on_gpu", lambda device: True),
+        mock.patch.object(decoding, "new_pool", lambda: None),
+        mock.patch.object(decoding, "most_memory", lambda device: 1e9),
+        mock.patch.object(decoding.DecodeGraphs, "graph_type", PlayedSteps),
     ):
         yield PlayedSteps

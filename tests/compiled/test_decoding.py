@@ -19,10 +19,10 @@ from support.tiny_models import LLAMA, batch, build
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast.compiled import decode_graph
+from softprompt_fast.compiled import decode_graph, decoding
 from softprompt_fast.compiled.cache import CompiledCache, additive_mask
 from softprompt_fast.compiled.continuation import Continuation
-from softprompt_fast.compiled.decode_graph import CHECKED_STEPS, EAGER_STEPS, LEAST_LEFT, DecodeGraphs
+from softprompt_fast.compiled.decoding import CHECKED_STEPS, EAGER_STEPS, LEAST_LEFT, DecodeGraphs
 from softprompt_fast.inference import PromptBank
 from softprompt_fast.inference.engine import Engine
 
@@ -81,8 +81,8 @@ def test_tokens_equal_those_without_graphs(played: type[PlayedSteps], name: str)
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_text_may_outgrow_a_graph(played: type[PlayedSteps], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graph, "GROWTH", 8)
-    monkeypatch.setattr(decode_graph, "HORIZON", 8)
+    monkeypatch.setattr(decoding, "GROWTH", 8)
+    monkeypatch.setattr(decoding, "HORIZON", 8)
     models = pair(name)
     assert_same(models, max_new_tokens=60)
     assert played.captured >= 5 and played.replays > 45
@@ -92,7 +92,7 @@ def test_a_text_may_outgrow_a_graph(played: type[PlayedSteps], name: str, monkey
 
 
 def test_a_call_may_go_on_for_longer_than_it_said(played: type[PlayedSteps], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_graph, "GROWTH", 8)
+    monkeypatch.setattr(decoding, "GROWTH", 8)
     models = pair()
     original = DecodeGraphs.decoding
 
@@ -329,7 +329,7 @@ def test_an_attention_that_does_not_read_the_cache_is_noticed(
     def unread(self: Any, module: Any, query: Tensor, *arguments: Any, **keywords: Any) -> Any:
         return query.transpose(1, 2), None
 
-    monkeypatch.setattr(decode_graph._FixedLayer, "attend", unread)
+    monkeypatch.setattr(decode_graph.FixedLayer, "attend", unread)
     assert_same(models)
     assert played.replays == 0
     assert graphs_of(models[0]).stopped == "Unsupported: its attention does not read what it has cached"
@@ -364,7 +364,7 @@ def test_calls_that_a_graph_cannot_repeat_run_as_usual(played: type[PlayedSteps]
 def test_graphs_can_be_turned_off(played: type[PlayedSteps]) -> None:
     _, without = pair()
     assert without._generator.continuation is not None and without._generator.continuation.graphs is None
-    with mock.patch.object(decode_graph, "steps_as_graphs", side_effect=AssertionError):
+    with mock.patch.object(decoding, "steps_as_graphs", side_effect=AssertionError):
         without.generate(*texts(), ROWS, **GREEDY)
     assert played.captured == 0
 
@@ -394,15 +394,25 @@ def test_memory_for_graphs_has_a_limit(played: type[PlayedSteps], monkeypatch: p
     models = pair()
     heads, size = LLAMA["num_key_value_heads"], LLAMA["head_dim"]
     one = 2 * LLAMA["num_hidden_layers"] * len(ROWS) * 64 * heads * size * 4
-    monkeypatch.setattr(decode_graph, "most_memory", lambda device: one - 1)
+    monkeypatch.setattr(decoding, "most_memory", lambda device: one - 1)
     assert_same(models)
     assert played.captured == 0
-    monkeypatch.setattr(decode_graph, "most_memory", lambda device: one)
+    monkeypatch.setattr(decoding, "most_memory", lambda device: one)
     assert_same(models)
     assert played.captured == 1 and len(graphs_of(models[0])) == 1
     ids, mask = (x[:2] for x in texts())
     found = [model.generate(ids, mask, ROWS[:2], **GREEDY) for model in models]
     assert torch.equal(*found) and played.captured == 2 and len(graphs_of(models[0])) == 1
+
+
+def test_the_oldest_graph_makes_room(played: type[PlayedSteps], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "MOST_GRAPHS", 2)
+    models = pair()
+    for rows in (1, 2, 3, 2, 1):
+        ids, mask = (x[:rows] for x in texts())
+        assert torch.equal(*(model.generate(ids, mask, ROWS[:rows], **GREEDY) for model in models))
+        assert len(graphs_of(models[0])) <= 2
+    assert played.captured == 4
 
 
 def test_a_prompt_bank_generates_with_graphs(played: type[PlayedSteps]) -> None:
