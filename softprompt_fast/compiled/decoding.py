@@ -66,7 +66,7 @@ class Decoding:
         self.finished = False
         """No further step runs as a graph."""
         self.graph: DecodeGraph | None = None
-        """The graph that holds the cache."""
+        """The graph that the cache was moved into: no other call may use it."""
 
     def __deepcopy__(self, memo: Any) -> None:
         return None  # a copied cache has tensors of its own
@@ -153,7 +153,7 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
         if not current:
             return None
         if graph is not None and not graph.holds(cache):
-            decoding.finished, decoding.graph = True, None
+            decoding.finished = True  # some of its layers may still hold the graph's tensors
             return None
         self._wait_for_last()
         if graph is None or not graph.has_room(cache):
