@@ -7,7 +7,7 @@ which reads each row's prompt in the table of compiled prompts and each row's te
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..base.errors import Unsupported
 from ..hf.attention import CARRIER_ATTRIBUTE, check_keywords
+from ..hf.cuda_graphs import HARMLESS_ATTRIBUTE
 from ..ops.packing.functional import RowTable, unpack
 from ..ops.segment_attention.functional import available, cached_attention
 from ..packed.attention import compute_dtype, explicit_attention, masked_attention
+
+if TYPE_CHECKING:
+    from .decoding import Decoding
 
 GROWTH = 64
 """Slots for later tokens that a layer allocates when it grows."""
@@ -39,9 +43,13 @@ class RowPlaces:
 
     def repeated(self, copies: int) -> RowPlaces:
         """Each row `copies` times, as beam search has them."""
-        return RowPlaces(
-            self.compiled, self.prefixes.repeat_interleave(copies, 0), self.padding.repeat_interleave(copies)
-        )
+
+        def make() -> RowPlaces:
+            prefixes, padding = (x.repeat_interleave(copies, 0) for x in (self.prefixes, self.padding))
+            return RowPlaces(self.compiled, prefixes, padding)
+
+        made: RowPlaces = self._once("repeated", copies, make)
+        return self if copies == 1 else made
 
     def selected(self, rows: Tensor) -> RowPlaces:
         rows = rows.cpu()
@@ -67,24 +75,70 @@ class RowPlaces:
         made: tuple[Tensor, Tensor] = self._once("tables", (length, room, new), make)
         return made
 
+    def prompts(self) -> tuple[RowTable, int]:
+        """The table by which each row's prompt is copied, and the length of the longest one."""
+
+        def make() -> tuple[RowTable, int]:
+            width = int(self.prefixes[:, 1].max())
+            return RowTable(F.pad(self.prefixes, (2, 0)).contiguous().to(self.compiled.device), width), width
+
+        made: tuple[RowTable, int] = self._once("prompts", None, make)
+        return made
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[B] each: virtual tokens of each row's prompt, and its padding."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            both = torch.stack([self.prefixes[:, 1], self.padding])
+            if device.type == "cuda":
+                both = both.pin_memory()
+            virtual, padding = both.to(device, non_blocking=True)
+            return virtual, padding
+
+        made: tuple[Tensor, Tensor] = self._once("on", device, make)
+        return made
+
     def mask(self, width: int, length: int, new: int, window: int, like: Tensor) -> Tensor:
         """Additive [B, 1, new, width + length] for keys ``[prompt, filled up to width][padding][text]``."""
 
         def make() -> Tensor:
-            padding = self.padding[:, None]
-            virtual = self.prefixes[:, 1:]
-            slot, token = torch.arange(width)[None], torch.arange(length)[None]
-            places = torch.cat([slot.expand(len(padding), -1), token - padding + virtual], 1)
-            real = torch.cat([slot < virtual, token >= padding], 1)
-            distance = places[:, -new:, None] - places[:, None]
-            seen = real[:, None] & (distance >= 0)
-            if window:
-                seen &= distance < window
-            mask = torch.zeros(seen.shape, dtype=like.dtype)
-            return mask.masked_fill_(~seen, torch.finfo(like.dtype).min)[:, None].to(like.device)
+            return additive_mask(*self.on(like.device), width, length, width + length, new, window, like.dtype)
 
-        made: Tensor = self._once("mask", (width, length, new, window, like.dtype), make)
+        made: Tensor = self._once(
+            f"mask of window {window}", (width, length, new, window, like.dtype, like.device), make
+        )
         return made
+
+
+def additive_mask(
+    virtual: Tensor,
+    padding: Tensor,
+    width: int | Tensor,
+    length: int | Tensor,
+    slots: int,
+    new: int,
+    window: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[B, 1, new, slots] for keys ``[prompt, filled up to width][padding][text]`` and slots that are not filled yet.
+
+    Args:
+        virtual, padding: [B], virtual tokens and padding of each row.
+        width, length: slots of prompts; tokens of padding and text, of which the last `new` ask. A tensor is on the
+            device, so that nothing is computed on the host.
+    """
+    virtual, padding = virtual[:, None], padding[:, None]
+    slot = torch.arange(slots, device=virtual.device)
+    token = slot - width
+    place = torch.where(token < 0, slot, token - padding + virtual)
+    real = torch.where(token < 0, slot < virtual, token >= padding)
+    asked = torch.arange(new, device=virtual.device) + (length - new) - padding + virtual
+    distance = asked[:, :, None] - place[:, None]
+    seen = real[:, None] & (distance >= 0)
+    if window:
+        seen &= distance < window
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 class Layer(CacheLayerMixin):
@@ -104,8 +158,8 @@ class Layer(CacheLayerMixin):
         self.was_read = True
         """Whether attention has read what was stored last."""
         self._new = 0
-        self._stored: list[Tensor] = []
-        self._holds_prompts = False
+        self.stored: list[Tensor] = []
+        self.holds_prompts = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -118,25 +172,31 @@ class Layer(CacheLayerMixin):
             self.batch_repeat_interleave(len(key_states) // len(self.rows.padding))
         new = key_states.shape[2]
         end = self.front + self.length
-        if not self._stored or end + new > self._stored[0].shape[1]:
-            self._stored = [self._larger(i, x.transpose(1, 2)) for i, x in enumerate((key_states, value_states))]
-        for stored, states in zip(self._stored, (key_states, value_states), strict=True):
+        if not self.stored or end + new > self.stored[0].shape[1]:
+            self.stored = [self._larger(i, x.transpose(1, 2)) for i, x in enumerate((key_states, value_states))]
+        for stored, states in zip(self.stored, (key_states, value_states), strict=True):
             stored[:, end : end + new] = states.transpose(1, 2)
-        self.length += new
+        keys, values = self.hold(self.stored, self.length + new)
         self._new = new
         self.is_initialized = True
-        text = slice(self.front, self.front + self.length)
-        self.keys, self.values = (stored[:, text].transpose(1, 2) for stored in self._stored)
-        setattr(self.keys, CARRIER_ATTRIBUTE, self)
-        return self.keys, self.values
+        setattr(keys, CARRIER_ATTRIBUTE, self)
+        return keys, values
+
+    def hold(self, stored: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
+        """Takes tensors that hold its prompts, if any, and `length` tokens of text: the keys and values returned."""
+        self.stored, self.length = stored, length
+        text = slice(self.front, self.front + length)
+        keys, values = (x[:, text].transpose(1, 2) for x in stored)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def _larger(self, index: int, states: Tensor) -> Tensor:
         """What is stored, with room for states [B, new, H', E] and later ones."""
         rows, new, heads, size = states.shape
         end = self.front + self.length
         larger = states.new_empty(rows, end + new + GROWTH, heads, size)
-        if self._stored:
-            larger[:, :end] = self._stored[index][:, :end]
+        if self.stored:
+            larger[:, :end] = self.stored[index][:, :end]
         return larger
 
     def attend(
@@ -156,11 +216,11 @@ class Layer(CacheLayerMixin):
         """Attention of [B, H, new, E] queries -> [B, new, H, E]: in place on a CPU, else on gathered prompts."""
         check_keywords(module, is_causal, keywords)
         rows, heads, new, size = query.shape
-        keys, values = self._stored
+        keys, values = self.stored
         if dropout or new != self._new or self.rows.compiled.shape[3:] != keys.shape[2:] or keys.shape != values.shape:
             raise Unsupported(f"its attention has dropout, {new} queries for {self._new} new keys, or other heads")
         self.was_read = True
-        if softcap is not None or s_aux is not None or self._holds_prompts or not available(query):
+        if softcap is not None or s_aux is not None or self.holds_prompts or not available(query):
             return self._attend_gathered(query, scaling, sliding_window, softcap, s_aux), None
         table, queries = self.rows.tables(self.length, keys.shape[1], new)
         prefix_key, prefix_value = self.rows.compiled[self.index].to(query.dtype).unbind(0)
@@ -181,11 +241,11 @@ class Layer(CacheLayerMixin):
         self, query: Tensor, scaling: float | None, window: int | None, softcap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """[B, new, H, E], on one sequence of keys per row: its prompt, then its text."""
-        if not self._holds_prompts:
+        if not self.holds_prompts:
             self._copy_prompts()
         dtype = compute_dtype(query)
         q = query.to(dtype)
-        k, v = (stored[:, : self.front + self.length].transpose(1, 2).to(dtype) for stored in self._stored)
+        k, v = (stored[:, : self.front + self.length].transpose(1, 2).to(dtype) for stored in self.stored)
         mask = self.rows.mask(self.front, self.length, self._new, window or 0, q)
         if softcap is not None or sinks is not None:
             out = explicit_attention(q, k, v, mask, scaling, 0.0, softcap, sinks)
@@ -195,14 +255,12 @@ class Layer(CacheLayerMixin):
 
     def _copy_prompts(self) -> None:
         """Puts each row's prompt before its text; zeros follow a prompt shorter than the longest one."""
-        compiled, prefixes = self.rows.compiled[self.index], self.rows.prefixes
+        compiled, (table, width) = self.rows.compiled[self.index], self.rows.prompts()
         two, slots, heads, size = compiled.shape
-        width = int(prefixes[:, 1].max())
-        table = F.pad(prefixes, (2, 0)).contiguous().to(compiled.device)
-        (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), RowTable(table, width))
-        prompts = rows.view(len(prefixes), width, two, heads, size).to(self._stored[0].dtype).unbind(2)
-        self._stored = [torch.cat([prompt, stored], 1) for prompt, stored in zip(prompts, self._stored, strict=True)]
-        self.front, self._holds_prompts = width, True
+        (rows,) = unpack((compiled.transpose(0, 1).reshape(slots, two, heads * size),), table)
+        prompts = rows.view(len(rows), width, two, heads, size).to(self.stored[0].dtype).unbind(2)
+        self.stored = [torch.cat([prompt, stored], 1) for prompt, stored in zip(prompts, self.stored, strict=True)]
+        self.front, self.holds_prompts = width, True
 
     def get_seq_length(self, *args: Any) -> int:
         """Tokens of text and its padding; prompts do not count."""
@@ -226,7 +284,7 @@ class Layer(CacheLayerMixin):
         self.length = max(keep, 0)
 
     def reset(self) -> None:
-        self.length, self.front, self._stored, self._holds_prompts = 0, 0, [], False
+        self.length, self.front, self.stored, self.holds_prompts = 0, 0, [], False
         self.was_read = True
 
     def offload(self) -> None:
@@ -237,15 +295,15 @@ class Layer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beams are reordered within a row, so prompts and padding do not change."""
-        self._stored = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self._stored]
+        self.stored = [stored.index_select(0, beam_idx.to(stored.device)) for stored in self.stored]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.rows = self.rows.repeated(repeats)
-        self._stored = [stored.repeat_interleave(repeats, 0) for stored in self._stored]
+        self.stored = [stored.repeat_interleave(repeats, 0) for stored in self.stored]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.rows = self.rows.selected(indices)
-        self._stored = [stored[indices] for stored in self._stored]
+        self.stored = [stored[indices] for stored in self.stored]
 
 
 class CompiledCache(Cache):  # type: ignore[misc]
@@ -256,6 +314,8 @@ class CompiledCache(Cache):  # type: ignore[misc]
     """
 
     layers: list[Layer]  # type: ignore[assignment]
+    decoding: Decoding | None = None
+    """Runs single tokens as a CUDA graph; None: the model always runs itself."""
 
     def __init__(self, rows: RowPlaces, first: int = 0) -> None:
         super().__init__(layers=[Layer(rows, index) for index in range(rows.compiled.shape[0])])
@@ -265,14 +325,22 @@ class CompiledCache(Cache):  # type: ignore[misc]
         """[N, new], the positions of tokens that come next; 0 for padding. N may be a multiple of the rows."""
         layer = self.layers[0]
         rows, new = layer.rows.repeated(len(input_ids) // len(layer.rows.padding)), input_ids.shape[1]
-        own = torch.arange(layer.length, layer.length + new) - rows.padding[:, None]
-        return (own + rows.prefixes[:, 1:] + self.first).masked_fill(own < 0, 0).to(input_ids.device)
+        virtual, padding = rows.on(input_ids.device)
+        own = torch.arange(layer.length, layer.length + new, device=input_ids.device) - padding[:, None]
+        return (own + virtual[:, None] + self.first).masked_fill(own < 0, 0)
 
 
 def place_after_prompts(module: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """A hook before a model's forward: tokens on a :class:`CompiledCache` get positions after their prompts."""
-    cache = next((value for value in keywords.values() if isinstance(value, CompiledCache)), None)
-    ids = keywords.get("input_ids")
+    cache, ids = compiled_cache(keywords), keywords.get("input_ids")
     if cache is None or ids is None:
         return None
     return args, keywords | {"position_ids": cache.positions(ids)}
+
+
+setattr(place_after_prompts, HARMLESS_ATTRIBUTE, True)
+
+
+def compiled_cache(keywords: dict[str, Any]) -> CompiledCache | None:
+    """The cache among the arguments of a model's forward; its name depends on the version of transformers."""
+    return next((value for value in keywords.values() if isinstance(value, CompiledCache)), None)

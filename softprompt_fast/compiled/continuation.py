@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,10 @@ class Continuation:
         self.unsupported: str | None = None
         """Why the model cannot generate on this cache; None: it can, as far as is known."""
         self._checked = not runner.check
+        from .decoding import DecodeGraphs
+
+        self.graphs = None if runner.graphs is None else DecodeGraphs()
+        """On a GPU, the steps that run as CUDA graphs; None: none do."""
 
     @torch.no_grad()
     def generate(
@@ -63,21 +68,36 @@ class Continuation:
             chosen = [prefixes[row] for row in rows]
             self._check(compiled, chosen, ids, mask)
             cache = self._cache(compiled, chosen, mask)
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, **{cache_keyword(self.model): cache}, **own
-            )
+            output = self._generate(cache, ids, mask, own)
             if not all(layer.was_read for layer in cache.layers):
                 raise Unsupported("its attention does not read what it has cached")
             return output
 
         from .cache import place_after_prompts
+        from .decoding import steps_as_graphs
 
         hook = self.model.register_forward_pre_hook(place_after_prompts, with_kwargs=True)
         try:
-            with evaluating(self.model):
+            with evaluating(self.model), nullcontext() if self.graphs is None else steps_as_graphs(self.model):
                 return generate_rows(self.model, input_ids, attention_mask, options, keys, run)
         finally:
             hook.remove()
+
+    def _generate(self, cache: CompiledCache, ids: Tensor, mask: Tensor, options: dict[str, Any]) -> Any:
+        decoding = None
+        if self.graphs is not None:
+            decoding = self.graphs.decoding(self.model, ids.shape[1], options, self.runner.check)
+        cache.decoding = decoding
+        kept = False
+        try:
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, **{cache_keyword(self.model): cache}, **options
+            )
+            kept = not isinstance(output, Tensor)
+        finally:
+            if decoding is not None:
+                decoding.end(cache, kept)
+        return output
 
     def _cache(self, compiled: Tensor, prefixes: Sequence[tuple[int, int]], mask: Tensor) -> CompiledCache:
         """A cache for rows with padding on the left."""

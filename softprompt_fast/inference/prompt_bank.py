@@ -92,7 +92,8 @@ class PromptBank:
             raise ValueError(f"`budget` must be a number of bytes, got {budget}")
         prompts = model.prompts if isinstance(model, SoftPromptModel) else None
         base = model.base_model if isinstance(model, SoftPromptModel) else model
-        self.model = SoftPromptModel(base, check=check)
+        runner = model.runner if isinstance(model, SoftPromptModel) else None
+        self.model = SoftPromptModel(base, check=check, cuda_graphs=runner is None or runner.graphs is not None)
         self.model.eval()
         self.check = check
         self.storage = storage

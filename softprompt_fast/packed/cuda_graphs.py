@@ -8,9 +8,8 @@ reads. The padding is at most 1/16 of a batch. A batch whose sizes are new runs 
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..base.errors import Unsupported
+from ..hf.cuda_graphs import ModelGraphs, calls_as_usual, new_pool, on_gpu, side_stream
 from ..ops.extension import backend
 from ..ops.segment_attention.ragged import Line, RaggedPlan, host_plan
 from .batch import PackedInputs
@@ -141,9 +140,10 @@ class StepGraph:
 
     def capture(self, pool: Any) -> None:
         """Records the passes; what they need in between is in `pool`."""
-        device = self.embeds.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        with side_stream(self.embeds.device) as stream:
+            self._capture(pool, stream)
+
+    def _capture(self, pool: Any, stream: Any) -> None:
         with torch.cuda.stream(stream):  # libraries make themselves ready for this stream
             leaf, logits = self.forward_pass()
             if self.sizes.gradient:
@@ -161,7 +161,6 @@ class StepGraph:
                 self.gradient = self.backward_pass(leaf, logits, self.logits_gradient)
         # Without its autograd graph: the memory between the passes serves other graphs of the pool too.
         self.logits = logits.detach()
-        torch.cuda.current_stream(device).wait_stream(stream)
 
     def forward_pass(self) -> tuple[Tensor, Tensor]:
         """The vectors, as a leaf, and the logits of a batch as this graph holds it."""
@@ -221,27 +220,19 @@ class _Replay(torch.autograd.Function):
         return ctx.graph.replay_backward(grad, ctx.slots), None, None, None
 
 
-class StepGraphs:
-    """The graphs of one model. All of them are dropped when its weights or modules change."""
+class StepGraphs(ModelGraphs[StepGraph]):
+    """The graphs of one model's packed batches."""
 
     graph_type: type[StepGraph] = StepGraph
 
     def __init__(self) -> None:
-        self.stopped: str | None = None
-        """Why no batch runs as a graph any more."""
-        self._graphs: OrderedDict[Any, StepGraph] = OrderedDict()
+        super().__init__()
         self._seen: Counter[Any] = Counter()
-        self._state: tuple[Any, ...] = ()
-        self._pool: Any = None
         self._open: weakref.ref[_Ticket] | None = None
-        self._stream: Any = None
-        self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # another process, or a copy of the model, captures its own
-
-    def __len__(self) -> int:
-        return len(self._graphs)
+    def _forget(self) -> None:
+        super()._forget()
+        self._seen.clear()
 
     def run(
         self, runner: PackedRunner, batch: PackedInputs, read: Tensor, options: dict[str, Any]
@@ -263,20 +254,13 @@ class StepGraphs:
             and layout.slots > 0
             and len(read) > 0
             and not set(options) - {"num_items_in_batch"}  # which only a loss reads
-            and not torch.is_autocast_enabled(device.type)
-            and not torch.compiler.is_compiling()
-            and _get_current_dispatch_mode() is None  # it would not see what a graph does
+            and not calls_as_usual(device)
             and backend.ops_for(device) is not None
         )
 
     def _run(self, runner: PackedRunner, batch: PackedInputs, read: Tensor) -> tuple[Any, Tensor] | None:
         embeds = batch.inputs_embeds
-        state = model_state(runner.model, embeds.device)
-        if state != self._state:
-            self._graphs.clear()
-            self._seen.clear()
-            self._state, self._pool = state, None
-        if not state:
+        if not self._follow(runner.model, embeds.device):
             return None
         lines = [*batch.layout.prompts.lines, *batch.layout.rows.lines]
         gradient = torch.is_grad_enabled() and embeds.requires_grad
@@ -322,10 +306,7 @@ class StepGraphs:
                     self._pool = new_pool()
                 graph.capture(self._pool)
         except Exception as error:
-            self.stopped = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            self._graphs.clear()
-            logger.warning("%s does not run as CUDA graphs: %s", type(runner.model).__name__, self.stopped)
-            _end_failed_capture(batch[0].device)
+            self._stop(runner.model, error, batch[0].device)
             return None
         logger.info("batches of up to %d packed slots run as a CUDA graph", sizes.slots)
         return graph
@@ -337,60 +318,3 @@ class StepGraphs:
             return None
         parts = [np.pad(part, (0, size - len(part))) for part, size in zip(made.parts, sizes.parts, strict=True)]
         return torch.from_numpy(np.concatenate(parts))
-
-    def _wait_for_last(self) -> None:
-        """Another stream may still use the graphs' memory."""
-        if not torch.cuda.is_available():
-            return
-        stream = torch.cuda.current_stream()
-        if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
-
-
-def on_gpu(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-
-
-def new_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
-def _end_failed_capture(device: torch.device) -> None:
-    """A capture that failed leaves the random numbers of the device unusable until another one has succeeded."""
-    if device.type == "cuda":
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            torch.zeros(1, device=device)
-
-
-def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
-    """What a graph of a model depends on; empty: a graph would not do what the model does.
-
-    A graph has the addresses of the weights, and calls no Python: no hook, no random choice of layers.
-    """
-    config = model.config
-    facts: list[Any] = [config._attn_implementation]
-    for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            return ()
-        if module.training and getattr(module, "gradient_checkpointing", False):
-            return ()
-        facts.append((id(module), module.training, module.__dict__.get("forward")))
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
-            if tensor.requires_grad or tensor.device != device:
-                return ()
-            facts.append(tensor.data_ptr())
-    if model.training and _chance(config):
-        return ()
-    return tuple(facts)
-
-
-def _chance(config: Any) -> bool:
-    """Whether training draws random numbers, such as for dropout."""
-    values = config.get_text_config().to_dict().items()
-    named = (value for name, value in values if "drop" in name or "jitter" in name)
-    return any(isinstance(value, (int, float)) and value > 0 for value in named)

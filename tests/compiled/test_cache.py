@@ -63,7 +63,7 @@ def test_each_row_begins_with_a_copy_of_its_prompt(monkeypatch: pytest.MonkeyPat
     layer.update(*text)
     attend(layer, 3, 5)
     layer.update(*states(3, 1))
-    keys, values = layer._stored
+    keys, values = layer.stored
     assert torch.equal(keys[0, :3], COMPILED[1, 0, 2:5]) and not keys[0, 3].any()
     assert torch.equal(values[2, :4], COMPILED[1, 1, 5:9]) and not values[1, :4].any()
     assert torch.equal(layer.keys[:, :, :5], text[0]) and torch.equal(keys[:, 4:9].transpose(1, 2), text[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ from support.rows_alone import ROWS, alone, relative, tuned_model
 from support.tiny_models import batch
 
 import softprompt_fast as spf
+from softprompt_fast.compiled import decoding
+from softprompt_fast.compiled.decode_graph import DecodeGraph
+from softprompt_fast.compiled.decoding import EAGER_STEPS, DecodeGraphs
 from softprompt_fast.inference import PromptBank
 from softprompt_fast.packed.cuda_graphs import EAGER_BATCHES
 
@@ -146,3 +149,89 @@ class TestCudaGraphs:
         others = self.models("llama")
         self.assert_same_steps(others, rows)
         assert others[0].runner is not None and len(others[0].runner.graphs or ()) > 0
+
+
+class TestStepsOfGeneration:
+    """Single tokens that are replayed as CUDA graphs; see ``compiled/decoding.py``."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+
+    @pytest.fixture(autouse=True)
+    def counted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replays = 0
+        original = DecodeGraph.replay
+
+        def replay(graph: DecodeGraph) -> torch.Tensor:
+            self.replays += 1
+            return original(graph)
+
+        monkeypatch.setattr(DecodeGraph, "replay", replay)
+
+    def models(self, name: str, dtype: torch.dtype) -> tuple[spf.SoftPromptModel, spf.SoftPromptModel]:
+        with_graphs = on_device(name)
+        with_graphs.base_model.to(dtype)
+        return with_graphs, spf.SoftPromptModel(with_graphs.base_model, with_graphs.prompts, cuda_graphs=False)
+
+    def generated(self, model: spf.SoftPromptModel, shorter: int = 0, **options: Any) -> Any:
+        torch.manual_seed(3)
+        ids, mask = (x[:, shorter:].to(DEVICE) for x in batch(padding="left"))
+        return model.generate(ids, mask, ROWS, **(self.OPTIONS | options))
+
+    def graphs(self, model: spf.SoftPromptModel) -> DecodeGraphs:
+        continuation = model._generator.continuation
+        assert continuation is not None and continuation.graphs is not None
+        return continuation.graphs
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_tokens_equal_those_without(self, name: str) -> None:
+        models = self.models(name, torch.float32)
+        for shorter, sample in ((0, False), (2, True), (1, False)):
+            found, expected = (self.generated(model, shorter, do_sample=sample) for model in models)
+            assert torch.equal(found, expected)
+        graphs = self.graphs(models[0])
+        assert graphs.stopped is None and len(graphs) == 1 and self.replays == 3 * 39 - EAGER_STEPS
+
+    def test_logits_in_bfloat16_equal_those_without(self) -> None:
+        models = self.models("llama", torch.bfloat16)
+        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+        found, expected = (self.generated(model, **options) for model in models)
+        alike = torch.ones(len(ROWS), dtype=torch.bool, device=DEVICE)
+        for one, other in zip(found.logits, expected.logits, strict=True):
+            assert ((one - other)[alike].norm() / other[alike].norm()).item() < 0.03
+            alike &= one.argmax(-1) == other.argmax(-1)  # from here on a row may go another way
+            if not alike.any():
+                break
+        assert self.graphs(models[0]).stopped is None and self.replays == 39 - EAGER_STEPS
+
+    def test_a_text_may_outgrow_a_graph(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoding, "GROWTH", 8)
+        monkeypatch.setattr(decoding, "HORIZON", 8)
+        models = self.models("llama", torch.float32)
+        found, expected = (self.generated(model, do_sample=False) for model in models)
+        assert torch.equal(found, expected)
+        assert self.graphs(models[0]).stopped is None and len(self.graphs(models[0])) >= 3
+
+    def test_changed_weights_are_seen(self) -> None:
+        models = self.models("llama", torch.float32)
+        before = self.generated(models[0], do_sample=False)
+        layer = models[0].base_model.model.layers[0].mlp.up_proj
+        layer.weight = torch.nn.Parameter(layer.weight.detach() * 2, requires_grad=False)
+        found, expected = (self.generated(model, do_sample=False) for model in models)
+        assert torch.equal(found, expected) and not torch.equal(found, before)
+
+    def test_a_capture_that_fails_does_no_harm(self, caplog: pytest.LogCaptureFixture) -> None:
+        models = self.models("llama", torch.float32)
+        layer = type(models[0].base_model.model.layers[1].mlp)
+        original = layer.forward
+
+        def waiting(self: Any, x: torch.Tensor) -> torch.Tensor:
+            assert x.sum().item() == x.sum().item()
+            return original(self, x)
+
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(layer, "forward", waiting)
+            found, expected = (self.generated(model, do_sample=False) for model in models)
+        assert torch.equal(found, expected) and "does not decode as CUDA graphs" in caplog.text
+        assert torch.randn(1000, device=DEVICE).std() > 0.5
+        others = self.models("llama", torch.float32)
+        assert torch.equal(*(self.generated(model, do_sample=True) for model in others)) and self.replays
