@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.devices import DEVICE, ON_GPU
+from support.devices import DEVICE, NEEDS_STREAMS, ON_GPU
 from support.rows_alone import ROWS, alone, relative, tuned_model
 from support.tiny_models import batch
 
@@ -87,6 +87,7 @@ def test_compiled_prompts_give_the_logits_of_the_prompts() -> None:
     assert relative(found, expected.detach()) < TOLERANCE
 
 
+@NEEDS_STREAMS
 class TestCudaGraphs:
     """In bfloat16, because a library computes the attention there."""
 
@@ -151,6 +152,7 @@ class TestCudaGraphs:
         assert others[0].runner is not None and len(others[0].runner.graphs or ()) > 0
 
 
+@NEEDS_STREAMS
 class TestStepsOfGeneration:
     """Single tokens that are replayed as CUDA graphs; see ``compiled/decoding.py``."""
 
