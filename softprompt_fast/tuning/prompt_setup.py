@@ -15,7 +15,6 @@ from ..hf.embedding import embedding_table
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.initialization import initial_prompt
-from ..prompts.peft_files import read_vectors
 from ..prompts.placement import FixedFirst, bos_vector
 from ..prompts.reparameterization import (
     LowRank,
@@ -26,6 +25,7 @@ from ..prompts.reparameterization import (
     SharedPart,
     reparameterize,
 )
+from ..prompts.vector_files import read_vectors
 from ..tasks.task import TASK_FILE, Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
 
