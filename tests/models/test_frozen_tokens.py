@@ -9,12 +9,16 @@ import pytest
 import torch
 import transformers as tf
 from support.peft_models import IDS, RIGHT, base_model, peft_model
+from support.tiny_reviews import reviews, tiny_tokenizer
 from torch import Tensor
 
 import softprompt_fast as spf
 from softprompt_fast.prompts import fold
 from softprompt_fast.prompts.peft_files import frozen_tokens, peft_type
 from softprompt_fast.prompts.placement import frozen_count
+from softprompt_fast.tasks.task import classification_task
+from softprompt_fast.tuning.job import TuningJob
+from softprompt_fast.tuning.run import tune, tune_tasks
 
 peft = pytest.importorskip("peft")
 
@@ -145,6 +149,53 @@ def test_the_bank_treats_them_as_any_prompt() -> None:
     assert torch.equal(fold(tuned.prompts, "new"), values) and frozen_count(tuned.prompts, "new") == 0
     tuned.remove_prompt("new")
     assert tuned.prompts.names == []
+
+
+# --- tuning runs ---
+
+
+def tune_deep(folder: Path, tuned: spf.DeepPromptModel, **options: Any) -> Any:
+    task = classification_task(reviews(), prompt="p")
+    settings = {"steps": 4, "eval_every": 2, "learning_rate": 0.1, "num_virtual_tokens": 5, "num_frozen_tokens": 2}
+    return tune(tuned, tiny_tokenizer(), task, reviews(16), reviews(8), folder, **settings | options)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"reparameterization": "residual"}, {"reparameterization": "low-rank", "rank": 2}, {"decay_to_initial": 0.5}],
+    ids=["plain", "residual", "low-rank", "decay"],
+)
+def test_a_tuning_run_keeps_them(form: dict[str, Any], tmp_path: Path) -> None:
+    tuned, start = spf.DeepPromptModel(base_model("llama")), spf.DeepPromptModel(base_model("llama"))
+    values = start.add_prompt("p", 5, init="vocabulary", seed=0).detach()
+    result = tune_deep(tmp_path / "run", tuned, init="vocabulary", init_noise=0.1, seed=0, **form)
+    got = tuned.prompts["p"]
+    assert torch.equal(got[:2], values[:2]) and not torch.equal(got[2:], values[2:])
+    assert tuned.prompts.forms("p") is None and frozen_tokens(result.folder) == 2
+    if not form:
+        assert result.trainable_parameters == 3 * tuned.prompts.embedding_dim
+    more = spf.DeepPromptModel.from_pretrained(base_model("llama"), result.folder)
+    assert torch.equal(more.prompts["p"], got)
+    again = tune_deep(tmp_path / "more", more, num_frozen_tokens=0, **form)  # the prompt is in the model already
+    assert torch.equal(more.prompts["p"][:2], values[:2]) and not torch.equal(more.prompts["p"], got)
+    assert frozen_tokens(again.folder) == 2
+
+
+def test_tuning_runs_that_cannot_keep_them_are_refused(tmp_path: Path) -> None:
+    deep = spf.DeepPromptModel(base_model("llama"))
+    with pytest.raises(ValueError, match="`num_frozen_tokens` must be 0 to 5, the prompt's length, got 6"):
+        tune_deep(tmp_path, deep, num_frozen_tokens=6)
+    with pytest.raises(ValueError, match="`num_frozen_tokens` must be an integer from 0, got -1"):
+        tune_deep(tmp_path, deep, num_frozen_tokens=-1)
+    with pytest.raises(ValueError, match="`num_frozen_tokens` must be 0 unless prompts are deep, got 2"):
+        tune_deep(tmp_path, spf.SoftPromptModel(base_model("llama")))
+    job = TuningJob(classification_task(reviews(), prompt="p"), reviews(), reviews(8))
+    with pytest.raises(ValueError, match="`shared_tokens` cannot be combined with `num_frozen_tokens`"):
+        tune_tasks(deep, tiny_tokenizer(), [job], tmp_path, shared_tokens=2, num_frozen_tokens=1)
+    assert deep.prompts.names == []
+
+
+# --- errors ---
 
 
 @pytest.mark.parametrize("count", [-1, 6, 1.0, True, None])

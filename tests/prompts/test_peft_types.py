@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.peft_models import FULL, IDS, RIGHT, VIRTUAL, base_model, peft_model
 from support.tiny_text import tiny_tokenizer
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank, SoftPromptPipeline
 from softprompt_fast.prompts.peft_files import prompts_by_name, read_prompt
+from softprompt_fast.registry.record import only_prompt
 
 peft = pytest.importorskip("peft")
 
@@ -208,6 +211,31 @@ def test_a_folder_whose_name_looks_like_a_task_is_a_folder(tmp_path: Path) -> No
     (tmp_path / "plain").rename(tmp_path / "run#2")
     assert list(prompts_by_name(tmp_path)) == ["run-2"]
     assert torch.equal(tuned.load_prompt(tmp_path / "run#2"), tuned.prompts["plain"])
+
+
+def test_tensors_of_tasks_must_fit_each_other(tmp_path: Path) -> None:
+    multitask(tmp_path)
+    file = tmp_path / "many" / "adapter_model.safetensors"
+    for key, shape in (("prefix_task_rows", [2, 2, 32]), ("prefix_task_cols", [3, 4, 2]), ("prompt_embeddings", [5])):
+        tensors = load_file(file)
+        save_file(tensors | {key: torch.zeros(shape)}, file)
+        with pytest.raises(ValueError, match=rf"must have shapes \[P, D\], .*, got .*{re.escape(str(shape))}"):
+            spf.SoftPromptModel.from_pretrained(base_model("llama"), tmp_path)
+        save_file(tensors, file)
+
+
+def test_a_task_is_no_version(tmp_path: Path) -> None:
+    multitask(tmp_path)
+    assert only_prompt(multitask_of_one(tmp_path)).name == "one"
+    with pytest.raises(ValueError, match=r"a version must be one prompt, got .* with many-0, many-1, many-2"):
+        only_prompt(tmp_path / "many")
+    with pytest.raises(ValueError, match=r"a version must be a folder, got a task of one, .*many#1"):
+        only_prompt(tmp_path / "many#1")
+
+
+def multitask_of_one(tmp_path: Path) -> Path:
+    multitask(tmp_path / "other", tasks=1)
+    return (tmp_path / "other" / "many").rename(tmp_path / "other" / "one")
 
 
 @pytest.mark.parametrize(
