@@ -17,6 +17,8 @@ from .npy_files import parse_npy
 META, TENSOR = "meta.json", "tensor.npy"
 LIMITS = {META: 1 << 20, TENSOR: 1 << 28}
 """Bytes of each file when unpacked."""
+DAMAGED = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError)
+"""What Python raises for a damaged archive. RuntimeError: it needs a password, or a newer version."""
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 """Methods that Python unpacks no further than it is asked to."""
 
@@ -26,7 +28,7 @@ def names_in_archive(path: Path) -> list[str] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except zipfile.BadZipFile:
+    except DAMAGED:
         return None
 
 
@@ -39,7 +41,7 @@ def read_kobold(path: Path) -> Tensor:
     try:
         with zipfile.ZipFile(path) as archive:
             meta, content = (_read(archive, name) for name in (META, TENSOR))
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:  # RuntimeError: it needs a password
+    except DAMAGED as error:
         raise ValueError(f"{path} must be a soft prompt of KoboldAI: {error}") from error
     try:
         described = isinstance(json.loads(meta), dict)

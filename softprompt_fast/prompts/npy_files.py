@@ -40,7 +40,7 @@ def parse_npy(content: bytes, source: str) -> Tensor:
     except Exception as error:  # NumPy evaluates the header, which fails in many ways if it is damaged
         reason = str(error).split("\n")[0]
         raise ValueError(f"{source} must be a .npy file: {reason}") from error
-    if len(shape) != 2 or 0 in shape or dtype.newbyteorder("=").str.lstrip("<>|=") not in _NAMES:
+    if len(shape) != 2 or 0 in shape or dtype.newbyteorder("=") not in map(np.dtype, FLOATS):
         raise ValueError(f"{source} must hold an array [P, D] of {', '.join(FLOATS)}, got {dtype} {list(shape)}")
     found = len(content) - stream.tell()
     if found != math.prod(shape) * dtype.itemsize:
@@ -50,9 +50,6 @@ def parse_npy(content: bytes, source: str) -> Tensor:
     if not torch.isfinite(values).all():
         raise ValueError(f"{source} must hold finite numbers, got NaN or infinity")
     return values
-
-
-_NAMES = [np.dtype(name).str.lstrip("<>|=") for name in FLOATS]
 
 
 def _bfloat16(array: np.ndarray[Any, Any]) -> Tensor:

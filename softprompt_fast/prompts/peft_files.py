@@ -28,7 +28,7 @@ from ..base.files import save_tensors_atomically, write_atomically
 from ..base.locations import located
 from . import pickle_files
 from .multitask_files import MULTITASK, read_task_prompt, split_task, task_paths
-from .tensor_files import FACTORS, KEY, read_metadata, read_tensor
+from .tensor_files import FACTORS, KEY, read_header, read_tensor
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -117,9 +117,13 @@ def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
 def _with_tasks(path: Path) -> list[Path]:
     """An adapter folder, or each of its tasks."""
     folder, task = split_task(path)
-    if task is not None or read_config(folder, None).get("peft_type") != MULTITASK:
+    try:
+        config = read_config(folder, None)
+    except ValueError:  # raised again when this prompt is read; others beside it can be
         return [path]
-    return task_paths(path, _integer(folder, read_config(folder, None), "num_tasks", 1))
+    if task is not None or config.get("peft_type") != MULTITASK:
+        return [path]
+    return task_paths(path, _integer(folder, config, "num_tasks", 1))
 
 
 def _is_pickled(folder: Path) -> bool:
@@ -218,7 +222,7 @@ def read_base(path: PathLike[str] | str) -> tuple[str | None, str | None]:
     if folder.is_file():
         return None, None
     name = read_config(folder, None).get("base_model_name_or_path")
-    return name or None, read_metadata(folder / WEIGHTS_FILE).get(FINGERPRINT)
+    return name or None, read_header(folder / WEIGHTS_FILE)[1].get(FINGERPRINT)
 
 
 def peft_type(folder: PathLike[str] | str) -> str:
@@ -267,7 +271,7 @@ def _read_json(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must have at most {CONFIG_LIMIT} bytes, got {path.stat().st_size}")
     try:
         config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(config).__name__}")
@@ -321,6 +325,7 @@ def _read_prompt(path: Path, config: dict[str, Any]) -> Tensor:
     weights, kind = folder / WEIGHTS_FILE, config.get("peft_type")
     if task is not None and kind != MULTITASK:
         raise ValueError(f"{path} names a task, but {folder} holds one prompt, of type {kind}")
+    _say_what_is_left(weights)
     if kind == MULTITASK:
         values = read_task_prompt(folder, weights, task)
     else:
@@ -337,6 +342,17 @@ def _read_prompt(path: Path, config: dict[str, Any]) -> Tensor:
     return values[:count].contiguous()
 
 
+def _say_what_is_left(weights: Path) -> None:
+    """Logs weights of the model, such as a head, that PEFT trained and saved with a prompt."""
+    others = [name for name in read_header(weights)[0] if name.startswith("base_model.")]
+    if others:
+        logger.warning(
+            "%s also holds %s, which belong to the model and are not loaded; give the model these weights first",
+            weights,
+            others,
+        )
+
+
 def read_prefix(folder: PathLike[str] | str, shape: tuple[int, int, int, int]) -> tuple[Tensor, dict[str, Any]]:
     """The deep prompt [P, L * 2 * H' * E] (float32) and the configuration of an adapter folder: a prefix or cartridge.
 
@@ -351,6 +367,7 @@ def read_prefix(folder: PathLike[str] | str, shape: tuple[int, int, int, int]) -
     config = read_config(folder, DEEP_TYPES)
     if config.get("num_transformer_submodules") == 2:
         raise ValueError(f"{folder}: the prompt is for an encoder-decoder, and deep prompts run in decoders only")
+    _say_what_is_left(folder / WEIGHTS_FILE)
     values = read_tensor(folder / WEIGHTS_FILE)
     layers, two, heads, size = shape
     count = config.get("num_virtual_tokens")

@@ -10,6 +10,8 @@ from torch import Tensor
 
 KEY = "prompt_embeddings"
 """PEFT's name of a prompt's tensor."""
+HEADER_LIMIT = 100_000_000
+"""Bytes of a header that the library reads."""
 FACTORS = ("token_update_a", "token_update_b")
 
 
@@ -41,10 +43,15 @@ def read_tensor(path: Path, key: str | None = None) -> Tensor:
     return values.float()
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in a safetensors file's header."""
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of a safetensors file's tensors, and the texts in its header."""
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            return list(file.keys()), dict(file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path} must be a safetensors file: {error}") from error
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file is one, by its first bytes: the length of its header, and a brace."""
+    return int.from_bytes(start[:8], "little") <= HEADER_LIMIT and start[8:9] == b"{"

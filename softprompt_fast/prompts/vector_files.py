@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base.locations import located
 from . import kobold_files, npy_files, pickle_files
 from .peft_files import is_prompt_folder, read_prompt
-from .tensor_files import read_tensor
+from .tensor_files import is_safetensors, read_tensor
 
 READ = "a prompt's folder, a .safetensors or .npy file with one tensor, or a soft prompt of KoboldAI"
 
@@ -39,19 +39,19 @@ def read_file(path: Path) -> Tensor:
     with path.open("rb") as file:
         start = file.read(16)
     names = kobold_files.names_in_archive(path) if start.startswith(b"PK") else None
+    if is_safetensors(start):  # before pickles, because the length of its header can begin as they do
+        return read_tensor(path)
     if pickle_files.is_pickle(start, names):
         raise pickle_files.refusal(path)
     if start.startswith(npy_files.MAGIC):
         return npy_files.read_npy(path)
     if names is not None and {kobold_files.META, kobold_files.TENSOR} <= set(names):
         return kobold_files.read_kobold(path)
-    if start[8:9] == b"{":
-        return read_tensor(path)
     raise ValueError(f"{path} must be {READ}, got {_found(start, names)}")
 
 
 def _found(start: bytes, names: list[str] | None) -> str:
     if names is not None:
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return f"a zip archive with {shown[:200] or 'no files'}"
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        return f"a zip archive with the files {[name[:40] for name in names[:4]]}{more}"
     return f"a file that begins with {start[:8]!r}" if start else "an empty file"

@@ -296,6 +296,26 @@ def test_keys_and_values_of_an_encoder_decoder_are_refused(tmp_path: Path) -> No
         spf.SoftPromptModel(base_model("t5", "Seq2SeqLM")).load_prompt(tmp_path / "saved")
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_a_head_that_peft_saved_with_a_prompt_is_named(
+    head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = peft_model("llama", head).eval()
+    model.save_pretrained(tmp_path / "saved")
+    base = base_model("llama", head)
+    tuned = spf.SoftPromptModel.from_pretrained(base, tmp_path)
+    assert "also holds ['base_model.score." in caplog.text and "belong to the model and are not loaded" in caplog.text
+    tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    base.load_state_dict(
+        {name.removeprefix("base_model."): value for name, value in tensors.items() if name.startswith("base_model.")},
+        strict=False,
+    )
+    with torch.no_grad():
+        expected = model(input_ids=IDS, attention_mask=FULL).logits
+        expected = expected[:, -IDS.shape[1] :] if head == "TokenClassification" else expected
+        assert torch.allclose(tuned(IDS, FULL, prompt_ids="saved").logits, expected, atol=1e-4)
+
+
 def test_adapters_that_are_no_prompts_are_refused(tmp_path: Path) -> None:
     lora = peft.get_peft_model(base_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     lora.save_pretrained(tmp_path / "lora")
