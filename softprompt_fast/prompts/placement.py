@@ -68,7 +68,9 @@ def freeze_first(bank: FastSoftPrompt, name: str, count: int) -> nn.Parameter:
     """
     parameter = bank[name]
     check_frozen(count, len(parameter))
-    if count:
+    if count and frozen_count(bank, name) >= count:  # they are excluded already
+        parameter = bank.forms(name).original
+    elif count:
         form = FixedFirst(parameter[:count].detach())
         parametrize.register_parametrization(bank, PARAMETER_PREFIX + name, form)
         parameter = bank.forms(name).original

@@ -15,7 +15,7 @@ from torch import Tensor
 import softprompt_fast as spf
 from softprompt_fast.prompts import fold
 from softprompt_fast.prompts.peft_files import frozen_tokens, peft_type
-from softprompt_fast.prompts.placement import frozen_count
+from softprompt_fast.prompts.placement import freeze_first, frozen_count
 from softprompt_fast.tasks.task import classification_task
 from softprompt_fast.tuning.job import TuningJob
 from softprompt_fast.tuning.run import tune, tune_tasks
@@ -132,6 +132,17 @@ def test_a_checkpoint_of_trainer_keeps_them(tmp_path: Path) -> None:
     assert torch.equal(again.prompts["mine"], tuned.prompts["mine"]) and frozen_count(again.prompts, "mine") == 2
     named = spf.DeepPromptModel.from_pretrained(base_model("llama"), tmp_path / "checkpoint-2", names=["mine"])
     assert named.prompts.names == ["mine"]
+
+
+def test_positions_are_fixed_once() -> None:
+    tuned = deep_model(2)
+    original = tuned.prompts.forms("mine").original
+    assert freeze_first(tuned.prompts, "mine", 1) is original and freeze_first(tuned.prompts, "mine", 2) is original
+    assert frozen_count(tuned.prompts, "mine") == 2 and len(tuned.prompts.forms("mine")) == 1
+    freeze_first(tuned.prompts, "mine", 3)
+    before = tuned.prompts.snapshot("mine")
+    train(tuned)
+    assert frozen_count(tuned.prompts, "mine") == 3 and torch.equal(tuned.prompts["mine"][:3], before[:3])
 
 
 def test_the_bank_treats_them_as_any_prompt() -> None:
