@@ -58,7 +58,7 @@ class TuningSettings:
     num_frozen_tokens: int = field(
         default=0,
         metadata=described(
-            "Of deep prompts: this many of the first positions keep their initial values. One keeps an attention sink.",
+            "First positions of a deep prompt that keep their initial values; 1 keeps an attention sink as it was.",
             NOT_NEGATIVE_INTEGER,
             group=PROMPT,
         ),
