@@ -42,6 +42,7 @@ TEXTS = Rule(list[str], "a list of texts", lambda value: isinstance(value, list)
 INTEGER = Rule(int, "an integer", _is_integer)
 POSITIVE_INTEGER = Rule(int, "a positive integer", lambda value: _is_integer(value) and value >= 1, "int>=1")
 POSITIVE = Rule(float, "positive", lambda value: _is_number(value) and value > 0, "float>0")
+NOT_NEGATIVE_INTEGER = Rule(int, "an integer from 0", lambda value: _is_integer(value) and value >= 0, "int>=0")
 NOT_NEGATIVE = Rule(float, "0 or more", lambda value: _is_number(value) and value >= 0, "float>=0")
 SHARE = Rule(float, "at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1, "0<=float<1")
 

@@ -114,7 +114,7 @@ def load_tuned(
     from ..hf.loading import load_base_model
     from ..models.deep_prompt_model import DeepPromptModel
     from ..models.soft_prompt_model import SoftPromptModel
-    from ..prompts.peft_files import DEEP, peft_type
+    from ..prompts.peft_files import is_deep
     from ..tasks.task import TASK_FILE, Task
 
     folders = folders_by_name(prompt)
@@ -129,7 +129,7 @@ def load_tuned(
         task = Task.load(prompt)
         folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
     base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
-    tuned = (DeepPromptModel if peft_type(folder) == DEEP else SoftPromptModel)(base)
+    tuned = (DeepPromptModel if is_deep(folder) else SoftPromptModel)(base)
     tuned.load_prompt(folder, task.prompt, force=force)
     return tuned, tokenizer, task
 
@@ -144,10 +144,10 @@ def load_plain_prompts(
     """
     from ..hf.loading import load_base_model
     from ..models.soft_prompt_model import SoftPromptModel
-    from ..prompts.peft_files import DEEP, peft_type
+    from ..prompts.peft_files import is_deep
 
     folders = folders_by_name(prompt)
-    deep = [name for name, folder in folders.items() if peft_type(folder) == DEEP]
+    deep = [name for name, folder in folders.items() if is_deep(folder)]
     if deep:
         raise ValueError(
             f"--prompt must hold plain prompts (vectors like those of tokens), got deep prompts: {', '.join(deep)}"

@@ -185,9 +185,9 @@ def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -
         if len(names) > 1:
             raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several `tokens`, got {settings.init}")
         folder = located(settings.init)
-        if not is_prompt_folder(folder):
+        if not is_prompt_folder(folder) and not folder.is_file():
             choices = ", ".join(("auto", *INITS))
-            raise ValueError(f"`init` must be {choices} or the folder of a prompt, got {str(settings.init)!r}")
+            raise ValueError(f"`init` must be {choices} or the folder or file of a prompt, got {str(settings.init)!r}")
         check_base(folder, base)
         ((count, name),) = names.items()
         found = len(student.add_prompt(name, init=folder))

@@ -39,8 +39,8 @@ class DistillationSettings:
         default="auto",
         metadata=described(
             "Initial values: text (the text's first tokens), sampled (tokens spread evenly over the text), pooled (the "
-            "means of N parts of the text), or the folder of a prompt. auto measures the first three and takes the "
-            "best.",
+            "means of N parts of the text), or the folder or file of a prompt. auto measures the first three and takes "
+            "the best.",
             group=PROMPT,
         ),
     )

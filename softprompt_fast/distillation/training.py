@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.placement import freeze_first
 from ..tasks.collation import Collator
 from ..tasks.encoding import IGNORED
 from .divergence import DistillationLoss
@@ -86,7 +87,7 @@ def train_prompt(
     Raises:
         ValueError: the loss is not finite any more.
     """
-    parameter = student.prompts[prompt]
+    parameter = freeze_first(student.prompts, prompt, int(settings.keep_first))
     optimizer = torch.optim.AdamW([parameter], lr=settings.rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_rate(done, settings.steps))
     losses: list[float] = []
@@ -100,8 +101,6 @@ def train_prompt(
             parts.append(batch_loss(student, prompt, drawn, settings.temperature, reverse=True))
         loss = torch.stack(parts).mean()
         loss.backward()
-        if parameter.grad is not None and settings.keep_first:
-            parameter.grad[0] = 0.0
         norm = torch.nn.utils.clip_grad_norm_([parameter], settings.max_grad_norm)
         losses.append(loss.item())
         if not torch.isfinite(loss) or not torch.isfinite(norm):

@@ -23,7 +23,8 @@ from ..compiled.slots import SlotTable
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import check_base
 from ..prompts.fast_soft_prompt import FastSoftPrompt, check_name
-from ..prompts.peft_files import DEEP, peft_type, prompts_by_name, read_prefix, read_prompt
+from ..prompts.peft_files import is_deep, prompts_by_name, read_prefix, read_prompt
+from ..prompts.vector_files import read_file
 from ..tasks.task import TASK_FILE, Task
 
 logger = logging.getLogger("softprompt_fast")
@@ -180,13 +181,14 @@ class PromptBank:
         replace: bool = False,
         force: bool = False,
     ) -> None:
-        """Adds a prompt: a tensor [P, D], or a PEFT adapter folder (its ``task.json`` is read too).
+        """Adds a prompt: a tensor [P, D], a PEFT adapter folder (its ``task.json`` is read too) or a file.
 
-        A deep prompt (PEFT's prefix-tuning folder or a tensor [P, L * 2 * H' * E]) is already compiled.
+        A deep prompt (PEFT's folder of a prefix or a cartridge, or numbers [P, L * 2 * H' * E]) is already compiled.
 
         Args:
             name: letters, digits, ``_`` and ``-``.
-            source: also the name of a version in the registry, such as ``sentiment@production``.
+            source: also the name of a version in the registry, such as ``sentiment@production``, a task of a folder
+                with several, such as ``folder#2``, or a safetensors or ``.npy`` file or a soft prompt of KoboldAI.
             replace: replace a prompt of that name; running batches continue with the old one.
             force: also add a prompt that was tuned on other weights than the model's.
 
@@ -197,13 +199,16 @@ class PromptBank:
         check_name(name)
         if not isinstance(source, Tensor):
             source = located(source)
-            check_base(source, self.model.base_model, force=force)
+            if source.is_file():
+                source = read_file(source)
+            else:
+                check_base(source, self.model.base_model, force=force)
         width, shape = self.model.prompts.embedding_dim, self._shape
         if isinstance(source, Tensor):
             vectors, made_for = source.detach(), None
             deep = vectors.shape[-1] != width and shape is not None and vectors.shape[-1] == torch.Size(shape).numel()
         else:
-            deep = peft_type(source) == DEEP
+            deep = is_deep(source)
             if deep and shape is None:
                 raise ValueError(f"prompt {name!r} is a deep prompt, which this model cannot run: {self.uncompiled}")
             vectors, config = read_prefix(source, shape) if deep and shape is not None else read_prompt(source)
@@ -231,8 +236,8 @@ class PromptBank:
     def add_directory(self, directory: PathLike[str] | str, *, replace: bool = False, force: bool = False) -> list[str]:
         """Adds the prompt of an adapter folder or a version, or of every adapter folder in a directory.
 
-        Returns the names, which are the folders', with ``-`` for characters that a name cannot have. Other arguments as
-        in :meth:`add`.
+        Returns the names, which are the folders', with ``-`` for characters that a name cannot have. Of a folder with
+        several tasks each is added, as ``folder-0`` and so on. Other arguments as in :meth:`add`.
         """
         folders = prompts_by_name(directory)
         for name, folder in folders.items():

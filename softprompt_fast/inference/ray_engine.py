@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..prompts.base_identity import check_known_base
-from ..prompts.peft_files import DEEP, peft_type, prompts_by_name, read_base, read_prompt
+from ..prompts.peft_files import is_deep, prompts_by_name, read_base, read_prompt
 from ..tasks.examples import Examples
 from ..tasks.task import TASK_FILE, Task
 from ..tasks.values import plain
@@ -104,7 +104,7 @@ class RayAnswers:
         self.options, self.settings = dict(options), dict(settings)
         self.prompts = {}
         folders = prompts_by_name(prompts)
-        deep = [name for name, folder in folders.items() if peft_type(folder) == DEEP]
+        deep = [name for name, folder in folders.items() if is_deep(folder)]
         if deep:
             raise ValueError(f"--engine ray cannot be combined with deep prompts, got {', '.join(deep)}")
         for name, folder in folders.items():

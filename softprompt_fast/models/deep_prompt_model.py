@@ -27,7 +27,10 @@ from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.base_identity import base_facts
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.initialization import INITIALIZATIONS, initial_prompt
-from ..prompts.peft_files import DEEP, is_prompt_folder, peft_type, read_prefix, read_vectors, write_prefix
+from ..prompts.peft_files import DEEP, DEEP_TYPES, is_deep, is_prompt_folder, read_prefix, write_prefix
+from ..prompts.placement import check_frozen, freeze_first, frozen_count
+from ..prompts.vector_files import read_vectors
+from .prompt_files import checked_type
 from .soft_prompt_model import SoftPromptModel
 
 if TYPE_CHECKING:
@@ -108,6 +111,7 @@ class DeepPromptModel(SoftPromptModel):
         num_virtual_tokens: int | None = None,
         *,
         init: str | Tensor | PathLike[str] = "random",
+        num_frozen_tokens: int = 0,
         **options: Unpack[InitOptions],
     ) -> nn.Parameter:
         """Adds a prompt and returns its parameter [P, W].
@@ -117,7 +121,10 @@ class DeepPromptModel(SoftPromptModel):
 
                 * a plain prompt, whose keys and values are computed: "random", "vocabulary", "text", "class_labels", a
                   tensor [P, D] or the folder of a tuned prompt, as in :meth:`FastSoftPrompt.add_prompt`.
-                * a deep prompt to copy: a tensor [P, W], PEFT's folder of a prefix, or a name in this bank.
+                * a deep prompt to copy: a tensor [P, W], PEFT's folder of a prefix or a cartridge, a file, or a name in
+                  this bank.
+            num_frozen_tokens: this many of the first positions keep their initial values: their gradient is zero, and
+                weight decay does not move them. One is enough to keep an attention sink.
             name, num_virtual_tokens, options: as in :meth:`FastSoftPrompt.add_prompt`.
         """
         source: str | Tensor | PathLike[str] = init
@@ -125,7 +132,7 @@ class DeepPromptModel(SoftPromptModel):
             source = self.prompts[init].detach()
         elif not isinstance(init, Tensor) and init not in INITIALIZATIONS:
             init = located(init)
-            deep = is_prompt_folder(init) and peft_type(init) == DEEP
+            deep = is_prompt_folder(init) and is_deep(init)
             source = self.read_prompt(init) if deep else read_vectors(init)
         values = initial_prompt(
             source,
@@ -143,7 +150,9 @@ class DeepPromptModel(SoftPromptModel):
                     values = flattened(compile_prompts(self.runner, [values])).float()
             except Unsupported as error:
                 self._fallback(str(error))
-        return self.prompts.add_prompt(name, init=values)
+        check_frozen(num_frozen_tokens, len(values))
+        self.prompts.add_prompt(name, init=values)
+        return freeze_first(self.prompts, name, num_frozen_tokens)
 
     def execution_report(self) -> ExecutionReport:
         """ "shared", or "refused" with the reason; and the result of the check once it has run."""
@@ -194,11 +203,24 @@ class DeepPromptModel(SoftPromptModel):
 
     # --- files ---
 
-    def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
-        """Writes each prompt as PEFT's prefix-tuning folder, ``directory/<name>/``. The base model is not written."""
+    def save_pretrained(
+        self, directory: PathLike[str] | str, names: Sequence[str] | None = None, *, peft_type: str | None = None
+    ) -> None:
+        """Writes each prompt as PEFT's adapter folder, ``directory/<name>/``. The base model is not written.
+
+        Args:
+            names: write only these.
+            peft_type: PEFT's name of the method: "PREFIX_TUNING", or "CARTRIDGE", which also says how many positions
+                are not trained. None: "CARTRIDGE" for prompts that have such positions, "PREFIX_TUNING" for others.
+        """
+        kind = checked_type(peft_type, DEEP_TYPES)
         facts = base_facts(self.base_model)
         for name in self.prompts.names if names is None else names:
-            write_prefix(Path(directory) / name, self.prompts.snapshot(name), self.runner.shape, facts)
+            frozen: int | None = frozen_count(self.prompts, name)
+            if kind == DEEP or (kind is None and not frozen):
+                frozen = None
+            values = self.prompts.snapshot(name)
+            write_prefix(Path(directory) / name, values, self.runner.shape, facts, frozen=frozen)
 
     def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
         """[P, W] float32, the deep prompt of an adapter folder.

@@ -9,47 +9,91 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..base.errors import either
 from ..base.locations import located
 from ..prompts.base_identity import base_facts, check_base
 from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt
-from ..prompts.peft_files import UPDATED, peft_type, prompts_by_name, read_prompt, read_updated_prompt, write_prompt
+from ..prompts.peft_files import (
+    P_TUNING,
+    PLAIN,
+    UPDATED,
+    frozen_tokens,
+    peft_type,
+    prompts_by_name,
+    read_prompt,
+    read_updated_prompt,
+    safe_name,
+    write_prompt,
+)
+from ..prompts.placement import freeze_first
 from .model_interface import ModelInterface
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from typing_extensions import Unpack
+
+    from ..prompts.initialization import InitOptions
+
 
 class PromptFiles(ModelInterface):
-    """The part of :class:`SoftPromptModel` that reads and writes files."""
+    """The part of :class:`SoftPromptModel` that adds prompts, also from files, and writes them."""
 
     prompts: FastSoftPrompt
 
-    def save_pretrained(self, directory: PathLike[str] | str, names: Sequence[str] | None = None) -> None:
+    def add_prompt(
+        self,
+        name: str,
+        num_virtual_tokens: int | None = None,
+        *,
+        init: str | Tensor | PathLike[str] = "random",
+        **options: Unpack[InitOptions],
+    ) -> nn.Parameter:
+        """Adds a prompt and returns its parameter [P, D]; arguments as in :meth:`FastSoftPrompt.add_prompt`."""
+        embedding = self.get_input_embeddings()
+        return self.prompts.add_prompt(name, num_virtual_tokens, init=init, embedding=embedding, **options)
+
+    def save_pretrained(
+        self, directory: PathLike[str] | str, names: Sequence[str] | None = None, *, peft_type: str | None = None
+    ) -> None:
         """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
 
         PEFT refuses a prompt that has a token update because it does not know them.
-        """
-        facts = base_facts(self.base_model)
-        for name in self.prompts.names if names is None else names:
-            write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, self.prompts.token_update(name))
-
-    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None, *, force: bool = False) -> nn.Parameter:
-        """Adds the prompt of an adapter folder, ours or PEFT's, with its token update, ready to be trained further.
 
         Args:
-            folder: also the name of a version in the registry, such as ``sentiment@production``.
+            names: write only these.
+            peft_type: PEFT's name of the method: "PROMPT_TUNING" (the same as None), or "P_TUNING".
+        """
+        kind = checked_type(peft_type, (PLAIN, P_TUNING)) or PLAIN
+        facts = base_facts(self.base_model)
+        for name in self.prompts.names if names is None else names:
+            update = self.prompts.token_update(name)
+            write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, update, kind=kind)
+
+    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None, *, force: bool = False) -> nn.Parameter:
+        """Adds the prompt of an adapter folder, ours or PEFT's, or of a file, ready to be trained further.
+
+        A token update is loaded too, and positions that are not trained stay so.
+
+        Args:
+            folder: also the name of a version in the registry, such as ``sentiment@production``, a task of a folder
+                with several, such as ``folder#2``, or any file that :meth:`add_prompt` reads.
             name: None: the folder's name, with ``-`` for characters that a name cannot have.
             force: also load a prompt that was tuned on other weights than the model's.
 
         Raises:
-            ValueError: the prompt was tuned on other weights, or for a model of another size.
+            ValueError: the prompt was tuned on other weights, or for a model of another size; the folder holds several
+                tasks and none is named.
         """
         folder = located(folder)
+        if folder.is_file():
+            return self.add_prompt(name or safe_name(folder.stem), init=folder)
         check_base(folder, self.base_model, force=force)
         name = name or next(iter(prompts_by_name(folder)))
         if peft_type(folder) != UPDATED:
-            return self.prompts.add_prompt(name, init=self.read_prompt(folder))
+            self.prompts.add_prompt(name, init=self.read_prompt(folder))
+            return freeze_first(self.prompts, name, frozen_tokens(folder))
         values, factors, config = read_updated_prompt(folder)
         parameter = self.prompts.add_prompt(name, init=self._fitting(folder, values, config))
         self.prompts.set_token_update(name, *factors)
@@ -112,3 +156,14 @@ class PromptFiles(ModelInterface):
             if names is None or {name, folder.name} & set(names):
                 tuned.load_prompt(folder, name, force=force)
         return tuned
+
+
+def checked_type(peft_type: str | None, kinds: Sequence[str]) -> str | None:
+    """A method that prompts are written as, None for the usual one.
+
+    Raises:
+        ValueError: not one of `kinds`.
+    """
+    if peft_type is not None and peft_type not in kinds:
+        raise ValueError(f"`peft_type` must be {either(kinds)}, got {peft_type!r}")
+    return peft_type

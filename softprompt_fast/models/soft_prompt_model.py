@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation_options
@@ -22,9 +21,7 @@ from .prompt_files import PromptFiles
 from .text_generator import TextGenerator
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from ..prompts.initialization import InitOptions
+    pass
 
 Result = TypeVar("Result")
 EXECUTIONS = ("auto", "shared", "padded")
@@ -113,18 +110,6 @@ class SoftPromptModel(PromptFiles):
         return PackedRunner(model, **options)
 
     # --- prompts ---
-
-    def add_prompt(
-        self,
-        name: str,
-        num_virtual_tokens: int | None = None,
-        *,
-        init: str | Tensor | PathLike[str] = "random",
-        **options: Unpack[InitOptions],
-    ) -> nn.Parameter:
-        """Adds a prompt and returns its parameter [P, D]; arguments as in :meth:`FastSoftPrompt.add_prompt`."""
-        embedding = self.get_input_embeddings()
-        return self.prompts.add_prompt(name, num_virtual_tokens, init=init, embedding=embedding, **options)
 
     def remove_prompt(self, name: str) -> None:
         self.prompts.remove_prompt(name)

@@ -8,7 +8,9 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .fast_soft_prompt import PARAMETER_PREFIX, UPDATE_A, UPDATE_B
+from .fast_soft_prompt import UPDATE_A, UPDATE_B
+from .parameter_names import PARAMETER_PREFIX
+from .placement import FORMS, names_with_frozen
 
 WEIGHTS_FILE = "model.safetensors"
 BANK_PREFIX = "prompts."
@@ -26,11 +28,13 @@ def read_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor] | None:
     state = {
         key.removeprefix(BANK_PREFIX): value for key, value in load_file(path).items() if key.startswith(BANK_PREFIX)
     }
+    frozen = tuple(f"{FORMS}{name}." for name in names_with_frozen(state))
     for key in state:
-        if not key.startswith((PARAMETER_PREFIX, UPDATE_A, UPDATE_B)):
+        if not key.startswith(frozen) and not key.startswith((PARAMETER_PREFIX, UPDATE_A, UPDATE_B)):
             raise ValueError(f"{path} must hold the values of prompts, got {key!r}; fold the prompt before saving")
     return state or None
 
 
 def prompt_names(state: dict[str, Tensor]) -> list[str]:
-    return [key.removeprefix(PARAMETER_PREFIX) for key in state if key.startswith(PARAMETER_PREFIX)]
+    plain = [key.removeprefix(PARAMETER_PREFIX) for key in state if key.startswith(PARAMETER_PREFIX)]
+    return plain + names_with_frozen(state)

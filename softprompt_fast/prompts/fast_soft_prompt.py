@@ -17,15 +17,14 @@ from ..hf.embedding import embedding_table
 from ..ops.assemble.batch import PromptedBatch
 from ..ops.assemble.functional import assemble
 from .initialization import INITIALIZATIONS, InitOptions, initial_prompt
+from .parameter_names import PARAMETER_PREFIX
+from .placement import add_with_frozen
 from .selection import Selection
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
-PARAMETER_PREFIX = "prompt_"
-"""Begins the name of each prompt's parameter, so that no prompt can hide an attribute of the module."""
-
 UPDATE_A, UPDATE_B = "update_a_", "update_b_"
 """Begin the names of a token update's factors."""
 
@@ -366,6 +365,7 @@ class FastSoftPrompt(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Adds the prompts and token updates that only the saved bank has; replaces those that have another shape."""
+        add_with_frozen(self, state_dict, prefix)
         for key, value in state_dict.items():
             name = key.removeprefix(prefix + PARAMETER_PREFIX)
             if name == key or not NAME_PATTERN.fullmatch(name):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..hf.embedding import EmbeddingTable
 from ..tasks.encoding import token_ids
-from .peft_files import read_vectors
+from .vector_files import read_vectors
 
 INITIALIZATIONS = ("random", "vocabulary", "text", "class_labels")
 COMMON_TOKENS = 5000
@@ -51,7 +51,8 @@ def initial_prompt(
             * "vocabulary": vectors of tokens drawn without replacement from the first 5,000.
             * "text": the tokens of ``init_text``, repeated or cut to length.
             * "class_labels": one vector per label, the mean of its tokens; more vectors are drawn as by "vocabulary".
-            * a tensor [P, D], or the path of a PEFT prompt folder or of a safetensors file.
+            * a tensor [P, D], or the path of a PEFT prompt folder, of a safetensors or ``.npy`` file or of a soft
+              prompt of KoboldAI. Task 2 of a PEFT folder with several is ``folder#2``.
         num_virtual_tokens: P. None: as many as "text", "class_labels", the tensor or the file gives.
         table: the model's embedding table; needed unless ``init`` is a tensor or a path.
         tokenizer, init_text, class_labels, seed: see :class:`InitOptions`.

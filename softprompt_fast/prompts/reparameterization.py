@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .fast_soft_prompt import PARAMETER_PREFIX, FastSoftPrompt
+from .fast_soft_prompt import FastSoftPrompt
+from .parameter_names import PARAMETER_PREFIX
 
 
 class Offset(nn.Module):

@@ -16,7 +16,7 @@ from ..hf.loading import load_base_model
 from ..length_search.significance import Difference, compare_scores
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
-from ..prompts.peft_files import DEEP, peft_type
+from ..prompts.peft_files import is_deep
 from ..tasks.examples import Examples, complete_rows, is_empty
 from ..tasks.rows import choose, place
 from ..tasks.task import Task
@@ -87,7 +87,7 @@ def answer_with_both(
     base, tokenizer = load_base_model(name, dtype, device)
     answers, scores, row_scores = [], [], []
     for folder, task in zip(folders, tasks, strict=True):
-        tuned = (DeepPromptModel if peft_type(folder) == DEEP else SoftPromptModel)(base)
+        tuned = (DeepPromptModel if is_deep(folder) else SoftPromptModel)(base)
         tuned.load_prompt(folder, task.prompt)
         generates = task.kind == "generation" and not scores_only
         if labelled:

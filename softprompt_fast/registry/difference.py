@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..analysis.similarity import aligned_cosine, mean_cosine, token_cosines
 from ..length_search.significance import Difference
-from ..prompts.peft_files import FACTORS, KEY, WEIGHTS_FILE
+from ..prompts.peft_files import WEIGHTS_FILE
+from ..prompts.tensor_files import FACTORS, KEY
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from .answers import Answered, answer_with_both, compare_answers

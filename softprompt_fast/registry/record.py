@@ -17,6 +17,7 @@ from typing import Any
 from ..base.files import read_json, write_json
 from ..base.machine import PACKAGES, package_versions
 from ..base.version import __version__
+from ..prompts.multitask_files import split_task
 from ..prompts.peft_files import CONFIG_FILE, WEIGHTS_FILE, prompts_by_name, read_base, read_config
 from ..tasks.task import TASK_FILE, Task
 
@@ -78,7 +79,10 @@ def only_prompt(folder: Path) -> Path:
         raise ValueError(
             f"a version must be one prompt, got {folder} with {', '.join(folders)}; add each by its folder"
         )
-    return next(iter(folders.values()))
+    (path,) = folders.values()
+    if split_task(path)[1] is not None:
+        raise ValueError(f"a version must be a folder, got a task of one, {path}; load the task's prompt and save it")
+    return path
 
 
 def copy_prompt(source: Path, target: Path, task: Task | None) -> None:

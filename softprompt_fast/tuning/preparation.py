@@ -86,6 +86,8 @@ def check_jobs(jobs: Sequence[TuningJob], settings: TuningSettings, shared_token
             check_complete(job.task, rows, argument)
     if settings.placement == "after_bos" and shared_tokens:
         raise ValueError("`shared_tokens` cannot be combined with placement='after_bos'")
+    if settings.num_frozen_tokens and shared_tokens:
+        raise ValueError("`shared_tokens` cannot be combined with `num_frozen_tokens`")
 
 
 def prepare(

@@ -15,8 +15,7 @@ from ..hf.embedding import embedding_table
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.initialization import initial_prompt
-from ..prompts.peft_files import read_vectors
-from ..prompts.placement import FixedFirst, bos_vector
+from ..prompts.placement import FixedFirst, bos_vector, check_frozen, frozen_count
 from ..prompts.reparameterization import (
     LowRank,
     NormBound,
@@ -24,8 +23,10 @@ from ..prompts.reparameterization import (
     PromptDropout,
     ResidualMLP,
     SharedPart,
+    fold,
     reparameterize,
 )
+from ..prompts.vector_files import read_vectors
 from ..tasks.task import TASK_FILE, Task
 from .settings import DEFAULT_TOKENS, TuningSettings, instruction
 
@@ -40,6 +41,8 @@ def check_form(model: SoftPromptModel, tokenizer: Any, settings: TuningSettings)
         for name in ("norm_bound", "token_update_rank"):
             if getattr(settings, name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with deep prompts")
+    elif settings.num_frozen_tokens:
+        raise ValueError(f"`num_frozen_tokens` must be 0 unless prompts are deep, got {settings.num_frozen_tokens}")
     if settings.placement == "after_bos":
         if isinstance(model, DeepPromptModel):
             raise ValueError("placement='after_bos' cannot be combined with deep prompts, which hold no token")
@@ -76,6 +79,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
     if settings.init_noise:
         generator = torch.Generator().manual_seed(settings.seed)
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        noise[: settings.num_frozen_tokens] = 0
         with torch.no_grad():
             parameter.add_(noise * parameter.std() * settings.init_noise)
 
@@ -110,6 +114,11 @@ def set_form(
     """
     bank = model.prompts
     values = bank[name].detach()
+    held = frozen_count(bank, name) if isinstance(model, DeepPromptModel) else 0
+    if held:
+        fold(bank, name)  # they are fixed again below, after the other forms
+    frozen = max(held, settings.num_frozen_tokens)
+    check_frozen(frozen, len(values))
     # The order matters: each form works on the result of the one before.
     if settings.reparameterization == "low-rank":
         reparameterize(bank, name, LowRank(len(values), values.shape[1], settings.rank))
@@ -125,6 +134,8 @@ def set_form(
         reparameterize(bank, name, PromptDropout(settings.prompt_dropout))
     if settings.placement == "after_bos":
         reparameterize(bank, name, FixedFirst(bos_vector(model, tokenizer)))
+    if frozen:
+        reparameterize(bank, name, FixedFirst(values[:frozen]))
 
 
 def mean_norm(model: SoftPromptModel) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from ..base.files import write_atomically
 from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
+from ..prompts.placement import freeze_first, frozen_count
 from ..prompts.reparameterization import fold
 from .best import BestPrompts
 from .job import TuningResult
@@ -40,8 +41,10 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
         name = job.task.prompt
         folder = prepared.output / name
         trained = _trainable_parameters(prepared, name)
+        frozen = frozen_count(prepared.model.prompts, name)
         fold(prepared.model.prompts, name)
         after = outcome.best.restore(name)
+        freeze_first(prepared.model.prompts, name, frozen)  # a deep prompt's folder says it
         prepared.model.save_pretrained(prepared.output, [name])
         job.task.save(folder)
         results.append(
@@ -85,10 +88,8 @@ def _trainable_parameters(prepared: Prepared, name: str) -> int:
     values = [bank[name]] if forms is None else list(forms.parameters())
     values += bank.token_update(name) or ()
     count = sum(value.numel() for value in values if value.requires_grad)
-    if settings.placement == "after_bos":  # the first row, BOS's, is not trained
-        low_rank = settings.reparameterization == "low-rank"
-        count -= settings.rank if low_rank else bank[name].shape[1]
-    return count
+    low_rank = settings.reparameterization == "low-rank"
+    return count - frozen_count(bank, name) * (settings.rank if low_rank else bank[name].shape[1])
 
 
 def _write_metrics(prepared: Prepared, results: list[TuningResult]) -> None:

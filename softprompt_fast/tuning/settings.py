@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..base.fields import (
     INTEGER,
     NOT_NEGATIVE,
+    NOT_NEGATIVE_INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
     SHARE,
@@ -45,7 +46,7 @@ class TuningSettings:
     init: str | Tensor | PathLike[str] = field(
         default="auto",
         metadata=described(
-            "Initial values: auto, random, vocabulary, text, class_labels, or the folder of a saved prompt. For "
+            "Initial values: auto, random, vocabulary, text, class_labels, or the folder or file of a prompt. For "
             "classification, auto is an instruction that names the labels; for generation, it is vocabulary.",
             group=PROMPT,
         ),
@@ -53,6 +54,14 @@ class TuningSettings:
     init_text: str | None = field(
         default=None,
         metadata=described("Text whose token embeddings are the initial values, with `init` text.", group=PROMPT),
+    )
+    num_frozen_tokens: int = field(
+        default=0,
+        metadata=described(
+            "First positions of a deep prompt that keep their initial values; 1 keeps an attention sink as it was.",
+            NOT_NEGATIVE_INTEGER,
+            group=PROMPT,
+        ),
     )
     init_noise: float = field(
         default=0.0,

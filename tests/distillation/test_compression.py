@@ -21,6 +21,7 @@ from softprompt_fast.distillation.retention import Retention
 from softprompt_fast.distillation.teacher import Teacher
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
+from softprompt_fast.prompts.peft_files import peft_type
 from softprompt_fast.tasks.encoding import encode_text, token_ids
 from softprompt_fast.tasks.examples import split_rows
 from softprompt_fast.tasks.task import Task
@@ -194,6 +195,7 @@ def test_the_first_position_can_be_kept(form: str, tmp_path: Path) -> None:
     start, end = (model_with(form, model, tmp_path / name / "prompt").prompts["prompt"] for name in ("start", "end"))
     assert torch.equal(start[0], end[0])
     assert ((start[1:] - end[1:]).abs().amax(1) > 0.01).all()
+    assert peft_type(tmp_path / "end" / "prompt") == ("CARTRIDGE" if form == "kv" else "PROMPT_TUNING")
 
 
 def test_a_prompt_that_retains_nothing_is_reported(tmp_path: Path) -> None:

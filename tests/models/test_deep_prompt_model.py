@@ -289,7 +289,9 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`output_attentions` cannot be given: deep prompts run in"):
         tuned(ids, prompt_ids="long", output_attentions=True)
     tuned.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="`peft_type` must be 'PROMPT_TUNING', got 'PREFIX_TUNING'"):
+    with pytest.raises(
+        ValueError, match=r"must be PROMPT_TUNING, .* or CPT, got 'PREFIX_TUNING', which DeepPromptModel reads"
+    ):
         spf.SoftPromptModel(build("llama")).load_prompt(tmp_path / "long")
     with pytest.raises(ValueError, match=r"must be for .* = \[3, 4, 32\] like the model, got \[3, 2, 16\]"):
         spf.DeepPromptModel(build("gpt2")).load_prompt(tmp_path / "long", force=True)
@@ -297,5 +299,7 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     plain.add_prompt("plain", 2)
     plain.save_pretrained(tmp_path)
     assert read_prompt(tmp_path / "plain")[0].shape == (2, 32)
-    with pytest.raises(ValueError, match="`peft_type` must be 'PREFIX_TUNING', got 'PROMPT_TUNING'"):
+    with pytest.raises(
+        ValueError, match="must be PREFIX_TUNING or CARTRIDGE, got 'PROMPT_TUNING', which SoftPromptModel reads"
+    ):
         tuned.load_prompt(tmp_path / "plain")

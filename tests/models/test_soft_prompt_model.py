@@ -229,7 +229,11 @@ def _break(folder: Path, what: str) -> None:
     ("what", "error", "message"),
     [
         ("missing", FileNotFoundError, "no prompt was found"),
-        ("lora", ValueError, "`peft_type` must be 'PROMPT_TUNING', got 'LORA'"),
+        (
+            "lora",
+            ValueError,
+            "`peft_type` must be PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING or CPT, got 'LORA'$",
+        ),
         ("rows", ValueError, r"num_virtual_tokens=3 rows, got \[4, 32\]"),
         ("nan", ValueError, "must be finite"),
         ("width", ValueError, "hidden size 32, got 16"),

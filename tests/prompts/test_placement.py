@@ -93,5 +93,5 @@ def test_a_text_is_tokenised_for_each_way(tmp_path: Path) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"`tokenizer` must have a beginning-of-sequence token, but .* has none"):
         bos_vector(build("llama"), tokenizer(bos=False))
-    with pytest.raises(ValueError, match=r"`vector` must have shape \[D\], got \[1, 4\]"):
-        FixedFirst(torch.zeros(1, 4))
+    with pytest.raises(ValueError, match=r"`vector` must have shape \[D\] or \[k, D\], got \[1, 4, 2\]"):
+        FixedFirst(torch.zeros(1, 4, 2))
