@@ -304,8 +304,9 @@ SPF_HOST_DEVICE int64_t slot_at(const int64_t* line, int64_t place, int64_t slot
 
 // The places that hold slot `slot`: [first, last) of p.places.
 SPF_HOST_DEVICE Range holders_of(const PackParams& p, int64_t slot) {
-  const int64_t first = p.starts[slot], last = p.starts[slot + 1];
-  return {first > 0 ? first : 0, last < p.held ? last : p.held};
+  const auto within = [&](int64_t holder) { return holder < 0 ? 0 : (holder < p.held ? holder : p.held); };
+  const int64_t first = within(p.starts[slot]), last = within(p.starts[slot + 1]);
+  return {first, last < first ? first : last};
 }
 
 // A holder's row and place in the row, -1 if there is no such place.

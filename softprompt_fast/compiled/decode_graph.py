@@ -36,8 +36,10 @@ class FixedPlaces(RowPlaces):
         )
         self.slots = slots
         self.virtual, self.pads = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(2))
-        self.front, self.length = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        """Slots of the prompts; tokens before the new one."""
+        self.front = torch.zeros(1, dtype=torch.int64, device=device)
+        """Slots of the prompts."""
+        self.length = torch.zeros_like(self.front)
+        """Tokens before the new one."""
 
     def begin(self) -> None:
         self._made.clear()
@@ -142,10 +144,14 @@ class DecodeGraph:
         self.positions.copy_(positions)
         self.places.length.fill_(cache.layers[0].length)
 
-    def capture(self, forward: Forward, pool: Any) -> None:
+    def release(self) -> None:
+        """Ends a call's use of this graph."""
+        self._rows = self._owner = None
+
+    def capture(self, forward: Forward, pool: Any, stream: Any) -> None:
         """Records the step that is loaded."""
-        with side_stream(self.ids.device) as stream:
-            with torch.cuda.stream(stream):  # libraries make themselves ready for this stream
+        with side_stream(stream):
+            with torch.cuda.stream(stream):  # a first run lets libraries allocate what they work in
                 self.forward_pass(forward)
             self._graph = torch.cuda.CUDAGraph()
             # Other threads, such as a loader's that pins memory, go on meanwhile.

@@ -15,9 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.errors import Unsupported
 from ..hf.architecture import cache_keyword
-from ..hf.cuda_graphs import HARMLESS_ATTRIBUTE, ModelGraphs, calls_as_usual, new_pool, on_gpu
+from ..hf.cuda_graphs import (
+    HARMLESS_ATTRIBUTE,
+    MORE_OUTPUT,
+    MOST_GRAPHS,
+    ModelGraphs,
+    end_failed_capture,
+    most_memory,
+    on_gpu,
+    python_interferes,
+    reason_of,
+)
 from ..hf.generation_options import setting
 from ..packed.self_check import SLACK, tolerance
 from .cache import GROWTH, CompiledCache, Layer, compiled_cache
@@ -27,19 +36,15 @@ logger = logging.getLogger("softprompt_fast")
 EAGER_STEPS = 1
 """Steps of a call that run as usual before one is captured: rows may end at once."""
 LEAST_LEFT = 8
-"""A capture takes about three steps, so as many tokens must be to come."""
+"""Tokens that must be to come: a capture takes about three steps, and the first graph is compared twice."""
 HORIZON = 256
 """Tokens to come for which a graph has room at most; attention reads all of its slots."""
 CHECKED_STEPS = 2
 """Replays of the first graph that are compared with the model itself, at two places."""
-MOST_MEMORY = 1 / 8
-"""Share of a GPU's memory for the keys and values of a model's graphs."""
-MOST_GRAPHS = 32
 DEFAULT_NEW_TOKENS = 20
 """Those of transformers' ``generate``."""
 REARRANGING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
 """Options with which a cache is shortened, or kept by somebody else."""
-MORE_OUTPUT = ("output_hidden_states", "output_attentions", "output_router_logits")
 IGNORED = {
     "input_ids",
     "position_ids",
@@ -94,23 +99,26 @@ class Decoding:
             and not any(getattr(config, name, False) for name in MORE_OUTPUT)
             and on_gpu(ids.device)
             and not torch.is_grad_enabled()
-            and not calls_as_usual(ids.device)
+            and not python_interferes(ids.device)
         )
 
-    def end(self, cache: CompiledCache, kept: bool) -> None:
-        """Gives the graph back. A cache that the caller may keep gets tensors of its own."""
+    def end(self, cache: CompiledCache, cache_is_returned: bool) -> None:
+        """Gives the graph back. A cache that the caller gets has tensors of its own."""
         graph, self.finished, cache.decoding = self.graph, True, None
         for i, layer in enumerate(cache.layers):
             if graph is not None and layer.stored is graph.cache.layers[i].stored:
                 end = layer.front + layer.length
-                layer.hold([x[:, :end].clone() for x in layer.stored] if kept else layer.stored, layer.length)
+                own = [x[:, :end].clone() for x in layer.stored] if cache_is_returned else layer.stored
+                layer.hold(own, layer.length)
+        if graph is not None:
+            graph.release()
         self.graph = None
 
 
 class DecodeGraphs(ModelGraphs[DecodeGraph]):
     """The graphs of one model's steps."""
 
-    way = "decode"
+    verb = "decode"
     graph_type: type[DecodeGraph] = DecodeGraph
 
     def __init__(self) -> None:
@@ -136,17 +144,17 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
 
     def run(self, decoding: Decoding, forward: Forward, cache: CompiledCache, keywords: dict[str, Any]) -> Any:
         """As :meth:`Decoding.step`."""
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             return None
         try:
             return self._run(decoding, forward, cache, keywords)
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def _run(self, decoding: Decoding, forward: Forward, cache: CompiledCache, keywords: dict[str, Any]) -> Any:
         decoding.steps += 1
         ids, positions = keywords["input_ids"], keywords["position_ids"]
-        current = self._follow(decoding.model, ids.device)
+        current = self._is_current(decoding.model, ids.device)
         graph = decoding.graph
         if graph is not None and self._graphs.get(graph.key) is not graph:  # the model has changed
             graph = decoding.graph = None
@@ -155,7 +163,7 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
         if graph is not None and not graph.holds(cache):
             decoding.finished = True  # some of its layers may still hold the graph's tensors
             return None
-        self._wait_for_last()
+        self._wait_for_last(ids.device)
         if graph is None or not graph.has_room(cache):
             graph = self._graph_for(decoding, forward, cache, ids, positions)
             if graph is None:
@@ -173,6 +181,8 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
     ) -> DecodeGraph | None:
         """A graph that holds the cache and has room for the next tokens; None: there is none yet."""
         first, device = cache.layers[0], ids.device
+        if not first.length:
+            return None  # texts of one token: the first step is theirs
         if not all(_can_move(layer, first, len(ids), device) for layer in cache.layers):
             decoding.finished = True
             return None
@@ -222,16 +232,17 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
                 graph.cache_name = cache_keyword(decoding.model)
                 graph.take(decoding, cache)
                 graph.load(ids, positions, cache)
-                if self._pool is None:
-                    self._pool = new_pool()
-                graph.capture(forward, self._pool)
+                graph.capture(forward, *self._pool_and_stream(ids.device))
         except Exception as error:
-            decoding.graph = None
-            self._stop(decoding.model, error, ids.device)
-            return None
-        self._graphs[key] = graph
-        logger.info("steps of %d rows of up to %d slots run as a CUDA graph", len(ids), width)
-        return graph
+            reason = reason_of(error)
+        else:
+            self._graphs[key] = graph
+            logger.info("steps of %d rows of up to %d slots run as a CUDA graph", len(ids), width)
+            return graph
+        decoding.graph = None
+        self._stop(decoding.model, reason)
+        end_failed_capture(ids.device)
+        return None
 
     def _compared(self, decoding: Decoding, graph: DecodeGraph, forward: Forward, keywords: dict[str, Any]) -> Any:
         """The output of the model itself, after the same step as a graph gave the same."""
@@ -242,13 +253,8 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
         self._unchecked -= 1
         if not difference <= allowed:
             decoding.graph = None
-            error = Unsupported(f"logits differ by {difference:.1e}, more than the tolerance {allowed:.0e}")
-            self._stop(decoding.model, error, graph.ids.device)
+            self._stop(decoding.model, f"logits differ by {difference:.1e}, more than the tolerance {allowed:.0e}")
         return output
-
-
-def most_memory(device: torch.device) -> float:
-    return float(torch.cuda.get_device_properties(device).total_memory * MOST_MEMORY)
 
 
 def _can_move(layer: Layer, first: Layer, rows: int, device: torch.device) -> bool:
@@ -265,7 +271,10 @@ def _can_move(layer: Layer, first: Layer, rows: int, device: torch.device) -> bo
 
 
 class _Forward:
-    """In place of a model's forward: a step of a cache with a :class:`Decoding` may run as a graph."""
+    """In place of a model's forward: a step of a cache with a :class:`Decoding` may run as a graph.
+
+    Somebody who wraps ``forward`` meanwhile keeps this in the wrapper, where it only calls the original.
+    """
 
     def __init__(self, model: Any) -> None:
         self.users = 0

@@ -24,8 +24,8 @@ class PrefixRunner(PackedRunner):
 
     slack = SLACK
 
-    def __init__(self, model: Any, *, check: bool = True) -> None:
-        super().__init__(model, check=check, shared_text=None)
+    def __init__(self, model: Any, *, check: bool = True, cuda_graphs: bool = True) -> None:
+        super().__init__(model, check=check, shared_text=None, cuda_graphs=cuda_graphs)
         self.shape = slot_shape(model)
 
     def compiled(self, selection: Selection) -> Tensor | None:

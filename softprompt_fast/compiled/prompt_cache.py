@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..hf.adapters import adapter_state
 from ..packed.runner import PackedRunner
 from .compile import compile_prompts, slot_shape
 
@@ -73,9 +74,7 @@ def fingerprint(model: Any) -> bytes:
         facts.append((parameter.data_ptr(), parameter._version, parameter.dtype))
         samples.setdefault(parameter.device, []).append(flat[:: max(1, len(flat) // SAMPLES)].float())
     for module in model.modules():
-        state = vars(module)
-        if "_disable_adapters" in state:
-            facts.append((state["_disable_adapters"], state.get("_active_adapter"), state.get("scaling")))
+        facts += adapter_state(module)
     digest = hashlib.sha256(repr(facts).encode())
     for parts in samples.values():
         digest.update(torch.cat(parts).cpu().numpy().tobytes())

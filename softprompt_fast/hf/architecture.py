@@ -51,9 +51,10 @@ def compiled_in_place(model: Any) -> Any:
 
     Such a wrapper is not a transformers model: it has another class, and its ``generate`` runs uncompiled.
     """
-    original, context = getattr(model, "_orig_mod", None), getattr(model, "dynamo_ctx", None)
-    if original is None or context is None:
+    original, context = vars(model).get("_modules", {}).get("_orig_mod"), getattr(model, "dynamo_ctx", None)
+    if original is None or context is None:  # a PEFT model of a compiled one has these by its `__getattr__`
         return model
+    check_supported(original)
     original._compiled_call_impl = context(original._call_impl)
     return original
 

@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch.nn.modules import module as global_hooks
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .adapters import adapter_state
+from .randomness import draws_random_numbers
 
 logger = logging.getLogger("softprompt_fast")
 Graph = TypeVar("Graph")
+MOST_MEMORY = 1 / 8
+"""Share of a GPU's memory."""
+MOST_GRAPHS = 32
+"""The graph that was not used for the longest time makes room."""
+OTHER_STATES = 1
 HARMLESS_ATTRIBUTE = "_softprompt_fast_harmless"
 """Attribute of a hook or of a module's ``forward`` of this library: a graph already does what it would do."""
 
 
 class ModelGraphs(Generic[Graph]):
-    """The graphs of one model. All of them are dropped when its weights or modules change."""
+    """The graphs of one model. All of them are dropped when something changes that they depend on.
 
-    way = "run"
+    They share a memory pool and a stream to capture on: memory that one graph needs only while it runs serves the
+    others too.
+    """
+
+    verb = "run"
     """What the model does in them."""
 
     def __init__(self) -> None:
         self.stopped: str | None = None
         """Why nothing runs as a graph any more."""
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
+        self._seen: Counter[Any] = Counter()
+        """How often a graph would have been of use."""
         self._state: tuple[Any, ...] = ()
+        self._others: OrderedDict[Any, Any] = OrderedDict()
+        """The graphs of another state: evaluation and training take turns."""
         self._pool: Any = None
         self._stream: Any = None
-        self._lock = threading.Lock()
+        self._capture_stream: Any = None
+        self.lock = threading.RLock()
+        """Held while a graph is loaded, replayed or captured."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # another process, or a copy of the model, captures its own
@@ -39,45 +59,90 @@ class ModelGraphs(Generic[Graph]):
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def _forget(self) -> None:
-        self._graphs.clear()
-        self._pool = None
+    def close(self) -> None:
+        """Frees the graphs; no others are made."""
+        with self.lock:
+            self.stopped = "the model is not used any more"
+            self._forget()
 
-    def _follow(self, model: Any, device: torch.device) -> bool:
+    def forget(self) -> bool:
+        """Frees the graphs. False: there were none."""
+        with self.lock:
+            some = bool(self._graphs)
+            self._forget()
+        return some
+
+    def _forget(self) -> None:
+        self._graphs, self._seen = OrderedDict(), Counter()
+        self._others.clear()
+        self._state, self._pool = (), None
+
+    def _is_current(self, model: Any, device: torch.device) -> bool:
         """Whether a graph would do what the model does now."""
         state = model_state(model, device)
-        if state != self._state:
-            self._forget()
+        if state and state != self._state:
+            if self._state:
+                self._others[self._state] = self._graphs, self._seen
+            self._graphs, self._seen = self._others.pop(state, None) or (OrderedDict(), Counter())
+            while len(self._others) > OTHER_STATES:
+                self._others.popitem(last=False)
             self._state = state
         return bool(state)
 
-    def _stop(self, model: Any, error: Exception, device: torch.device) -> None:
-        self.stopped = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        self._graphs.clear()
-        logger.warning("%s does not %s as CUDA graphs: %s", type(model).__name__, self.way, self.stopped)
-        end_failed_capture(device)
+    def _stop(self, model: Any, reason: str) -> None:
+        self._forget()
+        self.stopped = reason
+        logger.warning("%s does not %s as CUDA graphs: %s", type(model).__name__, self.verb, self.stopped)
 
-    def _wait_for_last(self) -> None:
+    def _pool_and_stream(self, device: torch.device) -> tuple[Any, Any]:
+        if self._pool is None:
+            self._pool = new_pool()
+        if self._capture_stream is None and device.type == "cuda":
+            self._capture_stream = torch.cuda.Stream(device)
+        return self._pool, self._capture_stream
+
+    def _wait_for_last(self, device: torch.device) -> None:
         """Another stream may still use the graphs' memory."""
-        if not torch.cuda.is_available():
+        if device.type != "cuda":
             return
-        stream = torch.cuda.current_stream()
+        stream = torch.cuda.current_stream(device)
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
         self._stream = stream
+
+
+def reason_of(error: BaseException) -> str:
+    """A line. The end of a failed capture raises too; what it came from is the reason."""
+    cause = error.__context__ or error
+    return " ".join(f"{type(cause).__name__}: {cause}".split())[:300]
+
+
+def most_memory(device: torch.device) -> float:
+    """Bytes that the tensors of a model's graphs may take, without what they share."""
+    return float(torch.cuda.get_device_properties(device).total_memory * MOST_MEMORY)
 
 
 def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-def calls_as_usual(device: torch.device) -> bool:
+MORE_OUTPUT = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Settings of a configuration that ask for more than logits."""
+
+
+def python_interferes(device: torch.device) -> bool:
     """Whether Python now wants to change or to see what is computed, which a graph would not let it."""
     return (
         torch.is_autocast_enabled(device.type)
         or torch.compiler.is_compiling()
+        or torch.is_anomaly_enabled()
+        or parametrize._cache_enabled > 0
         or _get_current_dispatch_mode() is not None
+        or any(getattr(global_hooks, name, None) for name in GLOBAL_HOOKS)
     )
+
+
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
 def new_pool() -> Any:
@@ -85,30 +150,39 @@ def new_pool() -> Any:
 
 
 @contextmanager
-def side_stream(device: torch.device) -> Iterator[Any]:
-    """A stream to warm libraries up on and to capture on; it and the current one wait for each other."""
-    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+def side_stream(stream: Any) -> Iterator[None]:
+    """`stream` and the current one wait for each other. A capture that fails does not give the current one back."""
+    current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
-    yield stream
-    current.wait_stream(stream)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(current)
+        current.wait_stream(stream)
 
 
 def end_failed_capture(device: torch.device) -> None:
     """A capture that failed leaves the random numbers of the device unusable until another one has succeeded."""
-    if device.type == "cuda":
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            torch.zeros(1, device=device)
+    if device.type != "cuda":
+        return
+    torch.cuda.empty_cache()
+    with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
 
 
 def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
     """What a graph of a model depends on; empty: a graph would not do what the model does.
 
-    A graph has the addresses of the weights, and calls no Python: no hook, no random choice of layers.
+    A graph has the addresses of the weights and the numbers that Python had, and calls no Python: no hook, no other
+    ``forward``, no random choice of layers.
     """
-    config = model.config
-    facts: list[Any] = [config._attn_implementation]
+    config = model.config.get_text_config()
+    facts: list[Any] = [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), *_kernels()]
+    facts += _numbers(vars(config))
+    facts.append(config._attn_implementation)
     for module in model.modules():  # every batch and every new token waits for this
-        training = module.training
+        own = module.__dict__
+        training = own["training"]
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
@@ -117,12 +191,13 @@ def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
         ):
             if hooks and not all(map(_harmless, hooks.values())):
                 return ()
-        if training and getattr(module, "gradient_checkpointing", False):
+        if training and own.get("gradient_checkpointing"):
             return ()
-        forward = module.__dict__.get("forward")
-        if getattr(forward, HARMLESS_ATTRIBUTE, False) is True:
-            forward = None
-        facts += (id(module), training, forward)
+        if "forward" in own and getattr(own["forward"], HARMLESS_ATTRIBUTE, False) is not True:
+            return ()
+        facts.append(id(module))
+        facts += _numbers(own)
+        facts += adapter_state(module)
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is None:
@@ -130,18 +205,27 @@ def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
                 if tensor.requires_grad or tensor.device != device:
                     return ()
                 facts.append(tensor.data_ptr())
-    if model.training and _chance(config):
+    if model.training and draws_random_numbers(model):
         return ()
     return tuple(facts)
+
+
+def _numbers(values: dict[str, Any]) -> list[Any]:
+    """Those of an object's attributes that Python computes with, such as the scale of an attention's scores."""
+    return [value for value in values.values() if type(value) in (float, int, bool, str)]
+
+
+def _kernels() -> list[bool]:
+    """Which kernels a scaled dot product attention may use."""
+    backends = torch.backends.cuda
+    return [
+        backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.cudnn_sdp_enabled(),
+    ]
 
 
 def _harmless(hook: Any) -> bool:
     ours: bool = getattr(hook, HARMLESS_ATTRIBUTE, False) is True
     return ours or getattr(hook, "__module__", "").startswith("transformers.")
-
-
-def _chance(config: Any) -> bool:
-    """Whether training draws random numbers, such as for dropout."""
-    values = config.get_text_config().to_dict().items()
-    named = (value for name, value in values if "drop" in name or "jitter" in name)
-    return any(isinstance(value, (int, float)) and value > 0 for value in named)

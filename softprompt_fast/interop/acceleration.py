@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from ..hf import generation_options
+from ..hf.randomness import draws_random_numbers
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from .adapters import TASKS, active_prompt, check_adapters, inferred_mask, is_prefix, padding_differs
 from .heads import HeadRunner
-from .lazy_logits import draws_random_numbers, with_lazy_logits
+from .lazy_logits import with_lazy_logits
 
 logger = logging.getLogger("softprompt_fast")
 COMPATIBILITY = ("correct", "exact")
@@ -54,7 +55,7 @@ class Acceleration:
         return self.runner.runner.unsupported if isinstance(self.runner, DeepPromptModel) else None
 
 
-def accelerate(peft_model: Any, *, compat: str = "correct") -> Any:
+def accelerate(peft_model: Any, *, compat: str = "correct", cuda_graphs: bool = True) -> Any:
     """Makes a PEFT model with a prompt run on this library's layouts, in place, and returns it.
 
     The same object with the same parameters runs faster: ``model = softprompt_fast.accelerate(get_peft_model(...))``.
@@ -71,6 +72,7 @@ def accelerate(peft_model: Any, *, compat: str = "correct") -> Any:
 
             * "correct": each row gets the result it would get alone.
             * "exact": PEFT's own forward runs such batches.
+        cuda_graphs: as for :class:`SoftPromptModel`. A batch that ran as a CUDA graph has one backward pass.
 
     Raises:
         TypeError: the model cannot be accelerated, with the reason; nothing has been changed.
@@ -86,7 +88,7 @@ def accelerate(peft_model: Any, *, compat: str = "correct") -> Any:
     for name in PATCHED:
         if name in vars(peft_model) and not _is_left_behind(peft_model, name):
             raise TypeError(f"{own.__name__} cannot be accelerated: its `{name}` was replaced")
-    runner = _runner(peft_model)
+    runner = _runner(peft_model, cuda_graphs)
     _drop_own_methods(peft_model)
     vars(peft_model)[STATE] = Acceleration(compat, runner)
     peft_model.__class__ = _accelerated_class(own)
@@ -175,7 +177,7 @@ def _peft_class(model: Any) -> Any:
     raise TypeError(f"`peft_model` must be one of PEFT's {', '.join(TASKS)}, got {type(model).__name__}")
 
 
-def _runner(model: Any) -> Any:
+def _runner(model: Any, cuda_graphs: bool) -> Any:
     """What runs the base model of a PEFT model. The base's trainable parameters stay trainable."""
     base = model.base_model
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
@@ -183,9 +185,9 @@ def _runner(model: Any) -> Any:
         parameter.requires_grad_(False)
     try:
         if is_prefix(model):
-            return DeepPromptModel(base)
+            return DeepPromptModel(base, cuda_graphs=cuda_graphs)
         generates = any(name in _names(model) for name in ("PeftModelForCausalLM", "PeftModelForSeq2SeqLM"))
-        return SoftPromptModel(base) if generates else HeadRunner(base)
+        return SoftPromptModel(base, cuda_graphs=cuda_graphs) if generates else HeadRunner(base)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -8,17 +8,9 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 LOGITS = "logits"
-
-
-def draws_random_numbers(model: Any) -> bool:
-    """Whether a second run of a model in training would draw other random numbers than the first."""
-    values = vars(model.config.get_text_config()).items()
-    if any(("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0 for name, value in values):
-        return True
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def with_lazy_logits(output: Any, compute: Callable[[], Tensor]) -> Any:

@@ -50,6 +50,7 @@ class DeepPromptModel(SoftPromptModel):
         model: a causal language model that can run the packed layout.
         prompts: a bank of embedding_dim W to use; None: an empty one, on the model's device.
         check: compare the first training and the first inference batch with each row run alone.
+        cuda_graphs: on a GPU, generate text by CUDA graphs (``compiled/decode_graph.py``).
 
     Raises:
         TypeError: the model cannot run the packed layout; with the reason. If only running shows it, the first batch
@@ -60,7 +61,9 @@ class DeepPromptModel(SoftPromptModel):
     runner: PrefixRunner
     prompts: FastSoftPrompt
 
-    def __init__(self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True) -> None:
+    def __init__(
+        self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True, cuda_graphs: bool = True
+    ) -> None:
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
         try:
@@ -68,7 +71,7 @@ class DeepPromptModel(SoftPromptModel):
             slot_shape(model)
         except Unsupported as error:
             raise _refusal(model, str(error)) from error
-        super().__init__(model, prompts, check=check, shared_text=None)
+        super().__init__(model, prompts, check=check, shared_text=None, cuda_graphs=cuda_graphs)
         if self.runner.unsupported is not None:
             self._fallback(self.runner.unsupported)
 
@@ -83,7 +86,7 @@ class DeepPromptModel(SoftPromptModel):
 
     @staticmethod
     def _packed_runner(model: Any, **options: Any) -> PackedRunner:
-        return PrefixRunner(model, check=options["check"])
+        return PrefixRunner(model, check=options["check"], cuda_graphs=options["cuda_graphs"])
 
     def _after_error(self, error: Exception, padded: Callable[[], Any]) -> NoReturn:
         """Tells a bad call from a model that cannot run packed texts, by a batch that is known to be good."""

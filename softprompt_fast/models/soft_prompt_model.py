@@ -49,7 +49,8 @@ class SoftPromptModel(PromptFiles):
         shared_text: "auto": tokens that all rows of a prompt share at their start (an instruction, examples) also run
             once; None: they run in every row.
         cuda_graphs: on a GPU, "shared" runs batches whose sizes come again as CUDA graphs (``packed/cuda_graphs.py``).
-            They keep the memory of one step of the largest batch.
+            They keep the memory of one step of the largest batch. A loss that is kept and has no backward pass keeps
+            later batches from running so.
 
     Raises:
         TypeError: the model's results would be wrong with a prompt in front of its input; with the reason.
@@ -121,6 +122,7 @@ class SoftPromptModel(PromptFiles):
         """
         if self.runner is not None:
             self.runner.stop("the model was unloaded")
+        self._generator.close()
         return super().unload()
 
     # --- running ---

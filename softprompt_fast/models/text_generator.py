@@ -33,6 +33,11 @@ class TextGenerator:
         """Generates after compiled prompts; None: this does not work for the model."""
         self._compiled = PromptCache()
 
+    def close(self) -> None:
+        """Frees the memory of graphs."""
+        if self.continuation is not None and self.continuation.graphs is not None:
+            self.continuation.graphs.close()
+
     def can_compile(self, selection: Selection, attention_mask: Tensor, options: dict[str, Any]) -> bool:
         """Whether a batch can follow compiled prompts: each row has a text, of the model's own vectors and one type."""
         usable = self.continuation is not None and self.continuation.runner.unsupported is None

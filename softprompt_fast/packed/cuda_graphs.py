@@ -1,16 +1,17 @@
 """Packed batches on a GPU, replayed as CUDA graphs: one launch takes the place of thousands.
 
 On a fast GPU a step of a small model takes as long as the launches of its kernels. A graph has fixed sizes, so a batch
-is padded to :class:`Sizes` that many batches have in common: its slots by segments of their own, which no other segment
-reads. The padding is at most 1/16 of a batch. A batch whose sizes are new runs as usual.
+is padded to :class:`Sizes` that many batches have in common. Padding slots form segments of their own, which no other
+segment reads; they are at most 1/16 of a batch, and fewer than 8 of a small one. A batch whose sizes are new runs as
+usual.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..base.errors import Unsupported
-from ..hf.cuda_graphs import ModelGraphs, calls_as_usual, new_pool, on_gpu, side_stream
+from ..hf.cuda_graphs import (
+    MORE_OUTPUT,
+    MOST_GRAPHS,
+    ModelGraphs,
+    end_failed_capture,
+    most_memory,
+    on_gpu,
+    python_interferes,
+    reason_of,
+    side_stream,
+)
 from ..ops.extension import backend
 from ..ops.segment_attention.ragged import Line, RaggedPlan, host_plan
 from .batch import PackedInputs
 from .layout import PackedLayout, RowGroup
+from .self_check import tolerance
 
 if TYPE_CHECKING:
     from .runner import PackedRunner
@@ -35,8 +47,6 @@ GRAIN = 16
 LEAST_STEP = 8
 EAGER_BATCHES = 2
 """Batches of a size that run as usual before the next is captured, which takes about four steps."""
-MOST_GRAPHS = 32
-"""The graph that was not used for the longest time makes room."""
 
 
 @dataclass(frozen=True)
@@ -138,13 +148,19 @@ class StepGraph:
         self._backward: Any = None
         self._runner = weakref.ref(runner)
 
-    def capture(self, pool: Any) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Without what lies between the passes."""
+        passed = [self.embeds, self.logits, *([self.logits_gradient, self.gradient] if self.sizes.gradient else [])]
+        return sum(tensor.nbytes for tensor in passed)
+
+    def capture(self, pool: Any, stream: Any) -> None:
         """Records the passes; what they need in between is in `pool`."""
-        with side_stream(self.embeds.device) as stream:
+        with side_stream(stream):
             self._capture(pool, stream)
 
     def _capture(self, pool: Any, stream: Any) -> None:
-        with torch.cuda.stream(stream):  # libraries make themselves ready for this stream
+        with torch.cuda.stream(stream):  # a first run lets libraries allocate what they work in
             leaf, logits = self.forward_pass()
             if self.sizes.gradient:
                 self.backward_pass(leaf, logits, torch.zeros_like(logits))
@@ -183,11 +199,29 @@ class StepGraph:
         return torch.autograd.grad(logits, leaf, gradient)[0]
 
     def load(self, embeds: Tensor, positions: Tensor, read: Tensor, plan: Tensor) -> None:
-        """Takes a batch; `plan` is on the host. What an earlier batch left in the padding is as good as any other."""
+        """Takes a batch; `plan` is on the host. The padding is zeros: a layer may scale by the largest number."""
         self.plan.copy_(plan, non_blocking=True)
         self.embeds[:, : embeds.shape[1]].copy_(embeds.detach())
+        self.embeds[:, embeds.shape[1] :].zero_()
         self.positions[:, : positions.shape[1]].copy_(positions)
         self.read[: len(read)].copy_(read)
+
+    def compare(self, model: Any, slack: float) -> None:
+        """Compares a replay with the passes themselves.
+
+        Raises:
+            Unsupported: they differ.
+        """
+        leaf, logits = self.forward_pass()
+        pairs = [(self.replay_forward(self.sizes.answers), logits.detach())]
+        if self.sizes.gradient:
+            gradient = logits.detach().sign()
+            replayed = self.replay_backward(gradient, self.sizes.slots)
+            pairs.append((replayed, self.backward_pass(leaf, logits, gradient)))
+        for found, expected in pairs:
+            difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+            if not difference <= (allowed := tolerance(model, slack)):
+                raise Unsupported(f"a replay differs from the model by {difference:.1e}, more than {allowed:.0e}")
 
     def replay_forward(self, answers: int) -> Tensor:
         """[M, V], the first logits."""
@@ -204,8 +238,10 @@ class StepGraph:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, embeds: Tensor, graph: StepGraph, ticket: _Ticket, answers: int) -> Tensor:
-        ctx.graph, ctx.ticket, ctx.slots = graph, ticket, embeds.shape[1]
+    def forward(
+        ctx: Any, embeds: Tensor, graph: StepGraph, ticket: _Ticket, lock: AbstractContextManager[Any], answers: int
+    ) -> Tensor:
+        ctx.graph, ctx.ticket, ctx.lock, ctx.slots = graph, ticket, lock, embeds.shape[1]
         return graph.replay_forward(answers)
 
     @staticmethod
@@ -213,11 +249,13 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.ticket.used:
             raise RuntimeError(
-                "a batch that ran as a CUDA graph has one backward pass; SoftPromptModel(..., cuda_graphs=False) keeps "
-                "what a second one needs"
+                "a batch that ran as a CUDA graph has one backward pass; with cuda_graphs=False, where the model is "
+                "wrapped, it may have more"
             )
-        ctx.ticket.used = True
-        return ctx.graph.replay_backward(grad, ctx.slots), None, None, None
+        with ctx.lock:  # until it is done no other batch may use the memory
+            gradient = ctx.graph.replay_backward(grad, ctx.slots)
+            ctx.ticket.used = True
+        return gradient, None, None, None, None
 
 
 class StepGraphs(ModelGraphs[StepGraph]):
@@ -227,26 +265,28 @@ class StepGraphs(ModelGraphs[StepGraph]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: Counter[Any] = Counter()
         self._open: weakref.ref[_Ticket] | None = None
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._seen.clear()
+        self._compared: set[Any] = set()
+        """States of the model, with and without a gradient, whose first graph gave what the model gives."""
 
     def run(
         self, runner: PackedRunner, batch: PackedInputs, read: Tensor, options: dict[str, Any]
     ) -> tuple[Any, Tensor] | None:
         """As :meth:`PackedRunner.run`; None: this batch runs as usual."""
-        if self.stopped is not None or not self._fits(batch, read, options) or not self._lock.acquire(blocking=False):
+        if self.stopped is not None or not self._fits(runner, batch, read, options):
+            if len(self) and batch.inputs_embeds.is_cpu and not on_gpu(batch.inputs_embeds.device):
+                self.forget()  # the model was moved
+            return None
+        if not self.lock.acquire(blocking=False):
             return None
         try:
             return self._run(runner, batch, read)
         finally:
-            self._lock.release()
+            self.lock.release()
 
-    def _fits(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> bool:
+    def _fits(self, runner: PackedRunner, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> bool:
         layout, device = batch.layout, batch.inputs_embeds.device
+        config = runner.model.config.get_text_config()
         return (
             on_gpu(device)
             and layout.compiled is None
@@ -254,13 +294,14 @@ class StepGraphs(ModelGraphs[StepGraph]):
             and layout.slots > 0
             and len(read) > 0
             and not set(options) - {"num_items_in_batch"}  # which only a loss reads
-            and not calls_as_usual(device)
+            and not any(getattr(config, name, False) for name in MORE_OUTPUT)
+            and not python_interferes(device)
             and backend.ops_for(device) is not None
         )
 
     def _run(self, runner: PackedRunner, batch: PackedInputs, read: Tensor) -> tuple[Any, Tensor] | None:
         embeds = batch.inputs_embeds
-        if not self._follow(runner.model, embeds.device):
+        if not self._is_current(runner.model, embeds.device):
             return None
         lines = [*batch.layout.prompts.lines, *batch.layout.rows.lines]
         gradient = torch.is_grad_enabled() and embeds.requires_grad
@@ -278,38 +319,48 @@ class StepGraphs(ModelGraphs[StepGraph]):
             return None
         if embeds.device.type == "cuda":
             plan = plan.pin_memory()
-        self._wait_for_last()
+        self._wait_for_last(embeds.device)
         graph = self._graphs.get(key)
         if graph is None:
             graph = self._captured(runner, sizes, (embeds, batch.position_ids, read, plan))
             if graph is None:
                 return None
             self._graphs[key] = graph
-            if len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
+            self._make_room(embeds.device)
         else:
             self._graphs.move_to_end(key)
             graph.load(embeds, batch.position_ids, read, plan)
         ticket = _Ticket()
-        logits: Tensor = _Replay.apply(embeds, graph, ticket, len(read))
+        logits: Tensor = _Replay.apply(embeds, graph, ticket, self.lock, len(read))
         if gradient:
             self._open = weakref.ref(ticket)
         return graph.output_type(), logits
 
     def _captured(self, runner: PackedRunner, sizes: Sizes, batch: tuple[Tensor, ...]) -> StepGraph | None:
         """A graph that holds this batch."""
+        device = batch[0].device
         try:
             with torch.inference_mode(False):  # training may follow
                 graph = self.graph_type(runner, sizes, batch[0])
                 graph.load(*batch)
-                if self._pool is None:
-                    self._pool = new_pool()
-                graph.capture(self._pool)
+                graph.capture(*self._pool_and_stream(device))
+                if runner.check and (hash(self._state), sizes.gradient) not in self._compared:
+                    graph.compare(runner.model, runner.slack)
+                    self._compared.add((hash(self._state), sizes.gradient))
         except Exception as error:
-            self._stop(runner.model, error, batch[0].device)
-            return None
-        logger.info("batches of up to %d packed slots run as a CUDA graph", sizes.slots)
-        return graph
+            reason = reason_of(error)
+        else:
+            logger.info("batches of up to %d packed slots run as a CUDA graph", sizes.slots)
+            return graph
+        self._stop(runner.model, reason)  # here the error no longer holds the tensors of the failed capture
+        end_failed_capture(device)
+        return None
+
+    def _make_room(self, device: torch.device) -> None:
+        most, sizes = most_memory(device), [graph.nbytes for graph in self._graphs.values()]
+        while len(sizes) > 1 and (len(sizes) > MOST_GRAPHS or sum(sizes) > most):
+            self._graphs.popitem(last=False)
+            del sizes[0]
 
     @staticmethod
     def _plan(sizes: Sizes, lines: Sequence[Line]) -> Tensor | None:

@@ -233,6 +233,8 @@ class PackedRunner:
         """Stops using the packed layout. The model keeps the installed attention while others use it."""
         self.unsupported = reason
         self._attention = None
+        if self.graphs is not None:
+            self.graphs.close()
 
     def give_up(self, reason: str) -> None:
         """Stops using the packed layout, and logs why."""
@@ -285,10 +287,17 @@ class PackedRunner:
             return replayed
         try:
             return self.run_once(batch, read, options)
-        except Exception:
-            if not layout.attention.ensure():
+        except Exception as error:
+            if not (layout.attention.ensure() or self._freed_memory(error)):
                 raise
-        return self.run_once(batch, read, options)  # another implementation was set while the batch ran
+        return self.run_once(batch, read, options)  # another attention was set, or memory was short
+
+    def _freed_memory(self, error: Exception) -> bool:
+        """Whether a batch that did not fit into memory may now, because the graphs' memory is free."""
+        if not isinstance(error, torch.OutOfMemoryError) or self.graphs is None or not self.graphs.forget():
+            return False
+        torch.cuda.empty_cache()
+        return True
 
     def run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
         """:meth:`run` by the model itself, with the attention that is installed now."""

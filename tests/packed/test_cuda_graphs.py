@@ -14,11 +14,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.rows_alone import ROWS, relative, tuned_model
-from support.tiny_models import DECODERS, batch, changes_mask, own_attention
+from support.tiny_models import DECODERS, batch, build, changes_mask, own_attention
 from support.varlen_stand_in import path_of_a_gpu
 from torch import Tensor
 
 import softprompt_fast as spf
+from softprompt_fast import hf
 from softprompt_fast.ops.segment_attention.ragged import host_plan
 from softprompt_fast.packed import cuda_graphs
 from softprompt_fast.packed.cuda_graphs import EAGER_BATCHES, GRAIN, LEAST_STEP, Sizes, StepGraph
@@ -32,7 +33,7 @@ class PlayedGraph(StepGraph):
     latest: PlayedGraph | None = None
     replays = 0
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, pool: Any, stream: Any) -> None:
         leaf, logits = self.forward_pass()
         self.logits, self.logits_gradient = logits.detach().clone(), torch.zeros_like(logits)
         self.gradient = torch.zeros_like(leaf)
@@ -57,7 +58,8 @@ def graphs() -> Iterator[type[PlayedGraph]]:
     with (
         path_of_a_gpu(),
         mock.patch.object(cuda_graphs, "on_gpu", lambda device: True),
-        mock.patch.object(cuda_graphs, "new_pool", lambda: None),
+        mock.patch.object(hf.cuda_graphs, "new_pool", lambda: None),
+        mock.patch.object(cuda_graphs, "most_memory", lambda device: 1e9),
         mock.patch.object(cuda_graphs.StepGraphs, "graph_type", PlayedGraph),
     ):
         yield PlayedGraph
@@ -196,15 +198,111 @@ def test_python_that_a_graph_would_not_call_still_runs(graphs: type[PlayedGraph]
     assert_follows(graphs, hook)
     assert len(called) == 2 * (EAGER_BATCHES + 2)
 
+    factor = [1.0]
+
     def forward(model: Any) -> None:
         layer = model.model.layers[0].mlp
         original = layer.forward
-        layer.forward = lambda x: original(x) * 2
+        layer.forward = lambda x: original(x) * factor[0]
 
     assert_follows(graphs, forward)
+    assert_follows(graphs, lambda model: factor.append(factor.pop() * 3))
 
 
-@pytest.mark.parametrize("what", ["dropout", "checkpointing", "trainable", "autocast"])
+def test_numbers_that_python_computes_with_may_change(graphs: type[PlayedGraph]) -> None:
+    def scale(model: Any) -> None:
+        model.model.layers[0].self_attn.scaling *= 3
+
+    def rope(model: Any) -> None:
+        model.model.rotary_emb.attention_scaling = 1.7
+
+    for change in (scale, rope):
+        assert_follows(graphs, change)
+
+
+def test_adapters_of_peft_may_be_switched(graphs: type[PlayedGraph]) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(build("llama"), peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
+    adapted.add_adapter("other", peft.LoraConfig(init_lora_weights=False, target_modules=["v_proj"]))
+    models = [spf.SoftPromptModel(adapted, cuda_graphs=on) for on in (True, False)]
+    ids, mask = batch()
+
+    def compare() -> Tensor:
+        with torch.no_grad():
+            for _ in range(EAGER_BATCHES + 2):
+                found, expected = (model.next_token_logits(ids, mask) for model in models)
+                assert relative(found, expected) < 1e-5
+        return expected
+
+    first = compare()
+    assert graphs.replays
+    with adapted.disable_adapter():
+        assert relative(compare(), first) > 1e-3
+    adapted.set_adapter("other")
+    adapted.requires_grad_(False)
+    assert relative(compare(), first) > 1e-3
+    for module in adapted.modules():
+        if isinstance(getattr(module, "scaling", None), dict) and "other" in module.scaling:
+            module.scaling["other"] *= 2
+    compare()
+
+
+def test_evaluation_between_steps_keeps_the_graphs(graphs: type[PlayedGraph]) -> None:
+    model, _ = tuned()
+    for training in (True, False):
+        model.train(training)
+        warm(model)
+    before = graphs.replays
+    for training in (True, False, True):
+        model.train(training)
+        step(model, *batches(2 * (EAGER_BATCHES + 1))[-1])
+    assert graphs.replays == before + 3
+
+
+def test_unloading_frees_the_graphs(graphs: type[PlayedGraph]) -> None:
+    model, _ = tuned()
+    warm(model)
+    runner = model.runner
+    assert runner is not None and runner.graphs is not None and len(runner.graphs)
+    model.unload()
+    assert not len(runner.graphs) and runner.graphs.stopped
+
+
+def test_a_batch_that_does_not_fit_beside_the_graphs_runs_without_them(graphs: type[PlayedGraph]) -> None:
+    model, without = tuned()
+    warm(model)
+    assert model.runner is not None and model.runner.graphs is not None
+    original, failed = model.runner.run_once, []
+
+    def short_of_memory(*arguments: Any) -> Any:
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("no room")
+        return original(*arguments)
+
+    ids, mask = (x.repeat(3, 1) for x in batch())
+    with mock.patch.object(model.runner, "run_once", short_of_memory), torch.no_grad():
+        found = model.next_token_logits(ids, mask, ROWS * 3)
+    assert failed and not len(model.runner.graphs)
+    with torch.no_grad():
+        assert relative(found, without.next_token_logits(ids, mask, ROWS * 3)) < 1e-5
+
+
+def test_a_graph_that_gives_other_numbers_is_not_used(
+    graphs: type[PlayedGraph], caplog: pytest.LogCaptureFixture
+) -> None:
+    with_graphs, without = tuned()
+    original = graphs.replay_backward
+    with (
+        caplog.at_level(logging.WARNING),
+        mock.patch.object(graphs, "replay_backward", lambda *arguments: original(*arguments) * 1.5),
+    ):
+        for ids, mask in batches(EAGER_BATCHES + 4):
+            assert_same(*(step(model, ids, mask) for model in (with_graphs, without)))
+    assert "a replay differs from the model by" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["dropout", "checkpointing", "trainable", "autocast", "hidden states", "global hook"])
 def test_steps_that_a_graph_cannot_repeat_run_as_usual(graphs: type[PlayedGraph], what: str) -> None:
     model, _ = tuned("gpt2" if what == "dropout" else "llama")
     if what == "dropout":
@@ -215,9 +313,15 @@ def test_steps_that_a_graph_cannot_repeat_run_as_usual(graphs: type[PlayedGraph]
         model.train()
     elif what == "trainable":
         model.base_model.model.norm.weight.requires_grad_()
+    elif what == "hidden states":
+        model.config.output_hidden_states = True
+    elif what == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         for ids, mask in batches(EAGER_BATCHES + 2):
             step(model, ids, mask)
+    if what == "global hook":
+        handle.remove()
     assert graphs.replays == 0
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from softprompt_fast import hf
 from softprompt_fast.compiled import cache, decoding
 from softprompt_fast.compiled.decode_graph import DecodeGraph
 from support.varlen_stand_in import path_of_a_gpu
@@ -27,7 +28,7 @@ class PlayedSteps(DecodeGraph):
     captured = 0
     replays = 0
 
-    def capture(self, forward: Callable[..., Any], pool: Any) -> None:
+    def capture(self, forward: Callable[..., Any], pool: Any, stream: Any) -> None:
         PlayedSteps.captured += 1
         with torch.no_grad():
             recorded = make_fx(lambda: self.forward_pass(forward))()
@@ -48,7 +49,7 @@ def played_steps() -> Iterator[type[PlayedSteps]]:
         path_of_a_gpu(),
         mock.patch.object(cache, "available", lambda query: False),
         mock.patch.object(decoding, "on_gpu", lambda device: True),
-        mock.patch.object(decoding, "new_pool", lambda: None),
+        mock.patch.object(hf.cuda_graphs, "new_pool", lambda: None),
         mock.patch.object(decoding, "most_memory", lambda device: 1e9),
         mock.patch.object(decoding.DecodeGraphs, "graph_type", PlayedSteps),
     ):
