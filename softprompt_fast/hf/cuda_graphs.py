@@ -191,7 +191,7 @@ def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
         ):
             if hooks and not all(map(_harmless, hooks.values())):
                 return ()
-        if training and own.get("gradient_checkpointing"):
+        if (training and own.get("gradient_checkpointing")) or own.get("_compiled_call_impl") is not None:
             return ()
         if "forward" in own and getattr(own["forward"], HARMLESS_ATTRIBUTE, False) is not True:
             return ()

@@ -302,7 +302,7 @@ def test_a_graph_that_gives_other_numbers_is_not_used(
     assert "a replay differs from the model by" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["dropout", "checkpointing", "trainable", "autocast", "hidden states", "global hook"])
+@pytest.mark.parametrize("what", ["dropout", "checkpointing", "trainable", "autocast", "hidden states", "global hook", "compiled"])
 def test_steps_that_a_graph_cannot_repeat_run_as_usual(graphs: type[PlayedGraph], what: str) -> None:
     model, _ = tuned("gpt2" if what == "dropout" else "llama")
     if what == "dropout":
@@ -315,6 +315,8 @@ def test_steps_that_a_graph_cannot_repeat_run_as_usual(graphs: type[PlayedGraph]
         model.base_model.model.norm.weight.requires_grad_()
     elif what == "hidden states":
         model.config.output_hidden_states = True
+    elif what == "compiled":
+        model.base_model.compile(backend="eager", dynamic=True)
     elif what == "global hook":
         handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
