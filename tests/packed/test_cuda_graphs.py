@@ -302,7 +302,9 @@ def test_a_graph_that_gives_other_numbers_is_not_used(
     assert "a replay differs from the model by" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["dropout", "checkpointing", "trainable", "autocast", "hidden states", "global hook", "compiled"])
+@pytest.mark.parametrize(
+    "what", ["dropout", "checkpointing", "trainable", "autocast", "hidden states", "global hook", "compiled"]
+)
 def test_steps_that_a_graph_cannot_repeat_run_as_usual(graphs: type[PlayedGraph], what: str) -> None:
     model, _ = tuned("gpt2" if what == "dropout" else "llama")
     if what == "dropout":
