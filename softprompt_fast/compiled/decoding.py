@@ -21,11 +21,9 @@ from ..hf.cuda_graphs import (
     MORE_OUTPUT,
     MOST_GRAPHS,
     ModelGraphs,
-    end_failed_capture,
     most_memory,
     on_gpu,
     python_interferes,
-    reason_of,
 )
 from ..hf.generation_options import setting
 from ..packed.self_check import SLACK, tolerance
@@ -199,7 +197,7 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
             if not self._make_room(numbers, most_memory(device)):
                 decoding.finished = True
                 return None
-            return self._captured(key, width, decoding, forward, cache, ids, positions)
+            return self._new_graph(key, width, decoding, forward, cache, ids, positions)
         if graph.in_use:
             return None
         self._graphs.move_to_end(key)
@@ -216,7 +214,7 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
                 used -= size
         return used + needed <= most and len(self) < MOST_GRAPHS
 
-    def _captured(
+    def _new_graph(
         self,
         key: tuple[Any, ...],
         width: int,
@@ -226,23 +224,23 @@ class DecodeGraphs(ModelGraphs[DecodeGraph]):
         ids: Tensor,
         positions: Tensor,
     ) -> DecodeGraph | None:
-        try:
-            with torch.inference_mode(False):  # later calls may be made outside of it
-                graph = self.graph_type(key, cache, width, ids.device)
-                graph.cache_name = cache_keyword(decoding.model)
-                graph.take(decoding, cache)
-                graph.load(ids, positions, cache)
-                graph.capture(forward, *self._pool_and_stream(ids.device))
-        except Exception as error:
-            reason = reason_of(error)
-        else:
-            self._graphs[key] = graph
+        """A graph that holds the cache and this step."""
+
+        def make(pool: Any, stream: Any) -> DecodeGraph:
+            graph = self.graph_type(key, cache, width, ids.device)
+            graph.cache_name = cache_keyword(decoding.model)
+            graph.take(decoding, cache)
+            graph.load(ids, positions, cache)
+            graph.capture(forward, pool, stream)
             logger.info("steps of %d rows of up to %d slots run as a CUDA graph", len(ids), width)
             return graph
-        decoding.graph = None
-        self._stop(decoding.model, reason)
-        end_failed_capture(ids.device)
-        return None
+
+        graph = self._captured(decoding.model, ids.device, make)
+        if graph is None:
+            decoding.graph = None
+        else:
+            self._graphs[key] = graph
+        return graph
 
     def _compared(self, decoding: Decoding, graph: DecodeGraph, forward: Forward, keywords: dict[str, Any]) -> Any:
         """The output of the model itself, after the same step as a graph gave the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
@@ -94,12 +94,20 @@ class ModelGraphs(Generic[Graph]):
         self.stopped = reason
         logger.warning("%s does not %s as CUDA graphs: %s", type(model).__name__, self.verb, self.stopped)
 
-    def _pool_and_stream(self, device: torch.device) -> tuple[Any, Any]:
+    def _captured(self, model: Any, device: torch.device, make: Callable[[Any, Any], Graph]) -> Graph | None:
+        """What `make` captures with a pool and a stream; None: that failed, and nothing is captured any more."""
         if self._pool is None:
             self._pool = new_pool()
         if self._capture_stream is None and device.type == "cuda":
             self._capture_stream = torch.cuda.Stream(device)
-        return self._pool, self._capture_stream
+        try:
+            with torch.inference_mode(False):  # later calls may be made outside of it
+                return make(self._pool, self._capture_stream)
+        except Exception as error:
+            reason = reason_of(error)
+        self._stop(model, reason)  # here the error no longer holds the tensors of the failed capture
+        end_failed_capture(device)
+        return None
 
     def _wait_for_last(self, device: torch.device) -> None:
         """Another stream may still use the graphs' memory."""

@@ -25,11 +25,9 @@ from ..hf.cuda_graphs import (
     MORE_OUTPUT,
     MOST_GRAPHS,
     ModelGraphs,
-    end_failed_capture,
     most_memory,
     on_gpu,
     python_interferes,
-    reason_of,
     side_stream,
 )
 from ..ops.extension import backend
@@ -322,7 +320,7 @@ class StepGraphs(ModelGraphs[StepGraph]):
         self._wait_for_last(embeds.device)
         graph = self._graphs.get(key)
         if graph is None:
-            graph = self._captured(runner, sizes, (embeds, batch.position_ids, read, plan))
+            graph = self._new_graph(runner, sizes, (embeds, batch.position_ids, read, plan))
             if graph is None:
                 return None
             self._graphs[key] = graph
@@ -336,25 +334,20 @@ class StepGraphs(ModelGraphs[StepGraph]):
             self._open = weakref.ref(ticket)
         return graph.output_type(), logits
 
-    def _captured(self, runner: PackedRunner, sizes: Sizes, batch: tuple[Tensor, ...]) -> StepGraph | None:
+    def _new_graph(self, runner: PackedRunner, sizes: Sizes, batch: tuple[Tensor, ...]) -> StepGraph | None:
         """A graph that holds this batch."""
-        device = batch[0].device
-        try:
-            with torch.inference_mode(False):  # training may follow
-                graph = self.graph_type(runner, sizes, batch[0])
-                graph.load(*batch)
-                graph.capture(*self._pool_and_stream(device))
-                if runner.check and (hash(self._state), sizes.gradient) not in self._compared:
-                    graph.compare(runner.model, runner.slack)
-                    self._compared.add((hash(self._state), sizes.gradient))
-        except Exception as error:
-            reason = reason_of(error)
-        else:
+
+        def make(pool: Any, stream: Any) -> StepGraph:
+            graph = self.graph_type(runner, sizes, batch[0])
+            graph.load(*batch)
+            graph.capture(pool, stream)
+            if runner.check and (hash(self._state), sizes.gradient) not in self._compared:
+                graph.compare(runner.model, runner.slack)
+                self._compared.add((hash(self._state), sizes.gradient))
             logger.info("batches of up to %d packed slots run as a CUDA graph", sizes.slots)
             return graph
-        self._stop(runner.model, reason)  # here the error no longer holds the tensors of the failed capture
-        end_failed_capture(device)
-        return None
+
+        return self._captured(runner.model, batch[0].device, make)
 
     def _make_room(self, device: torch.device) -> None:
         most, sizes = most_memory(device), [graph.nbytes for graph in self._graphs.values()]
