@@ -24,6 +24,10 @@ MOST_MEMORY = 1 / 8
 MOST_GRAPHS = 32
 """The graph that was not used for the longest time makes room."""
 OTHER_STATES = 1
+MORE_OUTPUT = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""Settings of a configuration that ask for more than logits."""
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 HARMLESS_ATTRIBUTE = "_softprompt_fast_harmless"
 """Attribute of a hook or of a module's ``forward`` of this library: a graph already does what it would do."""
 
@@ -134,10 +138,6 @@ def on_gpu(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
-MORE_OUTPUT = ("output_hidden_states", "output_attentions", "output_router_logits")
-"""Settings of a configuration that ask for more than logits."""
-
-
 def python_interferes(device: torch.device) -> bool:
     """Whether Python now wants to change or to see what is computed, which a graph would not let it."""
     return (
@@ -148,9 +148,6 @@ def python_interferes(device: torch.device) -> bool:
         or _get_current_dispatch_mode() is not None
         or any(getattr(global_hooks, name, None) for name in GLOBAL_HOOKS)
     )
-
-
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
 
 
 def new_pool() -> Any:
@@ -188,25 +185,23 @@ def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
     facts: list[Any] = [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), *_kernels()]
     facts += _numbers(vars(config))
     facts.append(config._attn_implementation)
-    for module in model.modules():  # every batch and every new token waits for this
+    waiting = [model]
+    while waiting:  # every batch and every new token waits for this: `modules()` takes twice as long
+        module = waiting.pop()
         own = module.__dict__
-        training = own["training"]
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            if hooks and not all(map(_harmless, hooks.values())):
+        waiting += [part for part in own["_modules"].values() if part is not None]
+        for name in HOOKS:
+            if own[name] and not all(map(_harmless, own[name].values())):
                 return ()
-        if (training and own.get("gradient_checkpointing")) or own.get("_compiled_call_impl") is not None:
+        if own.get("_compiled_call_impl") is not None or (own["training"] and own.get("gradient_checkpointing")):
             return ()
         if "forward" in own and getattr(own["forward"], HARMLESS_ATTRIBUTE, False) is not True:
             return ()
-        facts.append(id(module))
-        facts += _numbers(own)
-        facts += adapter_state(module)
-        for tensors in (module._parameters, module._buffers):
+        facts += (id(module), own["training"])
+        if not type(module).__module__.startswith("torch.nn."):
+            facts += _numbers(own)
+            facts += adapter_state(module)
+        for tensors in (own["_parameters"], own["_buffers"]):
             for tensor in tensors.values():
                 if tensor is None:
                     continue
