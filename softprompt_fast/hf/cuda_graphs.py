@@ -24,6 +24,7 @@ MOST_MEMORY = 1 / 8
 MOST_GRAPHS = 32
 """The graph that was not used for the longest time makes room."""
 OTHER_STATES = 1
+"""States of a model, beside the present one, whose graphs are kept."""
 MORE_OUTPUT = ("output_hidden_states", "output_attentions", "output_router_logits")
 """Settings of a configuration that ask for more than logits."""
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

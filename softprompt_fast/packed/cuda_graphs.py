@@ -154,25 +154,22 @@ class StepGraph:
 
     def capture(self, pool: Any, stream: Any) -> None:
         """Records the passes; what they need in between is in `pool`."""
-        with side_stream(stream):
-            self._capture(pool, stream)
-
-    def _capture(self, pool: Any, stream: Any) -> None:
-        with torch.cuda.stream(stream):  # a first run lets libraries allocate what they work in
-            leaf, logits = self.forward_pass()
-            if self.sizes.gradient:
-                self.backward_pass(leaf, logits, torch.zeros_like(logits))
-        del leaf, logits
         # Other threads, such as a loader's that pins memory, go on meanwhile.
         options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-        self._forward = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._forward, **options):
-            leaf, logits = self.forward_pass()
-        if self.sizes.gradient:
-            self.logits_gradient = torch.zeros_like(logits)
-            self._backward = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._backward, **options):
-                self.gradient = self.backward_pass(leaf, logits, self.logits_gradient)
+        with side_stream(stream):
+            with torch.cuda.stream(stream):  # a first run lets libraries allocate what they work in
+                leaf, logits = self.forward_pass()
+                if self.sizes.gradient:
+                    self.backward_pass(leaf, logits, torch.zeros_like(logits))
+            del leaf, logits
+            self._forward = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._forward, **options):
+                leaf, logits = self.forward_pass()
+            if self.sizes.gradient:
+                self.logits_gradient = torch.zeros_like(logits)
+                self._backward = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._backward, **options):
+                    self.gradient = self.backward_pass(leaf, logits, self.logits_gradient)
         # Without its autograd graph: the memory between the passes serves other graphs of the pool too.
         self.logits = logits.detach()
 

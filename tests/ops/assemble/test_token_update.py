@@ -18,8 +18,8 @@ from torch import Tensor
 import softprompt_fast as spf
 from softprompt_fast.inference.prompt_bank import PromptBank
 from softprompt_fast.prompts.peft_files import read_prompt
-from softprompt_fast.prompts.vector_files import read_vectors
 from softprompt_fast.prompts.selection import Selection
+from softprompt_fast.prompts.vector_files import read_vectors
 
 WIDTH = 32
 ROWS = ["far", None, "near", "plain", "far", "near"]
