@@ -54,6 +54,12 @@ def cpu_name() -> str:
     return _cpu_fact("model name") or platform.processor() or platform.machine()
 
 
+def cpu_vendor() -> str:
+    """Such as "GenuineIntel" and "AuthenticAMD"; an empty text where the operating system does not say."""
+    vendor = _cpu_fact("vendor_id")
+    return vendor or next((name for name in ("GenuineIntel", "AuthenticAMD") if name in platform.processor()), "")
+
+
 def cpu_flags() -> str:
     """The instruction sets of this CPU as Linux names them; elsewhere an empty text."""
     return _cpu_fact("flags") or _cpu_fact("Features")  # Arm

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hf.architecture import ForwardTraits, check_room, returning_mappings
+from ..hf.frozen_linear import frozen_products
 from ..ops.assemble.batch import PromptedBatch
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
@@ -162,7 +163,8 @@ class PaddedRunner:
         return logits[rows, place]
 
     def _run(self, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
-        with returning_mappings(self.model.config):
+        slots = inputs["inputs_embeds"].shape[:2].numel()
+        with returning_mappings(self.model.config), frozen_products(self.model, slots):
             return self.model(**inputs, **options)
 
     def _align(self, output: Any, batch: PromptedBatch, prompt_columns: int) -> Any:

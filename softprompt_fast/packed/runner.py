@@ -26,6 +26,7 @@ from ..hf import architecture
 from ..hf.architecture import check_architecture, check_room, returning_mappings
 from ..hf.attention import InstalledAttention, installed_attention
 from ..hf.embedding import embedding_table
+from ..hf.frozen_linear import frozen_products
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.selection import Selection
 from ..tasks.encoding import IGNORED
@@ -316,7 +317,8 @@ class PackedRunner:
 
     def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output on a batch of one row, and its logits [M, V] at `places` [M], computed only there."""
-        with returning_mappings(self.model.config):
+        slots = inputs["inputs_embeds"].shape[1]
+        with returning_mappings(self.model.config), frozen_products(self.model, slots):
             if "logits_to_keep" in self._parameters:
                 output = self.model(**inputs, use_cache=False, logits_to_keep=places)
                 return output, output.logits[0]
