@@ -15,6 +15,7 @@ DISPLACED_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentence
 # Configuration fields of models that embed each token again in every layer.
 PER_LAYER_EMBEDDINGS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
+TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
 def without_adapters(model: Any) -> Any:
@@ -223,8 +224,11 @@ def returning_mappings(config: Any) -> Iterator[None]:
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def check_architecture(model: Any) -> None:
+def check_architecture(model: Any, *, task_head: bool = False) -> None:
     """Checks by class and configuration whether a model can run the packed layout.
+
+    Args:
+        task_head: for a model that classifies rows, tags tokens or answers questions, not a language model.
 
     Raises:
         Unsupported: it cannot; with the reason.
@@ -232,9 +236,11 @@ def check_architecture(model: Any) -> None:
     if is_encoder_decoder(model) or not is_causal(model):
         raise Unsupported("only causal decoders can share a prompt's hidden states")
     model = _unadapted(model)
-    if model.get_output_embeddings() is None:
+    if task_head and not is_named(model, TASK_HEADS):
+        raise Unsupported(f"{type(model).__name__} is not one of transformers' models with a task head")
+    if not task_head and model.get_output_embeddings() is None:
         raise Unsupported(f"{type(model).__name__} has no language-modelling head")
-    if not is_named(model, CAUSAL_HEADS):
+    if not task_head and not is_named(model, CAUSAL_HEADS):
         raise Unsupported(f"{type(model).__name__} is not one of transformers' causal language models")
     if not model._can_set_attn_implementation():
         raise Unsupported("its class ignores transformers' attention interface")
@@ -248,7 +254,7 @@ def check_architecture(model: Any) -> None:
     other = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if other:
         raise Unsupported(f"it has layers of type {', '.join(sorted(other))}")
-    if getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
+    if not task_head and getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
         raise Unsupported(f"its loss is {model.loss_type}")
 
 

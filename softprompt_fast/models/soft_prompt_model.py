@@ -12,8 +12,9 @@ from torch import Tensor
 from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation_options
 from ..hf.input_check import check_inputs
-from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
+from ..packed.runner import ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
+from ..packed.task_heads import TaskHeadRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from .call import Texts, check_labels, kept_columns, known_options, report_first_labels, texts_of
 from .padded_runner import LossFunction, PaddedRunner
@@ -108,7 +109,8 @@ class SoftPromptModel(PromptFiles):
 
     @staticmethod
     def _packed_runner(model: Any, **options: Any) -> PackedRunner:
-        return PackedRunner(model, **options)
+        runner = TaskHeadRunner if architecture.is_named(model, architecture.TASK_HEADS) else PackedRunner
+        return runner(model, **options)
 
     # --- prompts ---
 
@@ -205,7 +207,7 @@ class SoftPromptModel(PromptFiles):
                 *arguments,
                 lengths=lengths.tolist() if isinstance(lengths, Tensor) else lengths,
                 num_targets=num_targets,
-                options={k: v for k, v in options.items() if k in PACKED_OPTIONS or k == "output_attentions"},
+                options={k: v for k, v in options.items() if k in runner.options or k == "output_attentions"},
                 **settings,
             )
 
@@ -214,7 +216,8 @@ class SoftPromptModel(PromptFiles):
 
         if getattr(self.config, "output_attentions", False):
             options.setdefault("output_attentions", True)
-        unpacked = [k for k, v in options.items() if k not in PACKED_OPTIONS and v is not False]
+        packed_options = PackedRunner.options if self.runner is None else self.runner.options
+        unpacked = [k for k, v in options.items() if k not in packed_options and v is not False]
         output = self._run_padded_for(unpacked[0], padded) if unpacked else self._run(packed, padded)
         if output.get("logits") is not None and self._traits.labels_per_token:
             output["logits"] = output["logits"][:, columns]

@@ -63,6 +63,10 @@ class PackedRunner:
 
     slack = 1.0
     """Factor on the tolerance of the check."""
+    task_head = False
+    """Whether the model's head is not a language model's."""
+    options = frozenset(PACKED_OPTIONS)
+    """Options of the model's forward that packed batches can run with."""
 
     def __init__(
         self, model: Any, *, check: bool = True, shared_text: str | None = "auto", cuda_graphs: bool = True
@@ -78,7 +82,7 @@ class PackedRunner:
         self._attention: InstalledAttention | None = None
         self._parameters = architecture.forward_parameters(model)
         try:
-            check_architecture(model)
+            check_architecture(model, task_head=self.task_head)
             self.make_ready()
         except Unsupported as error:
             self.unsupported = str(error)
@@ -133,8 +137,8 @@ class PackedRunner:
         selection = bank.select(prompt_ids, len(input_ids))
         batch = self.pack(selection, input_ids, attention_mask, lengths, embedding=embedding, fold=fold)
         if types is not None:
-            options["token_type_ids"] = _packed_types(types, batch)
-        with _failures_of_the_model():
+            options["token_type_ids"] = packed_types(types, batch)
+        with failures_of_the_model():
             self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
         previous = batch.previous_slots.flatten()
         targets = previous[:0]  # places in the flattened input
@@ -144,10 +148,10 @@ class PackedRunner:
         answered = previous[targets].clamp(min=0)
         read = places = answered
         if return_logits:
-            read, places = _read_once(answered, _slots_of_columns(batch, prompt_columns), batch.layout.slots)
+            read, places = read_once(answered, slots_of_columns(batch, prompt_columns), batch.layout.slots)
         items = {k: v for k, v in options.items() if k == "num_items_in_batch"}
         passed = options if loss_function is None else {k: v for k, v in options.items() if k not in items}
-        with _failures_of_the_model():
+        with failures_of_the_model():
             output, logits = self.run(batch, read, passed)
         if labels is not None:
             expected = torch.where(targets >= 0, target[targets], IGNORED)
@@ -157,10 +161,10 @@ class PackedRunner:
             else:
                 rows = targets.clamp(min=0) // max(1, input_ids.shape[1])
                 output["loss"] = loss_function(answers, expected, rows, **items)
-        output["logits"] = _at_places(logits, places) if return_logits else None
+        output["logits"] = at_places(logits, places) if return_logits else None
         if output.get("hidden_states") is not None:
-            columns = _slots_of_columns(batch, prompt_columns)
-            output["hidden_states"] = tuple(_at_places(x[0], columns) for x in output["hidden_states"])
+            columns = slots_of_columns(batch, prompt_columns)
+            output["hidden_states"] = tuple(at_places(x[0], columns) for x in output["hidden_states"])
         return output
 
     def logits_after(
@@ -181,7 +185,7 @@ class PackedRunner:
         selection = bank.select(prompt_ids, len(input_ids))
         batch = self.pack(selection, input_ids, attention_mask, None, embedding=embedding)
         slots = batch.last_slots if places is None else batch.token_slots[places[:, 0], places[:, 1]]
-        with _failures_of_the_model():
+        with failures_of_the_model():
             self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
             return self.run(batch, slots.clamp(min=0), {})[1]
 
@@ -336,14 +340,20 @@ class PackedRunner:
         embedding: Any = None,
     ) -> Tensor:
         """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself after its prompt."""
+        joined = self.vectors_alone(prompt, input_ids, update, embedding)
+        if gradient and not joined.requires_grad:  # quantized layers compute differently without a gradient
+            joined.requires_grad_()
+        return self.logits_at(places + len(joined) - len(input_ids), inputs_embeds=joined[None])[1]
+
+    def vectors_alone(
+        self, prompt: Tensor | None, input_ids: Tensor, update: tuple[Tensor, Tensor] | None, embedding: Any
+    ) -> Tensor:
+        """[P + T, D], a row's prompt and the vectors of its tokens."""
         table = embedding_table(self.model.get_input_embeddings() if embedding is None else embedding)
         vectors = table(input_ids)
         if update is not None:
             vectors = updated_embeddings(table, input_ids, *update).to(table.weight.dtype)
-        joined = vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
-        if gradient and not joined.requires_grad:  # quantized layers compute differently without a gradient
-            joined.requires_grad_()
-        return self.logits_at(places + len(joined) - len(vectors), inputs_embeds=joined[None])[1]
+        return vectors if prompt is None else torch.cat([prompt.to(vectors.dtype), vectors])
 
     def _count_calls(self, layout: PackedLayout) -> None:
         """Checks that every layer called this attention, with its window: a layer that did not would mix rows."""
@@ -360,7 +370,7 @@ class PackedRunner:
 
 
 @contextmanager
-def _failures_of_the_model() -> Iterator[None]:
+def failures_of_the_model() -> Iterator[None]:
     try:
         yield
     except (Unsupported, PackedFailure):
@@ -376,7 +386,7 @@ def _places(wanted: Tensor, count: int | None) -> Tensor:
     return torch.nonzero_static(wanted, size=count, fill_value=-1)[:, 0]
 
 
-def _packed_types(types: Tensor, batch: SharedBatch) -> Tensor:
+def packed_types(types: Tensor, batch: SharedBatch) -> Tensor:
     """[1, K], the token types [B, T] of a batch's texts; 0 for prompts."""
     packed = types.new_zeros(1, batch.layout.slots)
     real = batch.token_slots >= 0
@@ -384,7 +394,7 @@ def _packed_types(types: Tensor, batch: SharedBatch) -> Tensor:
     return packed
 
 
-def _slots_of_columns(batch: SharedBatch, prompt_columns: int) -> Tensor:
+def slots_of_columns(batch: SharedBatch, prompt_columns: int) -> Tensor:
     """[B, P + T]: the slot of each column of the output, -1: none.
 
     The column before a row's first token, if there is one, has the slot of the prompt's last vector.
@@ -396,7 +406,7 @@ def _slots_of_columns(batch: SharedBatch, prompt_columns: int) -> Tensor:
     return columns
 
 
-def _read_once(answered: Tensor, columns: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+def read_once(answered: Tensor, columns: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The slots to compute logits of, each that `answered` [M] has not already only once; and the columns' places.
 
     Returns:
@@ -410,7 +420,7 @@ def _read_once(answered: Tensor, columns: Tensor, slots: int) -> tuple[Tensor, T
     return torch.cat([answered, more]), torch.where(columns >= 0, place[columns.clamp(min=0)], -1)
 
 
-def _at_places(values: Tensor, places: Tensor) -> Tensor:
+def at_places(values: Tensor, places: Tensor) -> Tensor:
     """[M, V] -> [B, C, V], the values at `places` [B, C]; zeros where a place is -1."""
     if not len(values):
         return values.new_zeros(*places.shape, values.shape[1])

@@ -1,0 +1,225 @@
+"""Shared-prompt execution for decoders that classify rows, tag tokens or answer questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..hf import architecture
+from ..hf.architecture import returning_mappings
+from ..hf.frozen_linear import frozen_products
+from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from ..tasks.encoding import IGNORED
+from .batch import SharedBatch
+from .runner import (
+    PACKED_OPTIONS,
+    PackedRunner,
+    at_places,
+    failures_of_the_model,
+    packed_types,
+    read_once,
+    slots_of_columns,
+)
+
+POSITIONS = ("start_positions", "end_positions")
+SPANS = ("start_logits", "end_logits")
+
+
+class TaskHeadRunner(PackedRunner):
+    """Runs one decoder with a task head on packed batches.
+
+    A row is classified by its last vector, so the head reads one slot per row. The other heads read each token's slot.
+
+    Args:
+        model, check, shared_text: as for :class:`PackedRunner`.
+    """
+
+    task_head = True
+    options = frozenset({*PACKED_OPTIONS, *POSITIONS})
+
+    def __init__(
+        self, model: Any, *, check: bool = True, shared_text: str | None = "auto", cuda_graphs: bool = False
+    ) -> None:
+        super().__init__(model, check=check, shared_text=shared_text, cuda_graphs=False)
+        self._classifies = architecture.is_named(self.model, "ForSequenceClassification")
+        self._spans = set(POSITIONS) <= self._parameters
+        if self._classifies and not (
+            hasattr(self.model, "score") and hasattr(self.model, self.model.base_model_prefix)
+        ):
+            self.unsupported = self.unsupported or "its head is not a layer `score` after the decoder"
+
+    def forward(
+        self,
+        bank: FastSoftPrompt,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        prompt_ids: PromptIds,
+        *,
+        lengths: Sequence[int] | None,
+        num_targets: int | None,
+        return_logits: bool,
+        loss_function: Callable[..., Tensor] | None,
+        options: dict[str, Any],
+        embedding: Any = None,
+        prompt_columns: int = 0,
+    ) -> Any:
+        """The model's output as :meth:`SoftPromptModel.forward` returns it; arguments as :meth:`PackedRunner.forward`.
+
+        Args:
+            labels: [B] or [B, C] of rows; [B, T] of tokens.
+            options: also ``start_positions`` and ``end_positions`` [B].
+            num_targets, return_logits: not read. These heads cost little.
+        """
+        if loss_function is not None:
+            raise ValueError("`loss_function` cannot be given because this model's labels are not tokens of a text")
+        options = dict(options)
+        options.pop("num_items_in_batch", None)  # transformers' losses of these heads do not read it
+        positions = [options.pop(name, None) for name in POSITIONS]
+        types = options.pop("token_type_ids", None)
+        selection = bank.select(prompt_ids, len(input_ids))
+        fold = None if types is None else False
+        batch = self.pack(selection, input_ids, attention_mask, lengths, embedding=embedding, fold=fold)
+        if types is not None:
+            options["token_type_ids"] = packed_types(types, batch)
+        columns = slots_of_columns(batch, prompt_columns)
+        with failures_of_the_model():
+            self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
+            if self._classifies:
+                output, logits = self.run(batch, batch.last_slots.clamp(min=0), options)
+                output["logits"] = logits.masked_fill((batch.last_slots < 0)[:, None], 0)
+            else:
+                seen = self._seen_slots(batch, selection.prefixes, columns) if self._spans else columns
+                read, places = read_once(columns.new_zeros(0), seen, batch.layout.slots)
+                output, logits = self.run(batch, read, options)
+                aligned = partial(at_places, logits)
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(at_places(x[0], columns) for x in output["hidden_states"])
+        if self._classifies:
+            if labels is not None:
+                output = _with_loss(output, self._row_loss(output["logits"], labels))
+        elif self._spans:
+            output = self._spans_of(output, aligned(places), seen, columns.shape[1], batch, positions)
+        else:
+            output["logits"] = aligned(places)
+            if labels is not None:
+                output = _with_loss(output, self._token_loss(output["logits"], labels, batch))
+        return output
+
+    def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
+        """The model's output on a batch of one row, and the head's numbers [M, C] at `places` [M]."""
+        model = self.model
+        if "use_cache" in self._parameters or not self._spans:
+            inputs["use_cache"] = False
+        slots = inputs["inputs_embeds"].shape[1]
+        with returning_mappings(model.config), frozen_products(model, slots):
+            if self._classifies:
+                decoded = getattr(model, model.base_model_prefix)(**inputs)
+                return _classifier_output(decoded), model.score(decoded.last_hidden_state[0, places])
+            output = model(**inputs)
+        if self._spans:
+            return output, torch.stack([output[name][0, places] for name in SPANS], -1)
+        return output, output.logits[0, places]
+
+    def logits_alone(
+        self,
+        prompt: Tensor | None,
+        input_ids: Tensor,
+        places: Tensor,
+        *,
+        gradient: bool,
+        update: tuple[Tensor, Tensor] | None = None,
+        embedding: Any = None,
+    ) -> Tensor:
+        """As :meth:`PackedRunner.logits_alone`. Rows are classified by the model's own forward, at their last token."""
+        if not self._classifies:
+            return super().logits_alone(
+                prompt, input_ids, places, gradient=gradient, update=update, embedding=embedding
+            )
+        return torch.cat([self._row_alone(prompt, input_ids[: place + 1], update, embedding) for place in places])
+
+    def _row_alone(
+        self, prompt: Tensor | None, input_ids: Tensor, update: tuple[Tensor, Tensor] | None, embedding: Any
+    ) -> Tensor:
+        """[1, C], a row's logits by the model's own forward."""
+        vectors = self.vectors_alone(prompt, input_ids, update, embedding)
+        with returning_mappings(self.model.config):
+            logits: Tensor = self.model(inputs_embeds=vectors[None], use_cache=False).logits
+        return logits
+
+    # --- losses, as transformers computes them ---
+
+    def _row_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+        loss: Tensor = ForSequenceClassificationLoss(labels, logits, self.model.config)
+        return loss
+
+    def _token_loss(self, logits: Tensor, labels: Tensor, batch: SharedBatch) -> Tensor:
+        from transformers.loss.loss_utils import ForTokenClassification
+
+        columns = logits[:, logits.shape[1] - labels.shape[1] :]
+        known = labels.masked_fill(batch.token_slots < 0, IGNORED)
+        loss: Tensor = ForTokenClassification(columns, known, self.model.config)
+        return loss
+
+    def _seen_slots(self, batch: SharedBatch, prefixes: Sequence[tuple[int, int]], columns: Tensor) -> Tensor:
+        """[B, P + C]: the slots of each row's whole prompt, then its columns of the output; -1: none.
+
+        A softmax over where an answer begins includes the places of the prompt.
+        """
+        starts = torch.tensor([first for *_, first, _ in batch.layout.rows.lines], device=columns.device)
+        virtual = torch.tensor([length for _, length in prefixes], device=columns.device)
+        place = torch.arange(int(virtual.max()) if len(virtual) else 0, device=columns.device)
+        prompts = torch.where(place < virtual[:, None], starts[:, None] + place, -1)
+        return torch.cat([prompts, columns], 1)
+
+    def _spans_of(
+        self,
+        output: Any,
+        numbers: Tensor,
+        seen: Tensor,
+        width: int,
+        batch: SharedBatch,
+        positions: Sequence[Tensor | None],
+    ) -> Any:
+        """The output with logits [B, P + T] of both ends, the smallest number at padding, and with its loss.
+
+        Args:
+            numbers: [B, X, 2] at the slots `seen` [B, X], of which the last `width` columns are the output's.
+        """
+        tokens = batch.token_slots.shape[1]
+        first = seen.shape[1] - tokens
+        smallest = torch.finfo(numbers.dtype).min
+        padding = F.pad(batch.token_slots < 0, (width - tokens, 0), value=False)
+        # The column before a row's first token shows the prompt's last vector once more: it is no place of its own.
+        texts = F.pad(batch.token_slots >= 0, (width - tokens, 0), value=False)
+        own = torch.cat([seen[:, : seen.shape[1] - width] >= 0, texts], 1)
+        losses = []
+        for end, (name, position) in enumerate(zip(SPANS, positions, strict=True)):
+            output[name] = numbers[:, -width:, end].masked_fill(padding, smallest) if width else numbers[:, :0, end]
+            if position is not None:
+                column = position.flatten().clamp(min=0)
+                inside = column < tokens
+                real = inside & batch.token_slots.gather(1, column.where(inside, 0)[:, None])[:, 0].ge(0)
+                target = torch.where(real, column + first, IGNORED)
+                losses.append(F.cross_entropy(numbers[..., end].masked_fill(~own, smallest), target))
+        return _with_loss(output, (losses[0] + losses[1]) / 2) if len(losses) == 2 else output
+
+
+def _classifier_output(decoded: Any) -> Any:
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    return SequenceClassifierOutputWithPast(
+        hidden_states=decoded.get("hidden_states"), attentions=decoded.get("attentions")
+    )
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    """The output with its loss in front."""
+    return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})
