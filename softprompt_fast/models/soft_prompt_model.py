@@ -98,7 +98,7 @@ class SoftPromptModel(PromptFiles):
         options = {"check": check, "shared_text": shared_text, "cuda_graphs": cuda_graphs}
         self.runner = self._packed_runner(model, **options) if execution != "padded" else None
         """Runs the packed layout; None: padded execution was asked for."""
-        self._generator = TextGenerator(model, self.runner)
+        self._generator = TextGenerator(model, None if self._traits.has_task_head else self.runner)
         if execution == "shared" and self.runner is not None and self.runner.unsupported:
             raise ValueError(f"execution='shared' is not exact for this model: {self.runner.unsupported}")
 
@@ -110,7 +110,7 @@ class SoftPromptModel(PromptFiles):
 
     @staticmethod
     def _packed_runner(model: Any, **options: Any) -> PackedRunner:
-        runner = TaskHeadRunner if architecture.is_named(model, architecture.TASK_HEADS) else PackedRunner
+        runner = TaskHeadRunner if architecture.ForwardTraits.of(model).has_task_head else PackedRunner
         return runner(model, **options)
 
     # --- prompts ---

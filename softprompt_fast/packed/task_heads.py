@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +47,8 @@ class TaskHeadRunner(PackedRunner):
         super().__init__(model, check=check, shared_text=shared_text, cuda_graphs=False)
         self._classifies = architecture.is_named(self.model, "ForSequenceClassification")
         self._spans = set(POSITIONS) <= self._parameters
-        if self._classifies and not (
-            hasattr(self.model, "score") and hasattr(self.model, self.model.base_model_prefix)
-        ):
+        needed = ("score", self.model.base_model_prefix)
+        if self._classifies and any(getattr(self.model, name, None) is None for name in needed):
             self.unsupported = self.unsupported or "its head is not a layer `score` after the decoder"
 
     def forward(
@@ -97,18 +95,18 @@ class TaskHeadRunner(PackedRunner):
                 seen = self._seen_slots(batch, selection.prefixes, columns) if self._spans else columns
                 read, places = read_once(columns.new_zeros(0), seen, batch.layout.slots)
                 output, logits = self.run(batch, read, options)
-                aligned = partial(at_places, logits)
+                numbers = at_places(logits, places)
         if output.get("hidden_states") is not None:
             output["hidden_states"] = tuple(at_places(x[0], columns) for x in output["hidden_states"])
         if self._classifies:
             if labels is not None:
-                output = _with_loss(output, self._row_loss(output["logits"], labels))
+                output["loss"] = self._row_loss(output["logits"], labels)
         elif self._spans:
-            output = self._spans_of(output, aligned(places), seen, columns.shape[1], batch, positions)
+            self._set_spans(output, numbers, seen, columns.shape[1], batch, positions)
         else:
-            output["logits"] = aligned(places)
+            output["logits"] = numbers
             if labels is not None:
-                output = _with_loss(output, self._token_loss(output["logits"], labels, batch))
+                output["loss"] = self._token_loss(output["logits"], labels, batch)
         return output
 
     def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
@@ -179,7 +177,7 @@ class TaskHeadRunner(PackedRunner):
         prompts = torch.where(place < virtual[:, None], starts[:, None] + place, -1)
         return torch.cat([prompts, columns], 1)
 
-    def _spans_of(
+    def _set_spans(
         self,
         output: Any,
         numbers: Tensor,
@@ -187,8 +185,8 @@ class TaskHeadRunner(PackedRunner):
         width: int,
         batch: SharedBatch,
         positions: Sequence[Tensor | None],
-    ) -> Any:
-        """The output with logits [B, P + T] of both ends, the smallest number at padding, and with its loss.
+    ) -> None:
+        """Gives the output its logits [B, P + T] of both ends, the smallest number at padding, and its loss.
 
         Args:
             numbers: [B, X, 2] at the slots `seen` [B, X], of which the last `width` columns are the output's.
@@ -209,7 +207,8 @@ class TaskHeadRunner(PackedRunner):
                 real = inside & batch.token_slots.gather(1, column.where(inside, 0)[:, None])[:, 0].ge(0)
                 target = torch.where(real, column + first, IGNORED)
                 losses.append(F.cross_entropy(numbers[..., end].masked_fill(~own, smallest), target))
-        return _with_loss(output, (losses[0] + losses[1]) / 2) if len(losses) == 2 else output
+        if len(losses) == 2:
+            output["loss"] = (losses[0] + losses[1]) / 2
 
 
 def _classifier_output(decoded: Any) -> Any:
@@ -218,8 +217,3 @@ def _classifier_output(decoded: Any) -> Any:
     return SequenceClassifierOutputWithPast(
         hidden_states=decoded.get("hidden_states"), attentions=decoded.get("attentions")
     )
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    """The output with its loss in front."""
-    return type(output)(loss=loss, **{name: value for name, value in output.items() if name != "loss"})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from support.rows_alone import PROMPTS, ROWS, alone, relative, tuned_model
-from support.tiny_models import BART, BERT, GPT2, LLAMA, T5, batch
+from support.tiny_models import BART, BERT, GPT2, LLAMA, T5, batch, build
 from torch import Tensor
 
 import softprompt_fast as spf
@@ -59,18 +59,34 @@ def losses_alone(head: str, output: Any, skipped: int, real: Tensor, target: dic
     return sum(F.cross_entropy(output[name], columns[target[key][row]][None]) / 2 for name, key in ends)
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize(("name", "head"), HEADS)
-def test_a_head_gives_each_row_what_it_gives_alone(name: str, head: str, padding: str) -> None:
+SHARED = ["llama", "qwen3", "gemma3", "gpt2"]
+"""Decoders whose heads run after shared prompts."""
+LAYOUTS = [
+    *((*one, "padded") for one in HEADS),
+    *((name, head, "shared") for name, head in HEADS if name in SHARED),
+]
+
+
+def tuned_head(name: str, head: str, execution: str) -> spf.SoftPromptModel:
     # ModernBERT's logits are small differences of large numbers.
-    tuned = tuned_model(name, head=head, dtype=torch.float64 if name == "modernbert" else torch.float32)
-    assert tuned.execution_report().execution == "padded"
+    model = build(name, head=head, dtype=torch.float64 if name == "modernbert" else torch.float32)
+    tuned = spf.SoftPromptModel(model, execution=execution)
+    for prompt, length in PROMPTS.items():
+        tuned.add_prompt(prompt, init=torch.randn(length, tuned.prompts.embedding_dim) * 0.5)
+    return tuned
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("name", "head", "execution"), LAYOUTS)
+def test_a_head_gives_each_row_what_it_gives_alone(name: str, head: str, execution: str, padding: str) -> None:
+    tuned = tuned_head(name, head, execution)
     trained = [p for key, p in tuned.base_model.named_parameters() if head_of(tuned) in key]
     for parameter in trained:
         parameter.requires_grad_(True)
     ids, mask = rows(padding)
     target = targets(head, ids, mask)
     output = tuned(ids, mask, prompt_ids=ROWS, **target)
+    assert tuned.execution_report().execution == execution
     total, used = torch.zeros(()), []
     for row, prompt in enumerate(ROWS):
         real = mask[row].bool()
@@ -107,6 +123,48 @@ def test_a_head_gives_each_row_what_it_gives_alone(name: str, head: str, padding
 def head_of(tuned: spf.SoftPromptModel) -> str:
     names = [name for name, _ in tuned.base_model.named_children()]
     return next(name for name in ("score", "classifier", "qa_outputs") if name in names)
+
+
+@pytest.mark.parametrize("execution", ["padded", "shared"])
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_rows_that_begin_with_the_same_text(head: str, execution: str) -> None:
+    """Shared text runs once: its tokens still have their own outputs in every row."""
+    tuned = tuned_head("llama", head, execution)
+    ids, mask = rows("right")
+    ids[:, :4] = ids[0, :4]
+    target = targets(head, ids, mask)
+    output = tuned(ids, mask, prompt_ids="long", output_hidden_states=True, **target)
+    apart = [
+        tuned(i[None], m[None], prompt_ids="long", output_hidden_states=True) for i, m in zip(ids, mask, strict=True)
+    ]
+    for name in output.keys() - {"loss", "hidden_states"}:
+        assert relative(output[name], torch.cat([one[name] for one in apart])) < 1e-5
+    assert relative(output.hidden_states[-1], torch.cat([one.hidden_states[-1] for one in apart])) < 1e-5
+    if "labels" in target:
+        with pytest.raises(ValueError, match="`loss_function` cannot be given"):
+            tuned(ids, mask, labels=target["labels"], prompt_ids="long", loss_function=lambda *_: ids.sum())
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_a_wrong_layout_of_a_head_is_found_by_the_first_batch(head: str, caplog: pytest.LogCaptureFixture) -> None:
+    tuned = tuned_head("llama", head, "auto")
+    attention = getattr(tuned.base_model, tuned.base_model.base_model_prefix).layers[0].self_attn
+    forward = attention.forward
+
+    def noisy(hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+        return forward(hidden_states.roll(1, 1), *args, **options)
+
+    attention.forward = noisy
+    ids, mask = rows("left")
+    tuned(ids, mask, prompt_ids=ROWS)
+    assert tuned.execution_report().execution == "padded"
+    assert "differ from row-by-row" in caplog.text
+
+
+def test_a_classifier_of_another_form_runs_padded() -> None:
+    model = build("llama", head="SequenceClassification")
+    model.other, model.score = model.score, None
+    assert "`score`" in spf.SoftPromptModel(model).execution_report().reason
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
