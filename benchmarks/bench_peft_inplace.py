@@ -1,5 +1,7 @@
 """One training step of a PEFT prompt-tuning script, and of the same script with ``softprompt_fast.accelerate``.
 
+A language model and a classifier of rows with the same decoder.
+
 Both train the same prompt on the same rows, padded on the right, interleaved in one process. Reported are medians, for
 steps that only read the loss and for steps that also read the logits. Usage::
 
@@ -8,6 +10,7 @@ steps that only read the loss and for steps that also read the logits. Usage::
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from common import Row, add_model_arguments, append_rows, argument_parser, environment, interleaved, load
 from torch import Tensor
 
@@ -23,8 +27,9 @@ import softprompt_fast as spf
 VIRTUAL, ROWS, TOKENS = 20, 16, 32
 SHORTEST = (16, 32)
 """Tokens of the shortest row; the longest has TOKENS."""
-LABELS = ("text", "answer")
-"""Every token of a row is a target, or only its last one."""
+LABELS = ("text", "answer", "class")
+"""Every token of a row is a target, or only its last one; or each row has a class."""
+CLASSES = 3
 
 
 def batch(shortest: int, labels: str, vocabulary: int) -> dict[str, Tensor]:
@@ -33,6 +38,8 @@ def batch(shortest: int, labels: str, vocabulary: int) -> dict[str, Tensor]:
     lengths = torch.linspace(shortest, TOKENS, ROWS).round().long()[torch.randperm(ROWS, generator=generator)]
     columns = torch.arange(TOKENS)[None]
     real = columns < lengths[:, None]
+    if labels == "class":
+        return {"input_ids": ids, "attention_mask": real.long(), "labels": torch.arange(ROWS) % CLASSES}
     targets = real if labels == "text" else columns == lengths[:, None] - 1
     return {"input_ids": ids, "attention_mask": real.long(), "labels": ids.masked_fill(~targets, -100)}
 
@@ -40,7 +47,8 @@ def batch(shortest: int, labels: str, vocabulary: int) -> dict[str, Tensor]:
 def step(model: Any, inputs: dict[str, Tensor], *, accelerated: bool, read: bool) -> Callable[[], float]:
     """A function that runs one step of a training loop and returns the loss."""
     torch.manual_seed(0)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+    task = "SEQ_CLS" if "labels" in inputs and inputs["labels"].dim() == 1 else "CAUSAL_LM"
+    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=VIRTUAL)
     tuned: Any = peft.get_peft_model(model, config).train()
     if accelerated:
         spf.accelerate(tuned)
@@ -59,21 +67,34 @@ def step(model: Any, inputs: dict[str, Tensor], *, accelerated: bool, read: bool
     return run
 
 
+def classifier(model: Any) -> Any:
+    """A classifier of rows with a new head on the decoder of a language model."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(model.config)
+    config.num_labels, config.pad_token_id = CLASSES, 0
+    head = transformers.AutoModelForSequenceClassification.from_config(config)
+    setattr(head, head.base_model_prefix, model.base_model)
+    return head
+
+
 def main() -> None:
     parser = argument_parser(__doc__)
     add_model_arguments(parser, dtype="float32", rounds=5, device=False)
     arguments = parser.parse_args()
-    plain, base = load(arguments.model, arguments.dtype), load(arguments.model, arguments.dtype)
+    models = load(arguments.model, arguments.dtype), load(arguments.model, arguments.dtype)
     rows: list[Row] = []
     for shortest in SHORTEST:
         for labels in LABELS:
-            inputs = batch(shortest, labels, base.config.vocab_size)
+            inputs = batch(shortest, labels, models[0].config.vocab_size)
+            plain, base = (classifier(model) if labels == "class" else model for model in models)
             runs = {
                 "peft": step(plain, inputs, accelerated=False, read=False),
                 "accelerated": step(base, inputs, accelerated=True, read=False),
                 "accelerated_logits": step(base, inputs, accelerated=True, read=True),
             }
             losses = {name: run() for name, run in runs.items()}
+            # PEFT's classifier reads padding where rows have different lengths.
+            comparable = labels != "class" or shortest == TOKENS
             error = max(abs(loss / losses["peft"] - 1) for loss in losses.values())
             medians = interleaved(runs, arguments.rounds)
             row: Row = {
@@ -85,7 +106,7 @@ def main() -> None:
                 **{f"{name}_s": round(value, 3) for name, value in medians.items()},
                 "faster": round(medians["peft"] / medians["accelerated"], 2),
                 "faster_reading_logits": round(medians["peft"] / medians["accelerated_logits"], 2),
-                "loss_error": f"{error:.1e}",
+                "loss_error": f"{error:.1e}" if comparable else "",
             }
             print(json.dumps(row), flush=True)
             rows.append(row)

@@ -85,14 +85,17 @@ class TaskHeadRunner(PackedRunner):
         batch = self.pack(selection, input_ids, attention_mask, lengths, embedding=embedding, fold=fold)
         if types is not None:
             options["token_type_ids"] = packed_types(types, batch)
-        columns = slots_of_columns(batch, prompt_columns)
+        prompts, columns = _prompt_slots(batch, selection.prefixes), slots_of_columns(batch, prompt_columns)
+        if prompt_columns:  # all of a prompt costs no more here than its last vector
+            columns = torch.cat([prompts, columns[:, prompt_columns:]], 1)
         with failures_of_the_model():
             self._check(bank, input_ids, attention_mask, prompt_ids, embedding)
             if self._classifies:
                 output, logits = self.run(batch, batch.last_slots.clamp(min=0), options)
                 output["logits"] = logits.masked_fill((batch.last_slots < 0)[:, None], 0)
             else:
-                seen = self._seen_slots(batch, selection.prefixes, columns) if self._spans else columns
+                # A softmax over where an answer begins includes the places of the whole prompt.
+                seen = torch.cat([prompts, columns], 1) if self._spans else columns
                 read, places = read_once(columns.new_zeros(0), seen, batch.layout.slots)
                 output, logits = self.run(batch, read, options)
                 numbers = at_places(logits, places)
@@ -161,21 +164,10 @@ class TaskHeadRunner(PackedRunner):
     def _token_loss(self, logits: Tensor, labels: Tensor, batch: SharedBatch) -> Tensor:
         from transformers.loss.loss_utils import ForTokenClassification
 
-        columns = logits[:, logits.shape[1] - labels.shape[1] :]
+        columns = logits[:, logits.shape[1] - labels.shape[1] :].contiguous()
         known = labels.masked_fill(batch.token_slots < 0, IGNORED)
         loss: Tensor = ForTokenClassification(columns, known, self.model.config)
         return loss
-
-    def _seen_slots(self, batch: SharedBatch, prefixes: Sequence[tuple[int, int]], columns: Tensor) -> Tensor:
-        """[B, P + C]: the slots of each row's whole prompt, then its columns of the output; -1: none.
-
-        A softmax over where an answer begins includes the places of the prompt.
-        """
-        starts = torch.tensor([first for *_, first, _ in batch.layout.rows.lines], device=columns.device)
-        virtual = torch.tensor([length for _, length in prefixes], device=columns.device)
-        place = torch.arange(int(virtual.max()) if len(virtual) else 0, device=columns.device)
-        prompts = torch.where(place < virtual[:, None], starts[:, None] + place, -1)
-        return torch.cat([prompts, columns], 1)
 
     def _set_spans(
         self,
@@ -209,6 +201,18 @@ class TaskHeadRunner(PackedRunner):
                 losses.append(F.cross_entropy(numbers[..., end].masked_fill(~own, smallest), target))
         if len(losses) == 2:
             output["loss"] = (losses[0] + losses[1]) / 2
+
+
+def _prompt_slots(batch: SharedBatch, prefixes: Sequence[tuple[int, int]]) -> Tensor:
+    """[B, P], the slots of each row's prompt; -1: it has fewer than the longest.
+
+    Args:
+        prefixes: [B], the second number is the length of the row's prompt.
+    """
+    first = torch.tensor([slot for *_, slot, _ in batch.layout.rows.lines], dtype=torch.int64)[:, None]
+    length = torch.tensor([length for _, length in prefixes], dtype=torch.int64)[:, None]
+    place = torch.arange(int(length.max()) if len(length) else 0)
+    return torch.where(place < length, first + place, -1).to(batch.token_slots.device)
 
 
 def _classifier_output(decoded: Any) -> Any:
