@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import nn
 
 from ..hf import architecture
 from ..hf.freezing import Frozen, freeze
+from .fused_head import TakesFusedHead
 
 BASE_PREFIX = "base_model."
 
 
-class ModelInterface(nn.Module):
+class ModelInterface(TakesFusedHead):
     """Holds a frozen base model. Its ``state_dict`` holds everything but the frozen weights.
 
     Args:
@@ -27,6 +29,10 @@ class ModelInterface(nn.Module):
         self._frozen: list[Frozen] | None = freeze(model.parameters())
         """None: :meth:`unload` was called."""
         self.base_model: Any = model
+        self.model_tags: list[str] | None = None
+        """Words for a model card, which trainers add."""
+        self.warnings_issued: dict[str, bool] = {}
+        """Warnings that trainers have given about this model."""
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_post_hook(_allow_missing_base)
 
@@ -130,7 +136,12 @@ class ModelInterface(nn.Module):
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
-    # --- training helpers that Trainer looks for ---
+    # --- training helpers that trainers look for ---
+
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """Adds words for a model card."""
+        added = [tags] if isinstance(tags, str) else tags
+        self.model_tags = list(dict.fromkeys([*(self.model_tags or []), *added]))
 
     @property
     def is_gradient_checkpointing(self) -> bool:

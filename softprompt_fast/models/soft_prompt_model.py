@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from ..hf.input_check import check_inputs
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from . import fused_head
 from .call import Texts, check_labels, kept_columns, known_options, report_first_labels, texts_of
 from .padded_runner import LossFunction, PaddedRunner
 from .prompt_files import PromptFiles
@@ -57,7 +59,8 @@ class SoftPromptModel(PromptFiles):
     """
 
     refused_arguments: ClassVar[dict[str, str]] = {
-        "position_ids": "positions follow from the attention mask and the prompts' lengths",
+        "position_ids": "positions follow from the attention mask and the prompts' lengths. If a trainer packs several "
+        "texts into one row, turn this off (`packing`, `padding_free`): padding never runs here",
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
         "cache": "forward runs whole rows; `generate` handles the cache",
         "encoder_outputs": "the encoder runs with the prompts",
@@ -168,7 +171,8 @@ class SoftPromptModel(PromptFiles):
             prompt_columns: P, if every row has a prompt of this length: logits [B, P + T, V] and hidden states begin
                 with the prompt's columns, as PEFT returns them. Numbers are only sure in the column before a row's
                 first token, which belongs to the prompt's last vector; others of prompts may be zero.
-            options: passed on to the model. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
+            options: passed on to the model. With ``fused_lm_head=True``, which TRL's trainers give, the result is
+                TRL's: log-probabilities of the labels, not logits. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
                 tokenizers return and the model does not take are dropped; other unknown keys too, with one log line.
 
         Returns:
@@ -181,6 +185,19 @@ class SoftPromptModel(PromptFiles):
             RuntimeError: after :meth:`unload`.
         """
         self._check_loaded()
+        scores = options.pop(fused_head.ARGUMENT, False)
+        if scores:
+            return fused_head.answer(
+                partial(type(self).forward, self),
+                self._fused_head(scores),
+                labels,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                prompt_ids=prompt_ids,
+                inputs_embeds=inputs_embeds,
+                prompts=prompts,
+                **options,
+            )
         for argument, reason in self.refused_arguments.items():
             value = options.pop(argument, None)
             if value is not None and value is not False:
@@ -223,6 +240,15 @@ class SoftPromptModel(PromptFiles):
         output = type(output)(**filled)
         as_mapping = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_mapping else output.to_tuple()
+
+    def _fused_head(self, asked: Any) -> fused_head.FusedHead:
+        """What TRL asks for: `asked` itself, or what it told this model, or the base of an accelerated PEFT model."""
+        if isinstance(asked, fused_head.FusedHead):
+            return asked
+        head = self.fused_head or fused_head.FusedHead.of(vars(self.base_model).get("forward"))
+        if head is None:
+            raise ValueError(f"`{fused_head.ARGUMENT}` cannot be given: TRL's `add_fused_lm_head` was not called")
+        return head
 
     def _texts(
         self,
