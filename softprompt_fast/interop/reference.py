@@ -39,6 +39,7 @@ def reference_model(tuned: Any, prompt: str | None = None) -> ReferenceModel:
         bank = copy.deepcopy(tuned.prompts)
         for name in set(bank.names) - {prompt}:
             bank.remove_prompt(name)
+    tuned.has_reference = True
     return ReferenceModel(tuned, bank)
 
 

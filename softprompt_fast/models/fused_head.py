@@ -1,7 +1,7 @@
 """Log-probabilities of labels in place of logits, as TRL's trainers ask for them.
 
-TRL puts a forward of its own in front of a model's. Called with ``fused_lm_head=True``, it runs the model's body and its
-head, which would leave the prompts out. A :class:`TakesFusedHead` keeps its forward and takes only TRL's settings.
+TRL puts a forward of its own in front of a model's. Called with ``fused_lm_head=True``, it runs the model's body and
+then its head, which would leave the prompts out. A :class:`TakesFusedHead` keeps its forward and takes TRL's settings.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TakesFusedHead(nn.Module):
         if head is None:
             super().__setattr__(name, value)
         else:
-            super().__setattr__("fused_head", head)
+            vars(self)["fused_head"] = head
 
 
 def answer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from ..hf import architecture
 from ..hf.freezing import Frozen, freeze
 from .fused_head import TakesFusedHead
 
+logger = logging.getLogger("softprompt_fast")
 BASE_PREFIX = "base_model."
+COMPARING = {"dpo", "kto"}
+"""Tags of TRL's trainers that always need a reference model."""
 
 
 class ModelInterface(TakesFusedHead):
@@ -33,6 +37,8 @@ class ModelInterface(TakesFusedHead):
         """Words for a model card, which trainers add."""
         self.warnings_issued: dict[str, bool] = {}
         """Warnings that trainers have given about this model."""
+        self.has_reference = False
+        """Whether a reference model shares the base."""
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_post_hook(_allow_missing_base)
 
@@ -139,8 +145,13 @@ class ModelInterface(TakesFusedHead):
     # --- training helpers that trainers look for ---
 
     def add_model_tags(self, tags: Sequence[str] | str) -> None:
-        """Adds words for a model card."""
+        """Adds words for a model card. TRL's trainers do so when they have loaded all that they need."""
         added = [tags] if isinstance(tags, str) else tags
+        if COMPARING & set(added) and not self.has_reference:
+            logger.warning(
+                "the trainer has loaded a second copy of the base to compare with, or compares with the prompt as it "
+                "is now: give ref_model=softprompt_fast.interop.reference_model(model) to share the base"
+            )
         self.model_tags = list(dict.fromkeys([*(self.model_tags or []), *added]))
 
     @property

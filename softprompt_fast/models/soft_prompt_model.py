@@ -171,9 +171,10 @@ class SoftPromptModel(PromptFiles):
             prompt_columns: P, if every row has a prompt of this length: logits [B, P + T, V] and hidden states begin
                 with the prompt's columns, as PEFT returns them. Numbers are only sure in the column before a row's
                 first token, which belongs to the prompt's last vector; others of prompts may be zero.
-            options: passed on to the model. With ``fused_lm_head=True``, which TRL's trainers give, the result is
-                TRL's: log-probabilities of the labels, not logits. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
+            options: passed on to the model. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
                 tokenizers return and the model does not take are dropped; other unknown keys too, with one log line.
+                With ``fused_lm_head=True``, which TRL's trainers give, the result is TRL's: log-probabilities of the
+                labels, each at its label's column, in place of logits.
 
         Returns:
             The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``.
