@@ -64,8 +64,8 @@ class ReferenceModel(TakesFusedHead):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """As :meth:`SoftPromptModel.forward`, after the reference's own prompt if it has one."""
         tuned, bank = vars(self)["tuned"], vars(self)["bank"]
-        if options.pop(ARGUMENT, False):
-            options[ARGUMENT] = self.fused_head or True
+        if options.get(ARGUMENT):
+            options["head"] = self.fused_head
         with evaluating(tuned), evaluating(bank):
             return tuned(input_ids, attention_mask, prompts=bank, **options)
 

@@ -7,7 +7,6 @@ then its head, which would leave the prompts out. A :class:`TakesFusedHead` keep
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ class TakesFusedHead(nn.Module):
     """A module whose forward itself answers calls with ``fused_lm_head=True``."""
 
     fused_head: FusedHead | None = None
-    """What TRL asked for; None: nothing yet."""
+    """What TRL has told this module; None: nothing yet."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         head = FusedHead.of(value) if name == "forward" else None
@@ -61,18 +60,22 @@ class TakesFusedHead(nn.Module):
 
 
 def answer(
-    run: Callable[..., Any], head: FusedHead, labels: Tensor | None, num_items_in_batch: Any = None, **inputs: Any
+    model: Any, labels: Tensor | None, *, num_items_in_batch: Any = None, head: FusedHead | None = None, **inputs: Any
 ) -> Any:
     """TRL's output: per-token fields [B, T], each at the column of its label, and zero where there is none.
 
     Args:
-        run: a SoftPromptModel's forward; `inputs` are its arguments.
+        model: a SoftPromptModel; `inputs` are arguments of its forward.
         labels: [B, T]; -100: none.
         num_items_in_batch: what the sum of losses is divided by; None: the number of labels that are predicted.
+        head: None: what TRL told this model, or the base of an accelerated PEFT model.
 
     Raises:
-        ValueError: labels are missing or shifted.
+        ValueError: labels are missing or shifted, or TRL has told neither.
     """
+    head = head or model.fused_head or FusedHead.of(vars(model.base_model).get("forward"))
+    if head is None:
+        raise ValueError(f"`{ARGUMENT}` cannot be given: TRL's `add_fused_lm_head` was not called")
     from trl.trainer.utils import FusedCausalLMOutput
 
     if inputs.pop("shift_labels", None) is not None:
@@ -97,7 +100,8 @@ def answer(
         loss: Tensor = -log_probs.sum() / count
         return loss
 
-    output = run(
+    output = type(model).forward(
+        model,
         labels=every.masked_fill(labels == IGNORED, IGNORED),
         loss_function=loss_function,
         return_logits=False,

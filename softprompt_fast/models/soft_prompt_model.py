@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -186,19 +185,13 @@ class SoftPromptModel(PromptFiles):
             RuntimeError: after :meth:`unload`.
         """
         self._check_loaded()
-        scores = options.pop(fused_head.ARGUMENT, False)
-        if scores:
-            return fused_head.answer(
-                partial(type(self).forward, self),
-                self._fused_head(scores),
-                labels,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                prompt_ids=prompt_ids,
-                inputs_embeds=inputs_embeds,
-                prompts=prompts,
-                **options,
-            )
+        if options.pop(fused_head.ARGUMENT, False):
+            rows: dict[str, Any] = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "inputs_embeds": inputs_embeds,
+            }
+            return fused_head.answer(self, labels, **rows, prompt_ids=prompt_ids, prompts=prompts, **options)
         for argument, reason in self.refused_arguments.items():
             value = options.pop(argument, None)
             if value is not None and value is not False:
@@ -241,15 +234,6 @@ class SoftPromptModel(PromptFiles):
         output = type(output)(**filled)
         as_mapping = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_mapping else output.to_tuple()
-
-    def _fused_head(self, asked: Any) -> fused_head.FusedHead:
-        """What TRL asks for: `asked` itself, or what it told this model, or the base of an accelerated PEFT model."""
-        if isinstance(asked, fused_head.FusedHead):
-            return asked
-        head = self.fused_head or fused_head.FusedHead.of(vars(self.base_model).get("forward"))
-        if head is None:
-            raise ValueError(f"`{fused_head.ARGUMENT}` cannot be given: TRL's `add_fused_lm_head` was not called")
-        return head
 
     def _texts(
         self,
