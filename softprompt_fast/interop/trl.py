@@ -12,6 +12,7 @@ import trl
 from ..models.soft_prompt_model import SoftPromptModel
 from .reference import reference_model
 
+__all__ = ["DPOTrainer", "GRPOTrainer"]
 SYNCHRONIZED = "`sync_ref_model` must be False because the reference is the base without a prompt, which never changes"
 
 
@@ -41,6 +42,8 @@ class GRPOTrainer(trl.GRPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any, args: Any = None, *, ref_model: Any = None, **options: Any
     ) -> None:
+        if isinstance(model, SoftPromptModel) and getattr(args, "use_vllm", False):
+            raise ValueError("`use_vllm` must be False because vLLM would generate without the prompt")
         if not isinstance(model, SoftPromptModel) or not getattr(args, "beta", 0.0):
             if ref_model is not None:
                 raise ValueError("`ref_model` cannot be given without a SoftPromptModel and `beta`")

@@ -6,6 +6,7 @@ The oracle is each row run alone, without padding.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from softprompt_fast.interop import reference_model
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 KINDS = ["soft", "padded", "deep", "peft"]
 
@@ -133,8 +135,6 @@ def test_what_sft_saves_loads_again_and_resumes(kind: str, tmp_path: Path) -> No
     tuned_class = spf.DeepPromptModel if kind == "deep" else spf.SoftPromptModel
     for folder in ("final", "run/checkpoint-4"):
         if kind == "peft":
-            import peft
-
             theirs = peft.PeftModel.from_pretrained(base_model("llama"), tmp_path / folder)
             assert torch.equal(theirs.get_prompt(1)[0].flatten(), ends[0])
         again = tuned_class.from_pretrained(base_model("llama"), tmp_path / folder)
@@ -209,8 +209,6 @@ def test_dpo_compares_with_the_prompt_as_it_was(kind: str, tmp_path: Path) -> No
 @pytest.mark.usefixtures("without_second_copy")
 def test_trl_makes_a_peft_model_that_is_accelerated_afterwards(tmp_path: Path) -> None:
     """Its reference is the base with the adapter disabled."""
-    import peft
-
     trainer = trl.DPOTrainer(
         base_model("llama"),
         args=settings(trl.DPOConfig, tmp_path, beta=0.3),
@@ -333,7 +331,31 @@ def test_grpo_with_another_reference_or_none(tmp_path: Path) -> None:
         grpo(model, tmp_path, beta=0.0, ref_model=reference_model(model))
 
 
-# --- errors ---
+# --- documents and errors ---
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source tree")
+def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *scripts = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "trainers.md").read_text(), re.M | re.S)
+    assert "load_base_model" in first and len(scripts) == 5
+    monkeypatch.chdir(tmp_path)
+    base = build("llama")
+    names: dict[str, Any] = {
+        "spf": spf,
+        "base": base,
+        "tuned": spf.SoftPromptModel(base),
+        "tokenizer": tiny_tokenizer(),
+    }
+    names["tuned"].add_prompt("mine", 4)
+    names["rows"] = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
+    names["preferences"] = datasets.Dataset.from_list(PREFERENCES)
+    names["questions"] = datasets.Dataset.from_list([{"prompt": text} for text in TEXTS * 2])
+    for script in scripts:
+        short = script.replace('Config("run"', 'Config("run", use_cpu=True, num_train_epochs=1')
+        exec(short.replace("beta=0.04", "beta=0.04, max_completion_length=4"), names)
+        assert names["trainer"].args.max_steps == -1
+    saved = spf.SoftPromptModel.from_pretrained(base, "run/final")
+    assert saved.prompts.names == ["mine"] and isinstance(names["trainer"].model, peft.PeftModel)
 
 
 def test_errors(tmp_path: Path) -> None:
@@ -341,6 +363,8 @@ def test_errors(tmp_path: Path) -> None:
     for make_trainer in (dpo, grpo):
         with pytest.raises(ValueError, match="`sync_ref_model` must be False"):
             make_trainer(model, tmp_path, sync_ref_model=True)
+    with pytest.raises(ValueError, match="`use_vllm` must be False"):
+        grpo(model, tmp_path, use_vllm=True)
     with pytest.raises(TypeError, match="`tuned` must be a SoftPromptModel"):
         reference_model(build("llama"))
     with pytest.raises(KeyError, match="none"):
