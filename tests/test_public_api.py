@@ -37,6 +37,7 @@ PUBLIC = {
     "softprompt_fast.registry": """
         ChangedAnswer Distance Move PromptRegistry PromptVersion Record VersionDifference
     """,
+    "softprompt_fast.interop": "accelerate reference_model restore",
 }
 
 

@@ -1,5 +1,6 @@
-"""Other libraries' models on this library's layouts: PEFT models that run in place."""
+"""Other libraries' models and trainers on this library's layouts. ``trl`` and ``lm_eval`` are imported by name."""
 
 from .acceleration import accelerate, restore
+from .reference import reference_model
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "reference_model", "restore"]

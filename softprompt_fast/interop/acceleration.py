@@ -22,6 +22,7 @@ from ..hf import generation_options
 from ..hf.architecture import pools_last_token
 from ..hf.randomness import draws_random_numbers
 from ..models.deep_prompt_model import DeepPromptModel
+from ..models.fused_head import ARGUMENT
 from ..models.soft_prompt_model import SoftPromptModel
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport
 from ..prompts.fast_soft_prompt import FastSoftPrompt
@@ -244,6 +245,7 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
     acceleration = acceleration_of(model)
     if acceleration.compat == "exact" and _differs(model, given):
         return own.forward(model, *args, **keywords)
+    _check_one_text_per_row(given)
     # As PEFT does it; it has no public function for this.
     ignored = {"position_ids": "Position ids"}
     if _generates(model):
@@ -264,9 +266,23 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
         return _forward(model, own, args, keywords)  # PEFT runs it: the first batch has shown that prefixes cannot
 
 
+def _check_one_text_per_row(given: dict[str, Any]) -> None:
+    """Refuses rows that hold several texts, as a trainer packs them: only the first would follow the prompt."""
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor) or given.get("attention_mask") is not None or positions.dim() != 2:
+        return
+    if bool((positions[:, 1:] <= positions[:, :-1]).any()):
+        raise ValueError(
+            "`position_ids` must rise along a row, got a row of several texts. Turn this off in the trainer "
+            "(`packing`, `padding_free`): padding never runs here"
+        )
+
+
 def _language_model_output(model: Any, given: dict[str, Any]) -> Any:
     acceleration = acceleration_of(model)
     runner = acceleration.runner
+    if given.get(ARGUMENT):
+        return runner(**given)
     if not _may_be_lazy(model, given):
         return runner(**given, return_logits=True)
     as_mapping = given.pop("return_dict", getattr(model.config, "return_dict", True))
@@ -307,7 +323,8 @@ def _reason_for_peft(model: Any, given: dict[str, Any]) -> str | None:
         return acceleration_of(model).refusal
     if is_prefix(model):
         allowed = PACKED_OPTIONS | {"input_ids", "inputs_embeds", "attention_mask", "labels", "return_dict"}
-        other = [name for name in given.keys() - allowed - {"use_cache", "logits_to_keep"} if given[name] is not False]
+        allowed |= {"use_cache", "logits_to_keep", "position_ids", ARGUMENT}
+        other = [name for name in given.keys() - allowed if given[name] is not False]
         if other:
             return f"`{sorted(other)[0]}` cannot be combined with deep prompts"
     return None

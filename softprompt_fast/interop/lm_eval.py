@@ -1,8 +1,9 @@
 """A model ``softprompt`` for lm-evaluation-harness: texts follow a soft prompt, on this library's layouts.
 
-lm-evaluation-harness does not look for models of other packages, so this module is imported first::
+lm-evaluation-harness does not look for models of other packages, so a command imports this module and then runs the
+harness's own, with the same arguments::
 
-    python -m softprompt_fast.interop.lm_eval --model softprompt --model_args pretrained=M,prompt=run/prompt --tasks ...
+    softprompt-lm-eval --model softprompt --model_args pretrained=M,prompt=run/prompt --tasks ...
 """
 
 from __future__ import annotations
@@ -94,7 +95,12 @@ class SoftPromptLM(HFLM):  # type: ignore[misc]
         return {"stop_strings": stop, "tokenizer": self.tokenizer}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The harness's command, which knows the model ``softprompt``."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +12,16 @@ from torch import nn
 from ..hf import architecture
 from ..hf.freezing import Frozen, Trained, freeze, train
 from ..hf.heads import head_parameters
+from .fused_head import TakesFusedHead
 from .trained_head import trained_head
 
+logger = logging.getLogger("softprompt_fast")
 BASE_PREFIX = "base_model."
+COMPARING = {"dpo", "kto"}
+"""Tags of TRL's trainers that always need a reference model."""
 
 
-class ModelInterface(nn.Module):
+class ModelInterface(TakesFusedHead):
     """Holds a frozen base model. Its ``state_dict`` holds everything but the frozen weights.
 
     Args:
@@ -39,6 +45,12 @@ class ModelInterface(nn.Module):
         self._frozen: list[Frozen] | None = freeze(model.parameters())
         """None: :meth:`unload` was called."""
         self.base_model: Any = model
+        self.model_tags: list[str] | None = None
+        """Words for a model card, which trainers add."""
+        self.warnings_issued: dict[str, bool] = {}
+        """Warnings that trainers have given about this model."""
+        self.has_reference = False
+        """Whether a reference model shares the base."""
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_post_hook(_allow_missing_base)
 
@@ -152,7 +164,17 @@ class ModelInterface(nn.Module):
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
-    # --- training helpers that Trainer looks for ---
+    # --- training helpers that trainers look for ---
+
+    def add_model_tags(self, tags: Sequence[str] | str) -> None:
+        """Adds words for a model card. TRL's trainers do so when they have loaded all that they need."""
+        added = [tags] if isinstance(tags, str) else tags
+        if COMPARING & set(added) and not self.has_reference:
+            logger.warning(
+                "the trainer has loaded a second copy of the base to compare with, or compares with the prompt as it "
+                "is now: give ref_model=softprompt_fast.interop.reference_model(model) to share the base"
+            )
+        self.model_tags = list(dict.fromkeys([*(self.model_tags or []), *added]))
 
     @property
     def is_gradient_checkpointing(self) -> bool:

@@ -16,6 +16,7 @@ from ..packed.runner import ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
 from ..packed.task_heads import TaskHeadRunner
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
+from . import fused_head
 from .call import Texts, check_labels, kept_columns, known_options, report_first_labels, texts_of
 from .padded_runner import LossFunction, PaddedRunner
 from .prompt_files import PromptFiles
@@ -62,7 +63,8 @@ class SoftPromptModel(PromptFiles):
     """
 
     refused_arguments: ClassVar[dict[str, str]] = {
-        "position_ids": "positions follow from the attention mask and the prompts' lengths",
+        "position_ids": "positions follow from the attention mask and the prompts' lengths. If a trainer packs several "
+        "texts into one row, turn this off (`packing`, `padding_free`): padding never runs here",
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
         "cache": "forward runs whole rows; `generate` handles the cache",
         "encoder_outputs": "the encoder runs with the prompts",
@@ -182,6 +184,8 @@ class SoftPromptModel(PromptFiles):
                 first token, which belongs to the prompt's last vector; others of prompts may be zero.
             options: passed on to the model. ``token_type_ids`` [B, T] are widened by the prompt, of type 0. Keys that
                 tokenizers return and the model does not take are dropped; other unknown keys too, with one log line.
+                With ``fused_lm_head=True``, which TRL's trainers give, the result is TRL's: log-probabilities of the
+                labels, each at its label's column, in place of logits.
 
         Returns:
             The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``. Sequence
@@ -196,6 +200,13 @@ class SoftPromptModel(PromptFiles):
             RuntimeError: after :meth:`unload`.
         """
         self._check_loaded()
+        if options.pop(fused_head.ARGUMENT, False):
+            rows: dict[str, Any] = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "inputs_embeds": inputs_embeds,
+            }
+            return fused_head.answer(self, labels, **rows, prompt_ids=prompt_ids, prompts=prompts, **options)
         for argument, reason in self.refused_arguments.items():
             value = options.pop(argument, None)
             if value is not None and value is not False:

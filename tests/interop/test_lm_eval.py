@@ -1,13 +1,16 @@
-"""lm-evaluation-harness with a soft prompt gives the numbers of the pipeline. It is not among the test's packages."""
+"""lm-evaluation-harness with a soft prompt gives the numbers of the pipeline and of the command ``evaluate``."""
 
 from __future__ import annotations
 
 import json
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.tiny_reviews import reviews, run
 
 import softprompt_fast as spf
 from softprompt_fast.hf import load_base_model
@@ -68,19 +71,26 @@ def test_the_prompt_counts_in_the_context(folders: Any) -> None:
     )
 
 
+def local_task(folder: Path, rows: list[dict[str, Any]], **options: str) -> Path:
+    """A file of rows, and a task of the harness that reads it."""
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = "".join(f"{key}: {value}\n" for key, value in options.items())
+    (folder / "task.yaml").write_text(
+        "task: local_sentiment\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\noutput_type: multiple_choice\n"
+        f"{given}target_delimiter: ' '\nmetric_list:\n  - metric: acc\n"
+    )
+    return data
+
+
 def test_a_task_of_local_files(folders: Any, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     model, prompt, pipeline = folders
     rows = [{"text": text, "label": n % 2} for n, text in enumerate(CONTEXTS * 4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "task.yaml").write_text(
-        "task: local_sentiment\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
-        f"    test: {tmp_path / 'rows.jsonl'}\ntest_split: test\noutput_type: multiple_choice\n"
-        "doc_to_text: '{{text}}'\ndoc_to_target: label\ndoc_to_choice: ['bad', 'good']\n"
-        "target_delimiter: ' '\nmetric_list:\n  - metric: acc\n"
-    )
+    local_task(tmp_path, rows, doc_to_text="'{{text}}'", doc_to_target="label", doc_to_choice="['bad', 'good']")
     found = lm_eval.simple_evaluate(
         model=harness(model, prompt, batch_size=4),
         tasks=["local_sentiment"],
@@ -92,3 +102,31 @@ def test_a_task_of_local_files(folders: Any, tmp_path: Path) -> None:
         scores = [pipeline.score([row["text"]], [word], "p")[0]["log_probability"] for word in (" bad", " good")]
         right += int(scores[1] > scores[0]) == row["label"]
     assert found["results"]["local_sentiment"]["acc,none"] == pytest.approx(right / len(rows))
+
+
+def test_the_command_gives_the_accuracy_of_evaluate(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One label is a word of one token, the other of two."""
+    model, prompt, _ = folders
+    answers = {"no": 0, "yes": 1}
+    rows = [row | {"label": answers[row["label"]]} for row in reviews(24)]
+    choices = "['no', 'very yes']"
+    task = {"doc_to_text": '"{{text}}\\nLabel :"', "doc_to_target": "label", "doc_to_choice": choices}
+    data = local_task(tmp_path, rows, **task)
+    options = ["--model", str(model), "--prompt", str(prompt), "--dtype", "float32"]
+    words = ["--template", r"{text}\nLabel :", "--label-word", "0= no", "--label-word", "1= very yes"]
+    expected = json.loads(run("evaluate", *options, "--data", str(data), *words).stdout)
+    arguments = ["--model", "softprompt", "--model_args", f"pretrained={model},prompt={prompt},dtype=float32"]
+    arguments += ["--tasks", "local_sentiment", "--include_path", str(tmp_path), "--batch_size", "5"]
+    arguments += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
+    command = next(iter(entry_points(group="console_scripts", name="softprompt-lm-eval")), None)
+    monkeypatch.setattr(sys, "argv", ["softprompt-lm-eval", *arguments])
+    if command is None:  # the package was installed before it had this command
+        from softprompt_fast.interop.lm_eval import main as started
+    else:
+        started = command.load()
+    started()
+    found = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    assert found["results"]["local_sentiment"]["acc,none"] == pytest.approx(expected["accuracy"])
+    assert 0 < expected["accuracy"] < 1

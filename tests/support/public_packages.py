@@ -14,4 +14,5 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.length_search",
     "softprompt_fast.monitoring",
     "softprompt_fast.registry",
+    "softprompt_fast.interop",
 ]
