@@ -161,6 +161,16 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStandIn]:
+    """A Hub on this machine with an empty cache; the current folder is empty too."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with running_hub() as running:
+        use_hub(monkeypatch, running.url, tmp_path / "cache")
+        yield running
+
+
 @contextmanager
 def running_hub() -> Iterator[HubStandIn]:
     """A stand-in that listens until the block ends."""
