@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import every_command
-from support.public_packages import PUBLIC_PACKAGES
+from support.public_packages import OPTIONAL_MODULES, PUBLIC_PACKAGES
 from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +65,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def check_import(module: str, names: list[str]) -> None:
-    assert module in PUBLIC_PACKAGES, f"{module} is not a public package"
+    if module in OPTIONAL_MODULES and importlib.util.find_spec(OPTIONAL_MODULES[module]) is None:
+        return
+    assert module in (*PUBLIC_PACKAGES, *OPTIONAL_MODULES), f"{module} is not a public package"
     exported = importlib.import_module(module).__all__
     for name in names:
         assert name in exported, f"{module} does not export {name}"

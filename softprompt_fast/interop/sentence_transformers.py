@@ -19,6 +19,8 @@ from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.peft_files import is_deep
 
+__all__ = ["SoftPromptEmbedder"]
+
 POOLINGS = ("mean", "last")
 PROMPT_FOLDER, BASE_FOLDER = "soft_prompt", "base_model"
 """Folders of a saved module. The base model is saved only if it has no name by which it is found again."""

@@ -15,3 +15,6 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.monitoring",
     "softprompt_fast.registry",
 ]
+
+OPTIONAL_MODULES = {"softprompt_fast.interop.sentence_transformers": "sentence_transformers"}
+"""Public modules that need another package."""
