@@ -106,6 +106,13 @@ def test_revisions(hub: HubStandIn) -> None:
         loaded.load_prompt(Path.cwd(), "d", revision="v3")
 
 
+def test_a_commit_can_be_proposed(hub: HubStandIn) -> None:
+    tuned = two_prompts()
+    commit = tuned.push_to_hub("me/asked", ["movies"], create_pr=True)
+    assert commit.pr_url.endswith("/me/asked/discussions/1") and hub.files("me/asked") == {}
+    assert torch.equal(read_prompt("me/asked@refs/pr/1")[0], tuned.prompts["movies"])
+
+
 def test_the_cache_answers_without_the_network(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     two_prompts().push_to_hub("me/kept")
     folder = located("me/kept")
@@ -209,6 +216,17 @@ def test_prompts_of_several_bases_are_refused(hub: HubStandIn, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"must have one base model"):
         push_to_hub(tmp_path / "mixed", "me/mixed")
     assert "me/mixed" not in hub.repositories
+
+
+def test_a_task_of_a_multitask_prompt(hub: HubStandIn, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from support.peft_models import peft_model
+
+    peft_model("llama", kind="MultitaskPromptTuning", num_tasks=2, num_ranks=2).save_pretrained(tmp_path / "many")
+    push_to_hub(tmp_path / "many", "me/many")
+    assert torch.equal(read_prompt("me/many#1")[0], read_prompt(tmp_path / "many#1")[0])
+    loaded = spf.SoftPromptModel.from_pretrained(build("llama"), "me/many")
+    assert list(loaded.prompts.names) == ["many-0", "many-1"]
 
 
 def test_peft_loads_what_was_pushed(hub: HubStandIn) -> None:

@@ -56,7 +56,7 @@ class HubStandIn:
         found = self.repositories[repository]
         return found.commits[found.branches[revision]]
 
-    def answer(self, method: str, path: str, body: bytes, token: str | None) -> tuple[int, Any, dict[str, str]]:
+    def answer(self, path: str, query: str, body: bytes, token: str | None) -> tuple[int, Any, dict[str, str]]:
         """Status, JSON or bytes, and headers."""
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
@@ -81,7 +81,9 @@ class HubStandIn:
             return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
         if action == "resolve":
             return self._file(repository, commit, unquote(path.split("/", 5)[5]))
-        return self._of_repository(action, match[1], repository, revision, commit, body)
+        if action == "commit":
+            return self._commit(match[1], repository, revision, body, "create_pr=1" in query)
+        return self._of_repository(action, match[1], repository, commit, body)
 
     def _create(self, asked: dict[str, Any], token: str | None) -> tuple[int, Any, dict[str, str]]:
         if token != TOKEN:
@@ -97,7 +99,7 @@ class HubStandIn:
         return one if known else one | {"actions": {"upload": {"href": f"{self.url}/objects/{one['oid']}"}}}
 
     def _of_repository(
-        self, action: str, name: str, repository: Repository, revision: str, commit: str, body: bytes
+        self, action: str, name: str, repository: Repository, commit: str, body: bytes
     ) -> tuple[int, Any, dict[str, str]]:
         files = repository.commits[commit]
         if action == "revision":
@@ -109,14 +111,16 @@ class HubStandIn:
                 for file, text in files.items()
             ]
             return 200, entries, {}
-        if action == "preupload":
-            asked = [file["path"] for file in json.loads(body)["files"]]
-            modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in asked}
-            return 200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}, {}
-        assert action == "commit", action
-        lines = [json.loads(line) for line in body.splitlines()]
+        assert action == "preupload", action
+        asked = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in asked}
+        return 200, {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}, {}
+
+    def _commit(
+        self, name: str, repository: Repository, branch: str, body: bytes, propose: bool
+    ) -> tuple[int, Any, dict[str, str]]:
         added, message = {}, ""
-        for line in lines:
+        for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "header":
                 message = value["summary"]
@@ -124,8 +128,12 @@ class HubStandIn:
                 added[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 added[value["path"]] = self.objects[value["oid"]]
-        new = repository.add(revision, added, message)
-        return 200, {"commitUrl": f"{self.url}/{name}/commit/{new}", "commitOid": new}, {}
+        if propose:
+            branch = "refs/pr/1"
+            repository.branches[branch] = repository.branches["main"]
+        new = repository.add(branch, added, message)
+        answer = {"commitUrl": f"{self.url}/{name}/commit/{new}", "commitOid": new}
+        return 200, answer | ({"pullRequestUrl": f"{self.url}/{name}/discussions/1"} if propose else {}), {}
 
     def _file(self, repository: Repository, commit: str, path: str) -> tuple[int, Any, dict[str, str]]:
         content = repository.commits[commit].get(path)
@@ -140,10 +148,10 @@ def _handler(hub: HubStandIn) -> type[BaseHTTPRequestHandler]:
 
         def do_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            path = urlsplit(self.path).path
-            hub.requests.append(f"{self.command} {path}")
+            address = urlsplit(self.path)
+            hub.requests.append(f"{self.command} {address.path}")
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-            status, answer, headers = hub.answer(self.command, path, body, token)
+            status, answer, headers = hub.answer(address.path, address.query, body, token)
             content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
             self.send_response(status)
             for name, value in headers.items():
