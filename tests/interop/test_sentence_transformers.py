@@ -117,7 +117,7 @@ def test_only_the_prompt_is_trained(name: str, tmp_path: Path) -> None:
 
 
 def load(folder: Path) -> SentenceTransformer:
-    """sentence-transformers asks for this flag before it imports any package but its own; nothing is downloaded."""
+    """sentence-transformers asks for this flag before it imports any package but its own."""
     return SentenceTransformer(str(folder), trust_remote_code=True)
 
 

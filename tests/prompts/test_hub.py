@@ -113,9 +113,13 @@ def test_a_commit_can_be_proposed(hub: HubStandIn) -> None:
     assert torch.equal(read_prompt("me/asked@refs/pr/1")[0], tuned.prompts["movies"])
 
 
-def test_the_cache_answers_without_the_network(hub: HubStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_answers_without_the_network(
+    hub: HubStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     two_prompts().push_to_hub("me/kept")
     folder = located("me/kept")
+    use_hub(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
+    assert located("me/kept") == folder
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     hub.requests.clear()
     assert located("me/kept") == folder and hub.requests == []
