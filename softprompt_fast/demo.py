@@ -29,10 +29,10 @@ from .hf.loading import SMOLLM2, load_base_model
 from .models.soft_prompt_model import SoftPromptModel
 from .ops.extension import backend
 from .ops.extension.build import cache_directory
+from .prompts.run_files import METRICS_FILE
 from .tasks.examples import Examples
 from .tasks.task import Task
 from .tuning.record import RunRecord
-from .tuning.results import METRICS_FILE
 from .tuning.run import tune
 
 PACKAGE = "vaderSentiment==3.3.2"

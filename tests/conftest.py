@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from support.hub_stand_in import hub  # noqa: F401
 
 from softprompt_fast.ops.extension import backend, build
 

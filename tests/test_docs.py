@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from support.commands import every_command
-from support.public_packages import PUBLIC_PACKAGES
+from support.public_packages import OPTIONAL_MODULES, PUBLIC_PACKAGES
 from typer.main import get_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / "benchmarks" / "README.md"]
 README_LINES = 120
-NEEDS = {"softprompt_fast.interop.trl": "trl"}
 """Public modules that need another package to be imported."""
 OTHER_PROGRAMS = {"--no-build-isolation", "--no-deps"}  # pip's
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -67,9 +66,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def check_import(module: str, names: list[str]) -> None:
-    if module in NEEDS and importlib.util.find_spec(NEEDS[module]) is None:
+    if module in OPTIONAL_MODULES and importlib.util.find_spec(OPTIONAL_MODULES[module]) is None:
         return
-    assert module in [*PUBLIC_PACKAGES, *NEEDS], f"{module} is not a public package"
+    assert module in (*PUBLIC_PACKAGES, *OPTIONAL_MODULES), f"{module} is not a public package"
     exported = importlib.import_module(module).__all__
     for name in names:
         assert name in exported, f"{module} does not export {name}"
@@ -98,7 +97,7 @@ def test_python_blocks_import_public_names(page: Path) -> None:
 def test_dotted_names_are_public(page: Path) -> None:
     for span in spans(page):
         name = re.match(r"softprompt_fast(\.\w+)*", span)
-        if name and "/" not in span and name.group() not in [*PUBLIC_PACKAGES, *NEEDS]:
+        if name and "/" not in span and name.group() not in [*PUBLIC_PACKAGES, *OPTIONAL_MODULES]:
             module, _, attribute = name.group().rpartition(".")
             check_import(module, [attribute])
 
@@ -175,4 +174,4 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def test_the_reference_covers_every_public_package() -> None:
     shown = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
-    assert shown == [*PUBLIC_PACKAGES, *NEEDS]
+    assert shown == [*PUBLIC_PACKAGES, *OPTIONAL_MODULES]

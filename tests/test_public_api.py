@@ -14,7 +14,7 @@ PUBLIC = {
     """,
     "softprompt_fast.prompts": """
         FastSoftPrompt FixedFirst LowRank NormBound Offset PromptDropout ResidualMLP SharedPart bos_vector fold
-        initial_prompt read_prompt reparameterize write_prompt
+        initial_prompt push_to_hub read_prompt reparameterize write_card write_prompt
     """,
     "softprompt_fast.tasks": "Task classification_task complete_rows generation_task load_rows split_rows",
     "softprompt_fast.hf": "SMOLLM2 load_base_model",

@@ -21,6 +21,7 @@ from ..base.files import write_atomically
 from ..evaluation.likelihood import Progress
 from ..evaluation.prompt_scoring import score_prompts
 from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.card import write_card
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from ..tasks.examples import Examples, usable_rows
 from ..tasks.task import Task
@@ -66,6 +67,7 @@ class Pruned:
         pruned.save_pretrained(folder)
         task.save(own)
         write_atomically(Path(folder) / "pruning.json", json.dumps(self.to_json(), indent=2) + "\n")
+        write_card(own)
         return own
 
 

@@ -25,6 +25,7 @@ from .monitor import monitor
 from .output import EXIT_STATUS, console
 from .predict import predict
 from .prune import prune
+from .push import push
 from .search import search
 from .similar import similar
 from .train import train
@@ -72,6 +73,10 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
     },
     "Production": {
         versions_app(): EXAMPLES,
+        push: (
+            "softprompt-fast push run/prompt user/reviews --private",
+            "softprompt-fast push sentiment@production user/reviews --revision v2",
+        ),
         monitor: (
             "softprompt-fast monitor -p run -d today.jsonl --report report.html --history history",
             "softprompt-fast monitor -p run --log answers.log --prometheus monitor.prom",

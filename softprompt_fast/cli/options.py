@@ -48,11 +48,18 @@ PromptFolder = Annotated[
     typer.Option(
         "--prompt",
         "-p",
-        help="Folder of a prompt, output folder of a run with one prompt, or a version such as NAME@production.",
+        help="Folder of a prompt, output folder of a run with one prompt, a version such as NAME@production, or a Hub "
+        "repository such as USER/NAME.",
     ),
 ]
 PromptFolders = Annotated[
-    Path, typer.Option("--prompt", "-p", help="Folder of a prompt or of several, or a version such as NAME@production.")
+    Path,
+    typer.Option(
+        "--prompt",
+        "-p",
+        help="Folder of a prompt or of several, a version such as NAME@production, or a Hub repository such as "
+        "USER/NAME.",
+    ),
 ]
 SplitSeed = Annotated[int, typer.Option(help="Seed that splits the data.", rich_help_panel=DATA)]
 Validation = Annotated[

@@ -19,13 +19,13 @@ from ..ops.extension.build import cache_directory
 from ..prompts.base_identity import check_base
 from ..prompts.fast_soft_prompt import check_name
 from ..prompts.peft_files import is_prompt_folder
+from ..prompts.run_files import RETENTION_FILE
 from ..tasks.cuts import counting_cuts
 from ..tasks.examples import Examples, split_rows
 from ..tasks.rows import Rows, joined
 from ..tasks.task import Task, generation_task
 from ..tasks.templates import field, parse
 from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
-from .result import REPORT_FILE
 from .settings import INITS, DistillationSettings
 from .source_text import SourceText, read_source
 from .teacher import Teacher
@@ -84,7 +84,7 @@ def prepare(
     if not max_drop >= 0:
         raise ValueError(f"`max_drop` must be 0 or more, got {max_drop}")
     _check_model(base)
-    for file in (*names.values(), REPORT_FILE):
+    for file in (*names.values(), RETENTION_FILE):
         if (output / file).exists():
             raise FileExistsError(f"{output / file} already exists; choose another output folder")
     source = read_source(tokenizer, text, field(text_column) if template is None else template, chat=chat)

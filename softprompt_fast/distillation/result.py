@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import write_json
+from ..prompts.run_files import RETENTION_FILE
 from .retention import NOTHING, Retention
 from .settings import DistillationSettings
 
-REPORT_FILE = "retention.json"
 PREFIX_CACHE = 300
 """Tokens of a text below which a server's prefix cache saves about as much."""
 
@@ -39,6 +39,8 @@ class CompressedPrompt:
     """Median time until the first token of one request."""
     break_even_requests: int | None
     """Requests after which the time saved is the time spent on teacher and training; None: no time is saved."""
+    weights_sha256: str | None = None
+    """Digest of the folder's weights: a prompt that is saved again with other values has other results."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Compression:
         return values
 
     def write(self, folder: Path) -> None:
-        write_json(folder / REPORT_FILE, self.to_json())
+        write_json(folder / RETENTION_FILE, self.to_json())
 
     @property
     def notes(self) -> list[str]:

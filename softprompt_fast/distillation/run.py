@@ -19,6 +19,8 @@ from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
 from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.card import write_card
+from ..prompts.run_files import weights_digest
 from .cost import bank_of, first_token_seconds
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
@@ -137,6 +139,8 @@ def compress(
         retention = [whole, *measure_retention(prepared.teacher, contestants, held_out_targets, settings)]
         result = _result(prepared, trained, retention, len(train), teacher_seconds, max_drop)
         result.write(prepared.output)
+        for one in result.prompts:
+            write_card(one.folder)
         print_result(result, console)
     return result
 
@@ -238,6 +242,7 @@ def _result(
                 cache_bytes=one.tokens * bytes_per_token,
                 first_token_seconds=first,
                 break_even_requests=math.ceil(spent / saved) if saved > 0 else None,
+                weights_sha256=weights_digest(prepared.output / one.name),
             )
         )
     return Compression(

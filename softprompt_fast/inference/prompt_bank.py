@@ -190,8 +190,9 @@ class PromptBank:
 
         Args:
             name: letters, digits, ``_`` and ``-``.
-            source: also the name of a version in the registry, such as ``sentiment@production``, a task of a folder
-                with several, such as ``folder#2``, or a safetensors or ``.npy`` file or a soft prompt of KoboldAI.
+            source: also the name of a version in the registry, such as ``sentiment@production``, a repository on the
+                Hub, such as ``user/repo``, a task of a folder with several, such as ``folder#2``, or a safetensors or
+                ``.npy`` file or a soft prompt of KoboldAI.
             replace: replace a prompt of that name; running batches continue with the old one.
             force: also add a prompt that was tuned on other weights than the model's, or with another head than the
                 bank's other prompts, which then use this one.

@@ -17,6 +17,7 @@ from ..base.figures import save_figure
 from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
 from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.card import write_card
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from ..tuning.settings import TuningSettings
@@ -183,6 +184,7 @@ def _finish(
         source="held-out rows of the search, which chose the prompt",
         batch_size=prepared.settings.batch_size,
     ).save(result.folder)
+    write_card(result.folder)
     print_result(result, prepared.console)
     return result
 

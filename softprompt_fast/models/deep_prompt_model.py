@@ -25,6 +25,7 @@ from ..hf.architecture import check_architecture
 from ..hf.embedding import embedding_table
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.base_identity import base_facts
+from ..prompts.card import update_card
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.initialization import INITIALIZATIONS, initial_prompt
 from ..prompts.peft_files import DEEP, DEEP_TYPES, is_deep, is_prompt_folder, read_prefix, write_prefix
@@ -224,6 +225,7 @@ class DeepPromptModel(SoftPromptModel):
                 frozen = None
             values = self.prompts.snapshot(name)
             write_prefix(Path(directory) / name, values, self.runner.shape, facts, frozen=frozen)
+            update_card(Path(directory) / name)
 
     def read_prompt(self, folder: PathLike[str] | str, *, loaded: Collection[str] = ()) -> Tensor:
         """[P, W] float32, the deep prompt of an adapter folder.

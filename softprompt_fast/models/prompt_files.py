@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,9 +15,11 @@ from ..base.locations import located
 from ..hf.architecture import check_supported, compiled_in_place
 from ..hf.heads import head_state
 from ..prompts.base_identity import base_facts, check_base
+from ..prompts.card import update_card
 from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from ..prompts.head_files import MODULES
+from ..prompts.hub_upload import push_to_hub
 from ..prompts.peft_files import (
     P_TUNING,
     PLAIN,
@@ -36,6 +39,7 @@ from .model_interface import ModelInterface
 if TYPE_CHECKING:
     from typing import Self
 
+    from huggingface_hub import CommitInfo
     from typing_extensions import Unpack
 
     from ..prompts.initialization import InitOptions
@@ -63,8 +67,10 @@ class PromptFiles(ModelInterface):
     ) -> None:
         """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
 
-        A head that is trained, or that came with a prompt, is written with each prompt, as PEFT does it. PEFT refuses a
-        prompt that has a token update because it does not know them.
+        A head that is trained, or that came with a prompt, is written with each prompt, as PEFT does it. A folder with a
+        ``task.json`` also gets a model card.
+
+        PEFT refuses a prompt that has a token update because it does not know them.
 
         Args:
             names: write only these.
@@ -78,25 +84,56 @@ class PromptFiles(ModelInterface):
         for name in self.prompts.names if names is None else names:
             update = self.prompts.token_update(name)
             write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, update, kind=kind, head=head)
+            update_card(Path(directory) / name)
 
-    def load_prompt(self, folder: PathLike[str] | str, name: str | None = None, *, force: bool = False) -> nn.Parameter:
+    def push_to_hub(
+        self, repo_id: str, names: Sequence[str] | None = None, *, peft_type: str | None = None, **options: Any
+    ) -> CommitInfo:
+        """Uploads prompts to the Hub in one commit: one into the repository itself, several into a folder each.
+
+        A prompt that ``tune`` saved has a task and scores beside it; push its folder, so that they are uploaded too:
+        :func:`softprompt_fast.prompts.push_to_hub`.
+
+        Args:
+            repo_id: such as ``user/repo``.
+            names: upload only these.
+            peft_type: as in :meth:`save_pretrained`.
+            options: ``commit_message``, ``commit_description``, ``private``, ``token``, ``revision``, ``create_pr`` and
+                ``base_model``, as in :func:`softprompt_fast.prompts.push_to_hub`.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, names, peft_type=peft_type)
+            return push_to_hub(folder, repo_id, **options)
+
+    def load_prompt(
+        self,
+        folder: PathLike[str] | str,
+        name: str | None = None,
+        *,
+        force: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> nn.Parameter:
         """Adds the prompt of an adapter folder, ours or PEFT's, or of a file, ready to be trained further.
 
         A token update is loaded too, and positions that are not trained stay so. The model gets the head that was saved
         with the prompt.
 
         Args:
-            folder: also the name of a version in the registry, such as ``sentiment@production``, a task of a folder
-                with several, such as ``folder#2``, or any file that :meth:`add_prompt` reads.
+            folder: also the name of a version in the registry, such as ``sentiment@production``, a repository on the
+                Hub, such as ``user/repo``, a task of a folder with several, such as ``folder#2``, or any file that
+                :meth:`add_prompt` reads.
             name: None: the folder's name, with ``-`` for characters that a name cannot have.
             force: also load a prompt that was tuned on other weights than the model's, or with another head than that
                 of the model's other prompts, which then use this one.
+            revision: branch, tag or commit of a repository on the Hub.
+            token: for a private repository; None: the one of the Hub's login.
 
         Raises:
             ValueError: the prompt was tuned on other weights, or for a model of another size; the folder holds several
                 tasks and none is named; its head is not that of the model's other prompts.
         """
-        folder = located(folder)
+        folder = located(folder, revision=revision, token=token)
         if folder.is_file():
             return self.add_prompt(name or safe_name(folder.stem), init=folder)
         check_base(folder, self.base_model, force=force)
@@ -149,14 +186,21 @@ class PromptFiles(ModelInterface):
         names: Sequence[str] | None = None,
         *,
         force: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike[str] | str | None = None,
         **options: Any,
     ) -> Self:
         """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
 
         Args:
-            directory: also the name of a version in the registry, such as ``sentiment@production``.
+            directory: also the name of a version in the registry, such as ``sentiment@production``, or a repository on
+                the Hub, such as ``user/repo``.
             names: load only these.
             force: also load prompts that were tuned on other weights than the model's, or with several heads.
+            revision: branch, tag or commit of a repository on the Hub.
+            token: for a private repository; None: the one of the Hub's login.
+            cache_dir: where the repository's files are kept; None: the Hub's cache.
             options: options of the constructor. A head that was saved with a prompt is trained further unless
                 ``train_head`` is False.
 
@@ -164,7 +208,7 @@ class PromptFiles(ModelInterface):
             FileNotFoundError: there is no such prompt.
             ValueError: a prompt was tuned on other weights, or for a model of another size.
         """
-        directory = located(directory)
+        directory = located(directory, revision=revision, token=token, cache_dir=cache_dir)
         state = read_checkpoint(directory)
         folders = prompts_by_name(directory) if state is None else {}
         stored = list(folders) if state is None else prompt_names(state)

@@ -1,6 +1,8 @@
 """Trainable soft prompts: the bank, initial values, reparameterisations, files on disk."""
 
+from .card import write_card
 from .fast_soft_prompt import FastSoftPrompt
+from .hub_upload import push_to_hub
 from .initialization import initial_prompt
 from .peft_files import read_prompt, write_prompt
 from .placement import FixedFirst, bos_vector
@@ -18,7 +20,9 @@ __all__ = [
     "bos_vector",
     "fold",
     "initial_prompt",
+    "push_to_hub",
     "read_prompt",
     "reparameterize",
+    "write_card",
     "write_prompt",
 ]

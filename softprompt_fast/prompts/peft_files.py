@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..base.errors import either
 from ..base.files import save_tensors_atomically, write_atomically
+from ..base.hub import folder_name
 from ..base.locations import located
 from . import pickle_files
 from .head_files import head_names, stored_names
@@ -68,27 +69,28 @@ def safe_name(text: str) -> str:
 
 
 def prompts_by_name(directory: PathLike[str] | str) -> dict[str, Path]:
-    """The adapter folders of a directory, or that of a version, by the names of their prompts.
+    """The adapter folders of a directory, a version or a repository on the Hub, by the names of their prompts.
 
-    The names are those of the folders, made safe. Task 2 of several in ``folder`` is ``folder-2``.
+    The names are those of the folders, made safe. Task 2 of several in ``folder`` is ``folder-2``. The only prompt of a
+    repository has the repository's name.
 
     Raises:
         FileNotFoundError: there are none.
     """
     folders = prompt_folders(directory)
-    taken = {folder.resolve().name for folder in folders}
+    taken = {folder_name(folder) for folder in folders}
     found: dict[str, Path] = {}
     for folder in folders:
-        own = folder.resolve().name
+        own = folder_name(folder)
         name = own if NAME.fullmatch(own) else safe_name(own)
         count = 2
         while name in found or (name != own and name in taken):
             name, count = f"{safe_name(own)[:120]}-{count}", count + 1
         found[name] = folder
     renamed = [
-        f"{folder.resolve().name!r} is {name!r}"
+        f"{folder_name(folder)!r} is {name!r}"
         for name, folder in found.items()
-        if name not in taken and name != folder.name.replace("#", "-")
+        if name not in taken and name != folder_name(folder).replace("#", "-")
     ]
     if renamed:
         logger.warning("prompts are named by letters, digits, '_' and '-': %s", ", ".join(renamed))
@@ -96,7 +98,9 @@ def prompts_by_name(directory: PathLike[str] | str) -> dict[str, Path]:
 
 
 def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
-    """The directory itself if it is an adapter folder, else all adapter folders in it, sorted; or that of a version.
+    """The directory itself if it is an adapter folder, else all adapter folders in it, sorted.
+
+    The directory may also be a version in the registry or a repository on the Hub.
 
     A folder with several tasks is given once for each, as ``folder#0`` and so on.
 

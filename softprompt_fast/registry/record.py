@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -18,13 +17,11 @@ from ..base.files import read_json, write_json
 from ..base.machine import PACKAGES, package_versions
 from ..base.version import __version__
 from ..prompts.multitask_files import split_task
-from ..prompts.peft_files import CONFIG_FILE, WEIGHTS_FILE, prompts_by_name, read_base, read_config
+from ..prompts.peft_files import prompts_by_name, read_base, read_config
+from ..prompts.run_files import RECORD_FILE, run_facts
 from ..tasks.task import TASK_FILE, Task
 
-RECORD_FILE = "version.json"
-"""The record in the folder of a version. The content hash does not cover it; it must equal the registry's record."""
-METRICS_FILE, RUN_FILE, SEARCH_FILE = "metrics.json", "checkpoints/run.json", "search.json"
-"""Files of ``tune`` and ``search`` beside a prompt's folder."""
+# The content hash does not cover RECORD_FILE; it must equal the registry's record.
 
 
 @dataclass(frozen=True)
@@ -149,58 +146,6 @@ def describe(folder: Path, copied: Path, name: str, *, parent: str | None, descr
         added=datetime.now(UTC).isoformat(timespec="seconds"),
         description=description,
     )
-
-
-def run_facts(folder: Path) -> dict[str, Any]:
-    """What the files of its run say of a prompt: ``settings``, ``before``, ``after`` and fingerprints of the rows.
-
-    A prompt that was moved away from its run, or that another program made, has none.
-    """
-    name = folder.resolve().name
-    output = folder.resolve().parent
-    metrics = read_json(output / METRICS_FILE)
-    run = read_json(output / RUN_FILE) or {}
-    if metrics is None:
-        return _search_facts(output, name)
-    if run and f"train_rows of {name!r}" not in run:
-        return {}  # the files are those of another prompt's run
-    facts = metrics | (metrics.get("prompts") or {}).get(name, {})
-    if "after" not in facts:
-        return {}
-    rows = {key: run.get(f"{key} of {name!r}") for key in ("train_rows", "held_out_rows")}
-    settings = (facts.get("settings") or {}) | run.get(f"settings of {name!r}", {})  # a member has some of its own
-    return {"settings": settings, "before": facts.get("before"), "after": facts["after"]} | rows
-
-
-def _search_facts(output: Path, name: str) -> dict[str, Any]:
-    """The facts of the prompt that a search recommends."""
-    report = read_json(output / SEARCH_FILE)
-    if report is None or not (output / name / CONFIG_FILE).is_file():
-        return {}
-    chosen = next(one for one in report["candidates"] if one["number"] == report["recommended"])
-    weights = (output / name / WEIGHTS_FILE).read_bytes()
-    for rung in sorted(output.glob(f"trials/{chosen['number']:03d}-*/rung-*"), reverse=True):
-        trained = rung / name / WEIGHTS_FILE
-        metrics = read_json(rung / METRICS_FILE)
-        if metrics is not None and trained.is_file() and trained.read_bytes() == weights:
-            return {
-                "settings": metrics["settings"] | {"steps": chosen["rungs"][-1]["total_steps"]},
-                "before": report["before"],
-                "after": chosen["rungs"][-1]["scores"],
-            } | _rows_of_search(output)
-    return {}
-
-
-def _rows_of_search(output: Path) -> dict[str, Any]:
-    """Fingerprints of the rows, from the journal of the search."""
-    try:
-        lines = [json.loads(line) for line in (output / "study.jsonl").read_text().splitlines()]
-    except (OSError, json.JSONDecodeError):
-        return {}
-    facts: dict[str, Any] = next(
-        (line["user_attr"]["facts"] for line in lines if "facts" in line.get("user_attr", ())), {}
-    )
-    return {key: facts.get(key) for key in ("train_rows", "held_out_rows")}
 
 
 def write_record(folder: Path, record: Record) -> None:

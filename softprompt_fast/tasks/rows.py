@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, overload
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def choose(rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> Example
 def place(rows: Sequence[Mapping[str, Any]], index: int) -> str:
     """Where a row is, for messages: its file and line, or its place in a list, counted from 0."""
     return str(rows.origins[index]) if isinstance(rows, Rows) else f"row {index}"
+
+
+def file_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names, without their folders, of the files and datasets that rows were read from."""
+    origins = rows.origins if isinstance(rows, Rows) else []
+    return list(dict.fromkeys(PurePath(origin.file).name for origin in origins))
 
 
 def places(rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:

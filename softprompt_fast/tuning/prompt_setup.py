@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.locations import located, names_a_version
+from ..base.locations import is_remote, located
 from ..hf.architecture import is_encoder_decoder
 from ..hf.embedding import embedding_table
 from ..models.deep_prompt_model import DeepPromptModel
@@ -55,7 +55,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
     """Adds ``task.prompt`` with the initial values that the settings ask for."""
     count = settings.num_virtual_tokens
     init: Any = settings.init
-    if isinstance(init, (str, PathLike)) and names_a_version(init):
+    if isinstance(init, (str, PathLike)) and is_remote(init):
         init = located(init)
     if isinstance(init, str) and init == "auto":
         init, count = _automatic(model, tokenizer, task, count)

@@ -9,14 +9,16 @@ from typing import Any
 from ..base.files import write_atomically
 from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
+from ..prompts.card import write_card
 from ..prompts.placement import freeze_first, frozen_count
 from ..prompts.reparameterization import fold
+from ..prompts.run_files import DIGEST, METRICS_FILE, weights_digest
+from ..tasks.examples import Examples
+from ..tasks.rows import file_names
 from .best import BestPrompts
 from .job import TuningResult
 from .preparation import Prepared, line_prefix
 from .record import History
-
-METRICS_FILE = "metrics.json"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Outcome:
 
 
 def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
-    """Gives each prompt its best values in plain form, and saves it with its task and the scores."""
+    """Gives each prompt its best values in plain form, and saves it with its task, the scores and a card."""
     results = []
     for job, before, history in zip(prepared.jobs, prepared.before, outcome.history, strict=True):
         name = job.task.prompt
@@ -79,6 +81,7 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
             )
             if outcome.main_process:
                 profile.save(result.folder)
+                write_card(result.folder)
     return results
 
 
@@ -102,8 +105,15 @@ def _write_metrics(prepared: Prepared, results: list[TuningResult]) -> None:
     }
     names = ("before", "after", "best_step", "trainable_parameters", "history")
     scores = [{name: getattr(result, name) for name in names} for result in results]
+    for values, job, result in zip(scores, prepared.jobs, results, strict=True):
+        values["data"] = {"train": _data(job.train_rows), "held_out": _data(job.held_out_rows)}
+        values[DIGEST] = weights_digest(result.folder)
     if len(results) == 1:
         metrics = scores[0] | metrics
     else:
         metrics["prompts"] = dict(zip(prepared.names, scores, strict=True))
     write_atomically(prepared.output / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+
+
+def _data(rows: Examples) -> dict[str, Any]:
+    return {"files": file_names(rows), "rows": len(rows)}

@@ -43,8 +43,8 @@ def tune(
 ) -> TuningResult:
     """Tunes ``task.prompt``, keeps its best values, and saves them with the task and the scores.
 
-    Writes to ``output``: ``<prompt>/`` (PEFT adapter folder, ``task.json`` and ``profile.json``, the reference for
-    monitoring), ``metrics.json`` and ``checkpoints/``.
+    Writes to ``output``: ``<prompt>/`` (PEFT adapter folder, ``task.json``, a model card and ``profile.json``, the
+    reference for monitoring), ``metrics.json`` and ``checkpoints/``.
 
     Args:
         model: plain prompts, or a :class:`DeepPromptModel`. If it already has a prompt of the task's name, that prompt

@@ -39,6 +39,7 @@ def test_pruning_removes_noise_and_keeps_what_helps(rescore: bool, tmp_path: Pat
     own = pruned.save(tuned_on(), task, tmp_path / "out")
     again = spf.SoftPromptModel.from_pretrained(build("llama"), own)
     assert torch.equal(again.prompts["p"], pruned.prompt) and Task.load(own) == task
+    assert "## Task" in (own / "README.md").read_text()
     with pytest.raises(FileExistsError, match="already exists; choose another"):
         pruned.save(tuned_on(), task, tmp_path / "out")
 

@@ -68,7 +68,7 @@ def test_examples_use_options_that_exist(arguments: list[str]) -> None:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     context = COMMANDS[name].make_context(name, rest)
-    without_data = name.startswith("versions ") or name in ("compress", "interpret", "monitor", "similar")
+    without_data = name.startswith("versions ") or name in ("compress", "interpret", "monitor", "push", "similar")
     assert without_data or context.params["data"] is not None
 
 

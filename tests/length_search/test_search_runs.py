@@ -66,6 +66,7 @@ def test_a_search_keeps_to_its_plan_and_saves_what_it_recommends(finished: Finis
         abs=1e-5,
     )
     assert "<svg" in (tmp_path / "search.svg").read_text()
+    assert "## Scores" in (tmp_path / "p" / "README.md").read_text()
 
 
 def two_words() -> list[dict[str, Any]]:

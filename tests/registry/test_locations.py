@@ -112,7 +112,7 @@ def test_a_folder_with_the_name_of_a_version_comes_first(
     assert len(read_prompt("sentiment@1")[0]) == 5 and len(read_prompt("sentiment@production")[0]) == 3
 
 
-@pytest.mark.parametrize("text", ["sentiment", "prompts/a@1", "./sentiment@1", "@1", "sentiment@", "a b@1"])
+@pytest.mark.parametrize("text", ["sentiment", "./sentiment@1", "@1", "sentiment@", "a b@1"])
 def test_other_texts_are_paths(text: str) -> None:
     assert located(text) == Path(text)
 

@@ -16,3 +16,9 @@ PUBLIC_PACKAGES = [
     "softprompt_fast.registry",
     "softprompt_fast.interop",
 ]
+
+OPTIONAL_MODULES = {
+    "softprompt_fast.interop.trl": "trl",
+    "softprompt_fast.interop.sentence_transformers": "sentence_transformers",
+}
+"""Public modules that need another package."""

@@ -53,6 +53,7 @@ def test_train_evaluate_predict_from_the_command_line(model_folder: Path, data: 
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["after"]["accuracy"] >= 0.9 > metrics["before"]["accuracy"]
     assert {f.name for f in (output / "prompt").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "profile.json",
