@@ -12,12 +12,13 @@ from ..base.files import write_atomically
 from ..evaluation.scores import rank
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.peft_files import read_updated_prompt
+from .head_files import load_head, save_head
 
 BEST_FILE = "best.json"
 
 
 class BestPrompts:
-    """Keeps, for each prompt, the values with the best held-out score.
+    """Keeps, for each prompt, the values with the best held-out score, and the head that they were scored with.
 
     Args:
         by: "loss", or "accuracy" and then loss. Scores without an accuracy are ranked by loss.
@@ -37,13 +38,15 @@ class BestPrompts:
         if before is not None and not rank(scores, self.by) > rank(before["scores"], self.by):
             return False
         self.model.save_pretrained(self.folder, [name])
+        save_head(self.model, self.folder / name)
         self.entries[name] = {"step": step, "scores": scores}
         write_atomically(self.folder / BEST_FILE, json.dumps(self.entries, indent=2) + "\n")
         return True
 
     @torch.no_grad()
     def restore(self, name: str) -> dict[str, float]:
-        """Copies the best values into the model's prompt, which must be folded; returns their scores."""
+        """Copies the best values into the model's prompt, which must be folded, and head; returns their scores."""
+        load_head(self.model, self.folder / name)
         factors = self.model.prompts.token_update(name)
         if factors is None:
             self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name))

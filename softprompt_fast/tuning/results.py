@@ -12,6 +12,7 @@ from ..evaluation.scores import describe_scores
 from ..prompts.placement import freeze_first, frozen_count
 from ..prompts.reparameterization import fold
 from .best import BestPrompts
+from .head_files import head_parameters
 from .job import TuningResult
 from .preparation import Prepared, line_prefix
 from .record import History
@@ -67,7 +68,8 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
     if outcome.main_process:
         _write_metrics(prepared, results)
     for job, result in zip(prepared.jobs, results, strict=True):
-        if job.scorer is None:  # a search records the profile of the prompt that it chooses
+        # A search records the profile of the prompt that it chooses; monitoring does not know heads.
+        if job.scorer is None and job.task.head is None:
             profile = record_profile(
                 prepared.model,
                 prepared.tokenizer,
@@ -87,6 +89,7 @@ def _trainable_parameters(prepared: Prepared, name: str) -> int:
     forms = bank.forms(name)
     values = [bank[name]] if forms is None else list(forms.parameters())
     values += bank.token_update(name) or ()
+    values += head_parameters(prepared.model).values()
     count = sum(value.numel() for value in values if value.requires_grad)
     low_rank = settings.reparameterization == "low-rank"
     return count - frozen_count(bank, name) * (settings.rank if low_rank else bank[name].shape[1])
