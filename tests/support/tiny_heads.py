@@ -79,10 +79,11 @@ def questions(count: int = 48, *, before: int = 0) -> list[dict[str, Any]]:
 def save_model(folder: Path, kind: str) -> Path:
     """A decoder or an encoder without a head of these tasks, and its tokenizer."""
     torch.manual_seed(0)
-    if kind == "decoder":
-        LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder)
-        plain_tokenizer().save_pretrained(folder)
-    else:
-        BertModel(BertConfig(**BERT)).save_pretrained(folder)
-        wordpiece_tokenizer().save_pretrained(folder)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA)) if kind == "decoder" else BertModel(BertConfig(**BERT))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # spread wide enough that texts matter
+                parameter.normal_(0, 0.25)
+    model.save_pretrained(folder)
+    (plain_tokenizer() if kind == "decoder" else wordpiece_tokenizer()).save_pretrained(folder)
     return folder
