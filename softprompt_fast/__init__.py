@@ -8,6 +8,7 @@ from .base.version import __version__
 if TYPE_CHECKING:
     from .interop.acceleration import accelerate, restore
     from .models.deep_prompt_model import DeepPromptModel
+    from .models.pooling import pooled_text
     from .models.soft_prompt_model import SoftPromptModel
     from .ops.assemble.batch import PackedRows, PromptedBatch
     from .ops.assemble.functional import assemble
@@ -25,6 +26,7 @@ else:
             "accelerate": ".interop.acceleration",
             "assemble": ".ops.assemble.functional",
             "initial_prompt": ".prompts.initialization",
+            "pooled_text": ".models.pooling",
             "restore": ".interop.acceleration",
         },
     )
@@ -39,5 +41,6 @@ __all__ = [
     "accelerate",
     "assemble",
     "initial_prompt",
+    "pooled_text",
     "restore",
 ]

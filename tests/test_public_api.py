@@ -10,7 +10,7 @@ from support.public_packages import PUBLIC_PACKAGES
 PUBLIC = {
     "softprompt_fast": """
         DeepPromptModel FastSoftPrompt PackedRows PromptedBatch SoftPromptModel __version__ accelerate assemble
-        initial_prompt restore
+        initial_prompt pooled_text restore
     """,
     "softprompt_fast.prompts": """
         FastSoftPrompt FixedFirst LowRank NormBound Offset PromptDropout ResidualMLP SharedPart bos_vector fold

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..base.errors import Unsupported
 
-# Heads whose result would be wrong with a prompt in front: they pool a fixed position or return positions.
-DISPLACED_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
+# Heads that read several texts of a row, or pool one position for one result and use all for another.
+UNSUPPORTED_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
 # Configuration fields of models that embed each token again in every layer.
 PER_LAYER_EMBEDDINGS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
@@ -28,7 +28,8 @@ def is_named(model: Any, endings: str | tuple[str, ...]) -> bool:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
+    """Whether a model runs an encoder and a decoder; the encoder of such a model alone does not."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in forward_parameters(model)
 
 
 def is_causal(model: Any) -> bool:
@@ -41,9 +42,35 @@ def is_causal(model: Any) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
-def pools_last_token(model: Any) -> bool:
-    """Sequence classification on a decoder: without input ids transformers reads the last position."""
+def classifies_rows(model: Any) -> bool:
+    """Sequence classification: a decoder reads a row's last position, most encoders the first."""
     return is_named(model, "ForSequenceClassification")
+
+
+def pools_last_token(model: Any) -> bool:
+    """Whether rows are classified by their last position: transformers reads it in decoders that are given vectors."""
+    return classifies_rows(model) and (is_causal(model) or _is_of_decoders(model))
+
+
+def _is_of_decoders(model: Any) -> bool:
+    """Whether transformers has models of a type that predict the next token, and none that fill in masked ones.
+
+    BLOOM's and MPT's attention does not say that it is causal.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = model.config.model_type
+    return kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def tags_tokens(model: Any) -> bool:
+    """Token classification: a label and an output for each token."""
+    return is_named(model, "ForTokenClassification")
+
+
+def answers_spans(model: Any) -> bool:
+    """Question answering: two numbers for each token, of an answer that begins and of one that ends there."""
+    return {"start_positions", "end_positions"} <= forward_parameters(model)
 
 
 def compiled_in_place(model: Any) -> Any:
@@ -76,12 +103,12 @@ def check_supported(model: Any) -> None:
         )
     if "inputs_embeds" not in forward_parameters(model):
         raise TypeError(f"{name}.forward takes no inputs_embeds, so it cannot use a prompt")
-    if is_named(model, DISPLACED_HEADS):
-        raise TypeError(f"{name} returns or pools positions that a prompt would displace; this head is not supported")
-    if pools_last_token(model) and not is_causal(model):
+    if is_named(model, UNSUPPORTED_HEADS):
+        raise TypeError(f"{name} reads or pools positions that a prompt would displace; this head is not supported")
+    if is_encoder_decoder(model) and (classifies_rows(model) or answers_spans(model)):
         raise TypeError(
-            f"{name} pools the first position, where the prompt would be; use the model with a "
-            "language-modelling or token-classification head"
+            f"{name} gives its decoder the token ids of its input, and a soft prompt has none; use an encoder or a "
+            "decoder with this head"
         )
 
 
@@ -108,7 +135,10 @@ class ForwardTraits:
     any_keyword: bool
     encoder_decoder: bool
     causal: bool
+    classifies_rows: bool
     pools_last_token: bool
+    tags_tokens: bool
+    answers_spans: bool
     context_length: int | None
 
     @classmethod
@@ -118,18 +148,26 @@ class ForwardTraits:
             any_keyword=accepts_any_keyword(model),
             encoder_decoder=is_encoder_decoder(model),
             causal=is_causal(model),
+            classifies_rows=classifies_rows(model),
             pools_last_token=pools_last_token(model),
+            tags_tokens=tags_tokens(model),
+            answers_spans=answers_spans(model),
             context_length=context_length(model),
         )
 
     @property
     def predicts_next_token(self) -> bool:
-        return self.causal and not self.pools_last_token
+        return self.causal and not self.has_task_head
+
+    @property
+    def has_task_head(self) -> bool:
+        """Whether the model classifies rows or tokens, or answers questions."""
+        return self.classifies_rows or self.tags_tokens or self.answers_spans
 
     @property
     def labels_per_token(self) -> bool:
         """Whether there is one label, and one output, per input token."""
-        return not self.encoder_decoder and not self.pools_last_token
+        return not self.encoder_decoder and not self.classifies_rows
 
 
 def peft_config(model: Any) -> dict[str, Any]:
@@ -137,10 +175,12 @@ def peft_config(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     if is_encoder_decoder(model):
         task = "SEQ_2_SEQ_LM"
-    elif is_named(model, "ForSequenceClassification"):
+    elif classifies_rows(model):
         task = "SEQ_CLS"
-    elif is_named(model, "ForTokenClassification"):
+    elif tags_tokens(model):
         task = "TOKEN_CLS"
+    elif answers_spans(model):
+        task = "QUESTION_ANS"
     elif is_causal(model) and getattr(model, "can_generate", lambda: False)():
         task = "CAUSAL_LM"
     else:
@@ -218,6 +258,23 @@ def returning_mappings(config: Any) -> Iterator[None]:
         yield
     finally:
         config.return_dict = False
+
+
+@contextmanager
+def with_pad_token(config: Any) -> Iterator[None]:
+    """Names a padding token while a decoder classifies rows, if its configuration names none.
+
+    transformers then refuses batches. With vectors as input it never reads which token it is.
+    """
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "pad_token_id", None) is not None:
+        yield
+        return
+    config.pad_token_id = 0
+    try:
+        yield
+    finally:
+        config.pad_token_id = None
 
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}

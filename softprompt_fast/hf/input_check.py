@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.modules import evaluating
+from .architecture import ForwardTraits, answers_spans, classifies_rows, with_pad_token
 from .embedding import LOOKUP_SCALE, embedding_table
 
 COMPARED_TOKENS = 4
@@ -45,7 +46,8 @@ def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
     ids = _ordinary_ids(model, len(table.weight)).to(table.weight.device)[None]
     extra = _other_inputs(model, ids)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), _not_compiled():
+    context = with_pad_token(model.config) if classifies_rows(model) else nullcontext()
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), _not_compiled(), context:
         try:
             expected = _run(model, input_ids=ids, **extra)
         except Exception:  # ids alone are no input of this model, so there is nothing to be equal to
@@ -53,7 +55,8 @@ def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
             return
         vectors = table(ids)
         scale = _lookup_scale(model, vectors, expected, extra)
-        if expected.dim() == 3 and not getattr(model, "is_quantized", False):  # 8-bit products depend on the batch
+        rows = expected.dim() == 3 or answers_spans(model) or classifies_rows(model)
+        if rows and not getattr(model, "is_quantized", False):  # 8-bit products depend on the batch
             _check_padding(model, vectors * scale, extra)
     setattr(embedding, LOOKUP_SCALE, scale)
 
@@ -85,15 +88,25 @@ def _lookup_scale(model: Any, vectors: Tensor, expected: Tensor, extra: dict[str
 
 
 def _check_padding(model: Any, vectors: Tensor, extra: dict[str, Any]) -> None:
-    """Compares half of a row [1, T, D] with the same half, padded on the right, beside the whole row."""
-    half = vectors.shape[1] // 2
-    mask = torch.ones(2, vectors.shape[1], dtype=torch.int64, device=vectors.device)
+    """Compares half of a row [1, T, D] with the same half, padded, beside the whole row.
+
+    The padding is where batches have it: on the left of a decoder that classifies rows, else on the right.
+    """
+    tokens = vectors.shape[1]
+    half = tokens // 2
+    mask = torch.ones(2, tokens, dtype=torch.int64, device=vectors.device)
     mask[1, half:] = 0
+    row = torch.arange(tokens, device=vectors.device)
     both = torch.cat([vectors, vectors * mask[1, :, None]])
     twice = {key: value.repeat(2, 1) if isinstance(value, Tensor) else value for key, value in extra.items()}
+    traits = ForwardTraits.of(model)
+    if traits.pools_last_token:
+        mask[1], both[1] = mask[1].flip(0), both[1].roll(half, 0)
+        if "position_ids" in traits.parameters:
+            twice["position_ids"] = torch.stack([row, (row - half).clamp(min=0)])
     alone = _run(model, inputs_embeds=vectors[:, :half], attention_mask=mask[:1, :half], **extra)
-    together = _run(model, inputs_embeds=both, attention_mask=mask, **twice)
-    difference = _difference(together[1, : alone.shape[1]], alone[0])
+    together = _run(model, inputs_embeds=both, attention_mask=mask, **twice)[1]
+    difference = _difference(together if traits.classifies_rows else together[: alone.shape[1]], alone[0])
     if not difference <= PADDING_TOLERANCE:
         raise TypeError(
             f"{type(model).__name__} cannot use prompts in batches: a row beside a longer one differs from the row "

@@ -97,7 +97,7 @@ class SoftPromptPipeline:
         labels = labels if labels is None or isinstance(labels, Mapping) else list(labels)
         each = prompt_of_each(prompts, rows)
         members = [[name] for name in each] if ensemble is None else [list(ensemble) for _ in rows]
-        head = architecture.pools_last_token(self._base)
+        head = architecture.classifies_rows(self._base)
 
         trees: dict[tuple[tuple[int, ...], ...], LabelTree] = {}  # rows of a task share one
 

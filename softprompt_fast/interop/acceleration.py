@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ..hf import generation_options
+from ..hf.architecture import pools_last_token
 from ..hf.randomness import draws_random_numbers
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from .adapters import TASKS, active_prompt, check_adapters, inferred_mask, is_prefix, padding_differs
-from .heads import HeadRunner
 from .lazy_logits import with_lazy_logits
 
 logger = logging.getLogger("softprompt_fast")
@@ -44,7 +44,7 @@ class Acceleration:
 
     compat: str
     runner: Any
-    """A SoftPromptModel, DeepPromptModel or HeadRunner over the PEFT model's base model."""
+    """A SoftPromptModel or DeepPromptModel over the PEFT model's base model."""
     reads_logits: bool = False
     """Whether the caller has read logits of a training batch: they are then computed with every loss."""
     reported: set[str] = field(default_factory=set)
@@ -181,13 +181,12 @@ def _runner(model: Any, cuda_graphs: bool) -> Any:
     """What runs the base model of a PEFT model. The base's trainable parameters stay trainable."""
     base = model.base_model
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    for parameter in trained:  # a head that PEFT trains; SoftPromptModel freezes what is not frozen already
+    for parameter in trained:  # PEFT trains its own copy of a head; SoftPromptModel freezes what is not frozen already
         parameter.requires_grad_(False)
     try:
         if is_prefix(model):
             return DeepPromptModel(base, cuda_graphs=cuda_graphs)
-        generates = any(name in _names(model) for name in ("PeftModelForCausalLM", "PeftModelForSeq2SeqLM"))
-        return SoftPromptModel(base, cuda_graphs=cuda_graphs) if generates else HeadRunner(base)
+        return SoftPromptModel(base, cuda_graphs=cuda_graphs)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -195,6 +194,10 @@ def _runner(model: Any, cuda_graphs: bool) -> Any:
 
 def _names(model: Any) -> list[str]:
     return [owner.__name__ for owner in type(model).__mro__]
+
+
+def _generates(model: Any) -> bool:
+    return any(name in _names(model) for name in ("PeftModelForCausalLM", "PeftModelForSeq2SeqLM"))
 
 
 def _is_left_behind(model: Any, name: str) -> bool:
@@ -243,7 +246,7 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
         return own.forward(model, *args, **keywords)
     # As PEFT does it; it has no public function for this.
     ignored = {"position_ids": "Position ids"}
-    if not isinstance(acceleration.runner, HeadRunner):
+    if _generates(model):
         ignored["token_type_ids"] = "Token type ids"
     for name, words in ignored.items():
         if given.pop(name, None) is not None:
@@ -253,8 +256,6 @@ def _forward(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, An
     given.pop("use_cache", None)
     given["prompts"] = _bank(model)
     given["prompt_columns"] = 0 if is_prefix(model) else model.active_peft_config.num_virtual_tokens
-    if isinstance(acceleration.runner, HeadRunner):
-        return acceleration.runner(**given)
     try:
         return _language_model_output(model, given)
     except TypeError:
@@ -319,7 +320,7 @@ def _differs(model: Any, given: dict[str, Any]) -> bool:
         return True
     if "start_positions" in given or "end_positions" in given:
         return True
-    pools_last = "PeftModelForSequenceClassification" in names and acceleration_of(model).runner.pools_last
+    pools_last = "PeftModelForSequenceClassification" in names and pools_last_token(model.base_model)
     return padding_differs(given.get("attention_mask"), on_the_right=pools_last)
 
 
@@ -329,7 +330,7 @@ def _differs(model: Any, given: dict[str, Any]) -> bool:
 def _generate(model: Any, own: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     if model._adapters_disabled:
         return model.base_model.generate(*args, **keywords)
-    if STATE not in vars(model) or isinstance(acceleration_of(model).runner, HeadRunner):
+    if STATE not in vars(model) or not _generates(model):
         return own.generate(model, *args, **keywords)
     bound = inspect.signature(model.base_model.generate).bind_partial(*args, **keywords).arguments
     given = {**bound, **bound.get("kwargs", {})}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..hf.architecture import ForwardTraits
 from ..hf.embedding import has_foreign_hooks
+from .spans import check_positions
 
 logger = logging.getLogger("softprompt_fast")
 
@@ -76,6 +77,10 @@ def texts_of(
 
 def check_labels(labels: Tensor | None, shape: Sequence[int], traits: ForwardTraits, options: dict[str, Any]) -> None:
     """Checks the shape of labels for texts [B, T], and that an encoder-decoder's decoder has something to read."""
+    if traits.answers_spans:
+        check_positions(options, shape[0])
+        if labels is not None:
+            raise ValueError("`labels` cannot be given for question answering: give `start_positions`, `end_positions`")
     if labels is None:
         if traits.encoder_decoder and not any(name in options for name in DECODER_INPUTS):
             raise ValueError("`labels` or `decoder_input_ids` must be given because the decoder reads them")

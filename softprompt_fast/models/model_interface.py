@@ -123,7 +123,7 @@ class ModelInterface(nn.Module):
 
         names = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         own = [owner.__name__ for owner in type(architecture.without_adapters(self.base_model)).__mro__]
-        if architecture.is_causal(self.base_model) and not architecture.pools_last_token(self.base_model):
+        if architecture.ForwardTraits.of(self.base_model).predicts_next_token:
             return next((name for name in own if name in names), "LlamaForCausalLM")
         return type(self).__name__
 

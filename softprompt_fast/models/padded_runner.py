@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..hf.architecture import ForwardTraits, check_room, returning_mappings
+from ..hf.architecture import ForwardTraits, check_room, returning_mappings, with_pad_token
 from ..ops.assemble.batch import PromptedBatch
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
+from .spans import LOGITS, POSITIONS, span_loss, without_padding
 
 LossFunction = Callable[..., Tensor]
 # Fields of a model's output with one entry per input position, and fields that are tuples of such tensors.
-ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state")
+ALIGNED = ("logits", "last_hidden_state", "encoder_last_hidden_state", *LOGITS)
 ALIGNED_TUPLES = ("hidden_states", "encoder_hidden_states")
 
 
@@ -82,7 +84,11 @@ class PaddedRunner:
         side = "left" if self.traits.pools_last_token else "right"
         moved = labels if per_token else None
         batch = self.assemble(bank, input_ids, attention_mask, prompt_ids, moved, side, embedding)
-        inputs = dict(batch)
+        inputs = {k: v for k, v in batch.items() if k != "position_ids" or k in self.traits.parameters}
+        start = end = None
+        if self.traits.answers_spans:
+            start, end = (options.get(name) for name in POSITIONS)
+            options = {key: value for key, value in options.items() if key not in POSITIONS}
         types = options.get("token_type_ids")
         if types is not None:
             options = options | {"token_type_ids": padded_types(types, batch)}
@@ -96,6 +102,8 @@ class PaddedRunner:
             output["loss"] = loss
         else:
             output = self._run(inputs, options)
+        if start is not None and end is not None:
+            output["loss"] = span_loss(output, batch, (start, end))
         if not return_logits and self.traits.predicts_next_token and getattr(output, "logits", None) is not None:
             output["logits"] = None
         return self._align(output, batch, prompt_columns)
@@ -162,7 +170,8 @@ class PaddedRunner:
         return logits[rows, place]
 
     def _run(self, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
-        with returning_mappings(self.model.config):
+        named = with_pad_token(self.model.config) if self.traits.pools_last_token else nullcontext()
+        with returning_mappings(self.model.config), named:
             return self.model(**inputs, **options)
 
     def _align(self, output: Any, batch: PromptedBatch, prompt_columns: int) -> Any:
@@ -176,6 +185,9 @@ class PaddedRunner:
         for name in aligned:
             if getattr(output, name, None) is not None:
                 output[name] = in_columns(output[name], batch, prompt_columns)
+        for name in LOGITS:
+            if getattr(output, name, None) is not None:
+                output[name] = without_padding(output[name], batch, prompt_columns)
         for name in tuples:
             if getattr(output, name, None) is not None:
                 output[name] = tuple(in_columns(states, batch, prompt_columns) for states in output[name])

@@ -89,7 +89,8 @@ class SoftPromptModel(PromptFiles):
             raise ValueError(f"`prompts` must have embedding_dim={width} like the model, got {prompts.embedding_dim}")
         self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
         self._traits = architecture.ForwardTraits.of(model)
-        self.accepts_loss_kwargs = self._traits.any_keyword  # Trainer asks before it passes num_items_in_batch
+        # Trainer asks before it passes num_items_in_batch, which transformers' other heads accept and do not read.
+        self.accepts_loss_kwargs = self._traits.any_keyword and not self._traits.has_task_head
         self.execution = execution
         self._reported: set[str] = set()
         self._packed_worked = False
@@ -135,6 +136,8 @@ class SoftPromptModel(PromptFiles):
         prompt_ids: PromptIds = None,
         *,
         inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         num_targets: int | None = None,
         return_logits: bool | None = None,
@@ -150,11 +153,13 @@ class SoftPromptModel(PromptFiles):
         Args:
             input_ids: [B, T]; the encoder's, if the model has one.
             attention_mask: [B, T] of 1 and 0; None: no padding.
-            labels: [B, T] for language models and token classification, -100: no label; [B] for sequence
-                classification; [B, T'], the decoder's, for encoder-decoders.
+            labels: [B, T] for language models and token classification, -100: no label; [B], or [B, C] of several
+                labels, for sequence classification; [B, T'], the decoder's, for encoder-decoders.
             prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). Not
                 needed if there is one prompt.
             inputs_embeds: [B, T, D], the tokens' vectors instead of their ids; they get a gradient if they need one.
+            start_positions, end_positions: [B] for question answering, columns of ``input_ids`` in which the answers
+                begin and end; a column that is padding or not one of ``input_ids`` is ignored.
             lengths: [B] on the host, real tokens per row; with ``num_targets`` a step never waits for a GPU.
             num_targets: number of labels of real tokens that are not -100.
             return_logits: whether decoders' language-modelling heads return logits; None: without labels, or outside
@@ -172,7 +177,10 @@ class SoftPromptModel(PromptFiles):
                 tokenizers return and the model does not take are dropped; other unknown keys too, with one log line.
 
         Returns:
-            The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``.
+            The model's output; ``logits`` [B, T, V] and hidden states [B, T, D] aligned with ``input_ids``. Sequence
+            classification has ``logits`` [B, C]; question answering ``start_logits`` and ``end_logits`` [B, T], with
+            the smallest number at padding. ``pooler_output`` [B, D] of an encoder without a head reads its first
+            position, which is the prompt's first vector; for sentences see :func:`pooled_text`.
             ``attentions`` [B, H, S, S] and ``past_key_values`` are not aligned: their S slots of a row are its prompt,
             its text and padding.
 
@@ -185,6 +193,8 @@ class SoftPromptModel(PromptFiles):
             value = options.pop(argument, None)
             if value is not None and value is not False:
                 raise ValueError(f"`{argument}` cannot be given: {reason}")
+        ends = {"start_positions": start_positions, "end_positions": end_positions}
+        options |= {name: value for name, value in ends.items() if value is not None}
         own = frozenset({"num_items_in_batch"} if loss_function is not None else ())
         options = known_options(options, self._traits, self._reported, own)
         texts = self._texts(input_ids, attention_mask, inputs_embeds, options.get("token_type_ids"))
@@ -321,8 +331,8 @@ class SoftPromptModel(PromptFiles):
         prompts: FastSoftPrompt | None,
     ) -> Tensor:
         self._check_loaded()
-        if not self._traits.causal:
-            raise TypeError(f"{type(self.base_model).__name__} is not a decoder and has no next token")
+        if not self._traits.predicts_next_token:
+            raise TypeError(f"{type(self.base_model).__name__} does not predict the next token")
         texts = self._texts(input_ids, attention_mask)
         bank = self.prompts if prompts is None else prompts
         arguments = (bank, texts.input_ids, attention_mask, prompt_ids, places, texts.embedding)
