@@ -1,4 +1,4 @@
-"""Freezes parameters for as long as someone needs them frozen."""
+"""Freezes parameters, and trains others, for as long as someone needs it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,50 @@ class Frozen:
         weakref.finalize(self, parameter.requires_grad_, True).atexit = False
 
 
+class Trained:
+    """A parameter that has a gradient while this object lives, whoever freezes the model around it."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        trained = parameter.requires_grad or id(parameter) in _frozen
+        parameter.requires_grad_(True)
+        if not trained:
+            weakref.finalize(self, parameter.requires_grad_, False).atexit = False
+
+
 _lock = threading.RLock()
 _frozen: weakref.WeakValueDictionary[int, Frozen] = weakref.WeakValueDictionary()
 """By the identity of the parameter, which the value keeps alive."""
+_trained: weakref.WeakValueDictionary[int, Trained] = weakref.WeakValueDictionary()
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> list[Frozen]:
     """Freezes parameters until the last of those who asked for it drops its list.
 
-    A parameter that the caller had frozen before is left to the caller.
+    A parameter that the caller had frozen before is left to the caller. One that someone trains (:func:`train`) is not
+    frozen.
     """
     kept = []
     with _lock:
         for parameter in parameters:
+            if id(parameter) in _trained:
+                continue
             frozen = _frozen.get(id(parameter))
             if frozen is None and parameter.requires_grad:
                 frozen = _frozen[id(parameter)] = Frozen(parameter)
             parameter.requires_grad_(False)
             if frozen is not None:
                 kept.append(frozen)
+    return kept
+
+
+def train(parameters: Iterable[nn.Parameter]) -> list[Trained]:
+    """Gives parameters a gradient until the last of those who asked for it drops its list."""
+    kept = []
+    with _lock:
+        for parameter in parameters:
+            trained = _trained.get(id(parameter))
+            if trained is None:
+                trained = _trained[id(parameter)] = Trained(parameter)
+            kept.append(trained)
     return kept

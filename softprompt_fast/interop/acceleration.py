@@ -186,7 +186,7 @@ def _runner(model: Any, cuda_graphs: bool) -> Any:
     try:
         if is_prefix(model):
             return DeepPromptModel(base, cuda_graphs=cuda_graphs)
-        return SoftPromptModel(base, cuda_graphs=cuda_graphs)
+        return SoftPromptModel(base, cuda_graphs=cuda_graphs, train_head=False)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from ..hf import architecture
-from ..hf.freezing import Frozen, freeze
+from ..hf.freezing import Frozen, Trained, freeze, train
+from ..hf.heads import head_parameters
+from .trained_head import trained_head
 
 BASE_PREFIX = "base_model."
 
@@ -18,12 +20,20 @@ class ModelInterface(nn.Module):
 
     Args:
         model: a transformers model; its parameters are frozen until the last object that froze them is gone.
+        train_head: as :class:`SoftPromptModel` takes it.
     """
 
-    def __init__(self, model: Any) -> None:
+    head_modules: tuple[str, ...]
+    """The names of the modules that the model's class adds to its backbone; empty for language models."""
+    trains_head: bool
+    """Whether these modules are trained with the prompts."""
+
+    def __init__(self, model: Any, *, train_head: bool | None = None) -> None:
         super().__init__()
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
+        self.head_modules, self.trains_head = trained_head(model, train_head)
+        self._trained: list[Trained] = train(head_parameters(model, self.head_modules) if self.trains_head else ())
         self._frozen: list[Frozen] | None = freeze(model.parameters())
         """None: :meth:`unload` was called."""
         self.base_model: Any = model
@@ -36,7 +46,7 @@ class ModelInterface(nn.Module):
 
     def unload(self) -> Any:
         """Releases the parameters and returns the base model."""
-        self._frozen = None
+        self._frozen, self._trained = None, []
         return self.base_model
 
     def _check_loaded(self) -> None:
@@ -50,7 +60,7 @@ class ModelInterface(nn.Module):
             return self.__dict__.copy()
         ours = {id(frozen.parameter) for frozen in self._frozen}
         names = [name for name, parameter in self.base_model.named_parameters() if id(parameter) in ours]
-        return self.__dict__ | {"_frozen": names}
+        return self.__dict__ | {"_frozen": names, "_trained": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -59,6 +69,7 @@ class ModelInterface(nn.Module):
             parameters = [parameter for name, parameter in self.base_model.named_parameters() if name in names]
             for parameter in parameters:
                 parameter.requires_grad_(True)
+            self._trained = train(head_parameters(self.base_model, self.head_modules) if self.trains_head else ())
             self._frozen = freeze(parameters)
 
     # --- facts ---
@@ -152,7 +163,7 @@ class ModelInterface(nn.Module):
 
 
 def _drop_frozen_weights(module: ModelInterface, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Adapters that are trained inside the base model stay."""
+    """Adapters and a head that are trained inside the base model stay."""
     start = prefix + BASE_PREFIX
     trained = {start + name for name, p in module.base_model.named_parameters() if p.requires_grad}
     for key in [key for key in state if key.startswith(start) and key not in trained]:

@@ -51,6 +51,10 @@ class SoftPromptModel(PromptFiles):
         cuda_graphs: on a GPU, "shared" runs batches whose sizes come again as CUDA graphs (``packed/cuda_graphs.py``).
             They keep the memory of one step of the largest batch. A loss that is kept and has no backward pass keeps
             later batches from running so.
+        train_head: whether the model's head (``head_modules``) is trained with the prompts, for heads other than those
+            of language models. It then belongs to ``parameters()`` that need a gradient, to ``state_dict`` and to saved
+            prompts. None: if no checkpoint held its weights, so that they are random. If that is not known, it is
+            frozen, and one log line says so.
 
     Raises:
         TypeError: the model's results would be wrong with a prompt in front of its input; with the reason.
@@ -75,12 +79,13 @@ class SoftPromptModel(PromptFiles):
         check: bool = True,
         shared_text: str | None = "auto",
         cuda_graphs: bool = True,
+        train_head: bool | None = None,
     ) -> None:
         if execution not in EXECUTIONS:
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
-        super().__init__(model)
+        super().__init__(model, train_head=train_head)
         model = self.base_model
         check_inputs(model, run_sharded=False)
         embedding = model.get_input_embeddings()
