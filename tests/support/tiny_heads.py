@@ -83,7 +83,7 @@ def save_model(folder: Path, kind: str) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:  # spread wide enough that texts matter
-                parameter.normal_(0, 0.25)
+                parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     (plain_tokenizer() if kind == "decoder" else wordpiece_tokenizer()).save_pretrained(folder)
     return folder
