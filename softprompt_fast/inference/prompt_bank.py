@@ -20,6 +20,7 @@ from ..base.locations import located
 from ..compiled import storage
 from ..compiled.compile import compile_prompts, layered, slot_shape
 from ..compiled.slots import SlotTable
+from ..models.head_weights import check_one_head, install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import check_base
 from ..prompts.fast_soft_prompt import FastSoftPrompt, check_name
@@ -94,7 +95,8 @@ class PromptBank:
         prompts = model.prompts if isinstance(model, SoftPromptModel) else None
         base = model.base_model if isinstance(model, SoftPromptModel) else model
         runner = model.runner if isinstance(model, SoftPromptModel) else None
-        self.model = SoftPromptModel(base, check=check, cuda_graphs=runner is None or runner.graphs is not None)
+        graphs = runner is None or runner.graphs is not None
+        self.model = SoftPromptModel(base, check=check, cuda_graphs=graphs, train_head=False)
         self.model.eval()
         self.check = check
         self.storage = storage
@@ -184,17 +186,19 @@ class PromptBank:
         """Adds a prompt: a tensor [P, D], a PEFT adapter folder (its ``task.json`` is read too) or a file.
 
         A deep prompt (PEFT's folder of a prefix or a cartridge, or numbers [P, L * 2 * H' * E]) is already compiled.
+        The model gets the head that was saved with a prompt. All prompts of a bank must have the same head.
 
         Args:
             name: letters, digits, ``_`` and ``-``.
             source: also the name of a version in the registry, such as ``sentiment@production``, a task of a folder
                 with several, such as ``folder#2``, or a safetensors or ``.npy`` file or a soft prompt of KoboldAI.
             replace: replace a prompt of that name; running batches continue with the old one.
-            force: also add a prompt that was tuned on other weights than the model's.
+            force: also add a prompt that was tuned on other weights than the model's, or with another head than the
+                bank's other prompts, which then use this one.
 
         Raises:
-            ValueError: a name that is taken or not allowed, another width or other weights than the model's, numbers
-                not finite; a deep prompt where none can be compiled.
+            ValueError: a name that is taken or not allowed, another width, other weights or another head than the
+                model's, numbers not finite; a deep prompt where none can be compiled.
         """
         check_name(name)
         if not isinstance(source, Tensor):
@@ -203,6 +207,7 @@ class PromptBank:
                 source = read_file(source)
             else:
                 check_base(source, self.model.base_model, force=force)
+        head: dict[str, Tensor] = {}
         width, shape = self.model.prompts.embedding_dim, self._shape
         if isinstance(source, Tensor):
             vectors, made_for = source.detach(), None
@@ -211,7 +216,14 @@ class PromptBank:
             deep = is_deep(source)
             if deep and shape is None:
                 raise ValueError(f"prompt {name!r} is a deep prompt, which this model cannot run: {self.uncompiled}")
-            vectors, config = read_prefix(source, shape) if deep and shape is not None else read_prompt(source)
+            head = stored_head(source, self.model.base_model)
+            if not force:
+                others = [other for other in self.names if other != name]
+                check_one_head(source, head, self.model.base_model, others)
+            if deep and shape is not None:
+                vectors, config = read_prefix(source, shape)
+            else:
+                vectors, config = read_prompt(source, loaded=head)
             made_for = config.get("base_model_name_or_path")
             if task is None and (Path(source) / TASK_FILE).is_file():
                 task = Task.load(source)
@@ -231,6 +243,7 @@ class PromptBank:
                 if not replace:
                     raise ValueError(f"`name` must be new, but the bank has a prompt {name!r}; pass replace=True")
                 self._retire(self._entries[name])
+            install_head(head, self.model.base_model)
             self._entries[name] = entry
 
     def add_directory(self, directory: PathLike[str] | str, *, replace: bool = False, force: bool = False) -> list[str]:

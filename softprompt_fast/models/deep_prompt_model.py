@@ -6,7 +6,7 @@ compiled plain prompt, so it does not run through the model: packed texts follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -225,7 +225,7 @@ class DeepPromptModel(SoftPromptModel):
             values = self.prompts.snapshot(name)
             write_prefix(Path(directory) / name, values, self.runner.shape, facts, frozen=frozen)
 
-    def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
+    def read_prompt(self, folder: PathLike[str] | str, *, loaded: Collection[str] = ()) -> Tensor:
         """[P, W] float32, the deep prompt of an adapter folder.
 
         Raises:

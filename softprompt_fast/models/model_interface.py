@@ -33,7 +33,9 @@ class ModelInterface(nn.Module):
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
         self.head_modules, self.trains_head = trained_head(model, train_head)
-        self._trained: list[Trained] = train(head_parameters(model, self.head_modules) if self.trains_head else ())
+        self.saves_head = self.trains_head
+        """Whether prompts are saved with the head: it is trained, or it came with a prompt."""
+        self._trained: list[Trained] = self._train_head(model)
         self._frozen: list[Frozen] | None = freeze(model.parameters())
         """None: :meth:`unload` was called."""
         self.base_model: Any = model
@@ -48,6 +50,15 @@ class ModelInterface(nn.Module):
         """Releases the parameters and returns the base model."""
         self._frozen, self._trained = None, []
         return self.base_model
+
+    def _train_head(self, model: Any) -> list[Trained]:
+        return train(head_parameters(model, self.head_modules) if self.trains_head else ())
+
+    def _own_head(self, modules: tuple[str, ...]) -> None:
+        """Saves these modules with the prompts, and trains them if the head is trained."""
+        self.head_modules = tuple(dict.fromkeys(self.head_modules + modules))
+        self.saves_head = True
+        self._trained = self._train_head(self.base_model)
 
     def _check_loaded(self) -> None:
         if self._frozen is None:
@@ -69,7 +80,7 @@ class ModelInterface(nn.Module):
             parameters = [parameter for name, parameter in self.base_model.named_parameters() if name in names]
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            self._trained = train(head_parameters(self.base_model, self.head_modules) if self.trains_head else ())
+            self._trained = self._train_head(self.base_model)
             self._frozen = freeze(parameters)
 
     # --- facts ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..base.errors import either
 from ..base.locations import located
+from ..hf.architecture import check_supported, compiled_in_place
+from ..hf.heads import head_state
 from ..prompts.base_identity import base_facts, check_base
 from ..prompts.checkpoints import prompt_names, read_checkpoint
 from ..prompts.fast_soft_prompt import FastSoftPrompt
+from ..prompts.head_files import MODULES
 from ..prompts.peft_files import (
     P_TUNING,
     PLAIN,
@@ -27,6 +30,7 @@ from ..prompts.peft_files import (
     write_prompt,
 )
 from ..prompts.placement import freeze_first
+from .head_weights import check_one_head, install_head, stored_head
 from .model_interface import ModelInterface
 
 if TYPE_CHECKING:
@@ -59,7 +63,8 @@ class PromptFiles(ModelInterface):
     ) -> None:
         """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
 
-        PEFT refuses a prompt that has a token update because it does not know them.
+        A head that is trained, or that came with a prompt, is written with each prompt, as PEFT does it. PEFT refuses a
+        prompt that has a token update because it does not know them.
 
         Args:
             names: write only these.
@@ -67,45 +72,63 @@ class PromptFiles(ModelInterface):
         """
         kind = checked_type(peft_type, (PLAIN, P_TUNING)) or PLAIN
         facts = base_facts(self.base_model)
+        head = head_state(self.base_model, self.head_modules) if self.saves_head else None
+        if head:
+            facts[MODULES] = list(self.head_modules)
         for name in self.prompts.names if names is None else names:
             update = self.prompts.token_update(name)
-            write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, update, kind=kind)
+            write_prompt(Path(directory) / name, self.prompts.snapshot(name), facts, update, kind=kind, head=head)
 
     def load_prompt(self, folder: PathLike[str] | str, name: str | None = None, *, force: bool = False) -> nn.Parameter:
         """Adds the prompt of an adapter folder, ours or PEFT's, or of a file, ready to be trained further.
 
-        A token update is loaded too, and positions that are not trained stay so.
+        A token update is loaded too, and positions that are not trained stay so. The model gets the head that was saved
+        with the prompt.
 
         Args:
             folder: also the name of a version in the registry, such as ``sentiment@production``, a task of a folder
                 with several, such as ``folder#2``, or any file that :meth:`add_prompt` reads.
             name: None: the folder's name, with ``-`` for characters that a name cannot have.
-            force: also load a prompt that was tuned on other weights than the model's.
+            force: also load a prompt that was tuned on other weights than the model's, or with another head than that
+                of the model's other prompts, which then use this one.
 
         Raises:
             ValueError: the prompt was tuned on other weights, or for a model of another size; the folder holds several
-                tasks and none is named.
+                tasks and none is named; its head is not that of the model's other prompts.
         """
         folder = located(folder)
         if folder.is_file():
             return self.add_prompt(name or safe_name(folder.stem), init=folder)
         check_base(folder, self.base_model, force=force)
         name = name or next(iter(prompts_by_name(folder)))
+        head = stored_head(folder, self.base_model)
+        if not force:
+            check_one_head(folder, head, self.base_model, list(self.prompts.names))
         if peft_type(folder) != UPDATED:
-            self.prompts.add_prompt(name, init=self.read_prompt(folder))
-            return freeze_first(self.prompts, name, frozen_tokens(folder))
-        values, factors, config = read_updated_prompt(folder)
-        parameter = self.prompts.add_prompt(name, init=self._fitting(folder, values, config))
-        self.prompts.set_token_update(name, *factors)
+            self.prompts.add_prompt(name, init=self.read_prompt(folder, loaded=head))
+            parameter = freeze_first(self.prompts, name, frozen_tokens(folder))
+        else:
+            values, factors, config = read_updated_prompt(folder, loaded=head)
+            parameter = self.prompts.add_prompt(name, init=self._fitting(folder, values, config))
+            self.prompts.set_token_update(name, *factors)
+        self._take_head(head)
         return parameter
 
-    def read_prompt(self, folder: PathLike[str] | str) -> Tensor:
+    def _take_head(self, head: dict[str, Tensor]) -> None:
+        """Gives the model the weights of a head. They are saved with its prompts from now on."""
+        if head:
+            self._own_head(install_head(head, self.base_model))
+
+    def read_prompt(self, folder: PathLike[str] | str, *, loaded: Collection[str] = ()) -> Tensor:
         """[P, D] float32, the prompt of an adapter folder.
+
+        Args:
+            loaded: names of tensors of the model that the caller loads; one log line names others that the folder has.
 
         Raises:
             ValueError: the prompt was made for a model of another size, or has a token update.
         """
-        values, config = read_prompt(folder)
+        values, config = read_prompt(folder, loaded=loaded)
         return self._fitting(folder, values, config)
 
     def _fitting(self, folder: PathLike[str] | str, values: Tensor, config: dict[str, Any]) -> Tensor:
@@ -133,8 +156,9 @@ class PromptFiles(ModelInterface):
         Args:
             directory: also the name of a version in the registry, such as ``sentiment@production``.
             names: load only these.
-            force: also load prompts that were tuned on other weights than the model's.
-            options: options of the constructor.
+            force: also load prompts that were tuned on other weights than the model's, or with several heads.
+            options: options of the constructor. A head that was saved with a prompt is trained further unless
+                ``train_head`` is False.
 
         Raises:
             FileNotFoundError: there is no such prompt.
@@ -147,14 +171,20 @@ class PromptFiles(ModelInterface):
         missing = set(names or ()) - set(stored) - {folder.name for folder in folders.values()}
         if missing:
             raise FileNotFoundError(f"{directory} has no prompt named {', '.join(sorted(missing))}")
+        chosen = {n: folder for n, folder in folders.items() if names is None or {n, folder.name} & set(names)}
+        sources = [directory] if state is not None else list(chosen.values())
+        model = compiled_in_place(model)
+        check_supported(model)
+        if options.get("train_head") is None and any(stored_head(source, model) for source in sources):
+            options["train_head"] = True
         tuned = cls(model, **options)
         if state is not None:
             tuned.prompts.load_state_dict(state)
+            tuned._take_head(stored_head(directory, model))
             for name in set(stored) - set(stored if names is None else names):
                 tuned.prompts.remove_prompt(name)
-        for name, folder in folders.items():
-            if names is None or {name, folder.name} & set(names):
-                tuned.load_prompt(folder, name, force=force)
+        for name, folder in chosen.items():
+            tuned.load_prompt(folder, name, force=force)
         return tuned
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.architecture import peft_config
+from ..hf.architecture import classifies_rows, peft_config
 from .peft_files import FINGERPRINT, read_base
 
 ROWS, SAMPLES = 16, 64
@@ -21,7 +21,7 @@ UNKNOWN = "-"
 
 
 def base_fingerprint(model: Any) -> str:
-    """``kind:embedding:layers`` of a transformers model, without its head. It takes milliseconds.
+    """``kind:embedding:layers`` of a transformers model, without its head and its head's pooler. It takes milliseconds.
 
     The last two are digests of the signs of some weights. Signs do not depend on the type of the numbers, so a model
     has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``.
@@ -30,10 +30,11 @@ def base_fingerprint(model: Any) -> str:
     kind = f"{config.model_type}-{getattr(config, 'num_hidden_layers', UNKNOWN)}x{getattr(config, 'hidden_size', 0)}"
     embedding = model.get_input_embeddings().weight
     backbone = getattr(model, "base_model", model)
+    left_out = ("lora_", "pooler.") if classifies_rows(model) else ("lora_",)
     matrices = [
         parameter
         for name, parameter in backbone.named_parameters()
-        if parameter is not embedding and parameter.dim() > 1 and "lora_" not in name
+        if parameter is not embedding and parameter.dim() > 1 and not any(part in name for part in left_out)
     ]
     rows = [embedding[row] for row in range(min(ROWS, len(embedding)))] if _readable(embedding) else []
     layers = [matrix.reshape(-1) for matrix in matrices] if all(map(_readable, matrices)) else []

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .fast_soft_prompt import UPDATE_A, UPDATE_B
+from .head_files import BASE
 from .parameter_names import PARAMETER_PREFIX
 from .placement import FORMS, names_with_frozen
 
@@ -33,6 +34,13 @@ def read_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor] | None:
         if not key.startswith(frozen) and not key.startswith((PARAMETER_PREFIX, UPDATE_A, UPDATE_B)):
             raise ValueError(f"{path} must hold the values of prompts, got {key!r}; fold the prompt before saving")
     return state or None
+
+
+def read_head_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor]:
+    """The weights of the model that a checkpoint holds, such as those of a head, by their names in the model."""
+    path = Path(folder) / WEIGHTS_FILE
+    state = load_file(path) if path.is_file() else {}
+    return {key.removeprefix(BASE): value for key, value in state.items() if key.startswith(BASE)}
 
 
 def prompt_names(state: dict[str, Tensor]) -> list[str]:

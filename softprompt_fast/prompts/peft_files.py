@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ..base.errors import either
 from ..base.files import save_tensors_atomically, write_atomically
 from ..base.locations import located
 from . import pickle_files
+from .head_files import head_names, stored_names
 from .multitask_files import MULTITASK, read_task_prompt, split_task, task_paths
 from .tensor_files import FACTORS, KEY, read_header, read_tensor
 
@@ -53,6 +55,11 @@ def is_prompt_folder(path: Path) -> bool:
     """Whether a path is an adapter folder, or a task of one."""
     folder, _ = split_task(path)
     return (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file()
+
+
+def weights_file(path: PathLike[str] | str) -> Path:
+    """The file of weights of an adapter folder, or of a task of one."""
+    return split_task(path)[0] / WEIGHTS_FILE
 
 
 def safe_name(text: str) -> str:
@@ -138,6 +145,7 @@ def write_prompt(
     token_update: tuple[Tensor, Tensor] | None = None,
     *,
     kind: str = PLAIN,
+    head: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes an adapter folder; each file appears whole or not at all.
 
@@ -147,6 +155,8 @@ def write_prompt(
             ``base_fingerprint``, which is written into the weights' file.
         token_update: the factors [U, r] and [r, D] of the prompt's token update, if it has one.
         kind: PLAIN, or P_TUNING, whose encoder PEFT needs only to train.
+        head: tensors of the model that were trained with the prompt, by their names in the model. `config` then names
+            their modules in ``modules_to_save``.
 
     Raises:
         ValueError: another kind than PLAIN for a prompt with a token update.
@@ -163,7 +173,7 @@ def write_prompt(
         reach, rank = token_update[0].shape
         fields |= {"peft_type": UPDATED, "token_update_length": reach, "token_update_rank": rank}
         tensors |= dict(zip(FACTORS, token_update, strict=True))
-    _write(Path(folder), tensors, fields | config)
+    _write(Path(folder), tensors | stored_names(head or {}), fields | config)
 
 
 def write_prefix(
@@ -287,8 +297,11 @@ def _integer(folder: PathLike[str] | str, config: dict[str, Any], field: str, de
     return value
 
 
-def read_prompt(path: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
+def read_prompt(path: PathLike[str] | str, *, loaded: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
     """The prompt [P, D] (float32) and the configuration of an adapter folder, a task of one, or a version.
+
+    Args:
+        loaded: names of tensors of the model, its head, that the caller reads; one log line names others.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -297,11 +310,16 @@ def read_prompt(path: PathLike[str] | str) -> tuple[Tensor, dict[str, Any]]:
     """
     path = located(path)
     config = read_config(path)
-    return _read_prompt(path, config), config
+    return _read_prompt(path, config, loaded), config
 
 
-def read_updated_prompt(folder: PathLike[str] | str) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Any]]:
+def read_updated_prompt(
+    folder: PathLike[str] | str, *, loaded: Collection[str] = ()
+) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Any]]:
     """The prompt [P, D], the factors [U, r] and [r, D] of its token update (float32) and the configuration of a folder.
+
+    Args:
+        loaded: as in :func:`read_prompt`.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -309,7 +327,7 @@ def read_updated_prompt(folder: PathLike[str] | str) -> tuple[Tensor, tuple[Tens
     """
     folder = Path(folder)
     config = read_config(folder, (UPDATED,))
-    prompt = _read_prompt(folder, config)
+    prompt = _read_prompt(folder, config, loaded)
     a, b = (read_tensor(folder / WEIGHTS_FILE, key) for key in FACTORS)
     reach, rank = (config.get(f"token_update_{field}") for field in ("length", "rank"))
     if list(a.shape) != [reach, rank] or list(b.shape) != [rank, prompt.shape[1]]:
@@ -320,12 +338,12 @@ def read_updated_prompt(folder: PathLike[str] | str) -> tuple[Tensor, tuple[Tens
     return prompt, (a, b), config
 
 
-def _read_prompt(path: Path, config: dict[str, Any]) -> Tensor:
+def _read_prompt(path: Path, config: dict[str, Any], loaded: Collection[str]) -> Tensor:
     folder, task = split_task(path)
     weights, kind = folder / WEIGHTS_FILE, config.get("peft_type")
     if task is not None and kind != MULTITASK:
         raise ValueError(f"{path} names a task, but {folder} holds one prompt, of type {kind}")
-    _say_what_is_left(weights)
+    _say_what_is_left(folder, loaded)
     if kind == MULTITASK:
         values = read_task_prompt(folder, weights, task)
     else:
@@ -342,13 +360,13 @@ def _read_prompt(path: Path, config: dict[str, Any]) -> Tensor:
     return values[:count].contiguous()
 
 
-def _say_what_is_left(weights: Path) -> None:
-    """Logs weights of the model, such as a head, that PEFT trained and saved with a prompt."""
-    others = [name for name in read_header(weights)[0] if name.startswith("base_model.")]
+def _say_what_is_left(folder: Path, loaded: Collection[str] = ()) -> None:
+    """Logs weights of the model, such as a head, that were saved with a prompt and are not loaded."""
+    others = [f"base_model.{name}" for name in head_names(folder / WEIGHTS_FILE) if name not in loaded]
     if others:
         logger.warning(
             "%s also holds %s, which belong to the model and are not loaded; give the model these weights first",
-            weights,
+            folder / WEIGHTS_FILE,
             others,
         )
 
@@ -367,7 +385,7 @@ def read_prefix(folder: PathLike[str] | str, shape: tuple[int, int, int, int]) -
     config = read_config(folder, DEEP_TYPES)
     if config.get("num_transformer_submodules") == 2:
         raise ValueError(f"{folder}: the prompt is for an encoder-decoder, and deep prompts run in decoders only")
-    _say_what_is_left(folder / WEIGHTS_FILE)
+    _say_what_is_left(folder)
     values = read_tensor(folder / WEIGHTS_FILE)
     layers, two, heads, size = shape
     count = config.get("num_virtual_tokens")

@@ -297,13 +297,14 @@ def test_keys_and_values_of_an_encoder_decoder_are_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
-def test_a_head_that_peft_saved_with_a_prompt_is_named(
+def test_a_head_that_peft_saved_is_named_where_only_vectors_are_read(
     head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = peft_model("llama", head).eval()
     model.save_pretrained(tmp_path / "saved")
     base = base_model("llama", head)
-    tuned = spf.SoftPromptModel.from_pretrained(base, tmp_path)
+    tuned = spf.SoftPromptModel(base)
+    tuned.add_prompt("saved", init=tmp_path / "saved")
     assert "also holds ['base_model.score." in caplog.text and "belong to the model and are not loaded" in caplog.text
     tensors = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     base.load_state_dict(

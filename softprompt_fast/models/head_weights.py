@@ -1,0 +1,64 @@
+"""The weights of a model's head that come with its prompts, from adapter folders and checkpoints."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..hf.heads import head_state, loadable_modules
+from ..prompts.checkpoints import read_head_checkpoint
+from ..prompts.head_files import head_names, read_head
+from ..prompts.peft_files import weights_file
+
+
+def stored_head(source: PathLike[str] | str, model: Any) -> dict[str, Tensor]:
+    """The weights of a model's head that an adapter folder or a checkpoint of Trainer holds, by their names in it.
+
+    Raises:
+        ValueError: a tensor has another shape than the model's; with both.
+    """
+    own = head_state(model, loadable_modules(model))
+    weights = weights_file(source)
+    head = read_head(weights, own.keys() & set(head_names(weights)))
+    head = head or {name: value for name, value in read_head_checkpoint(Path(source)).items() if name in own}
+    for name, value in head.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"{source}: `{name}` must have shape {list(own[name].shape)} like the model's head, got "
+                f"{list(value.shape)}"
+            )
+        if not own[name].is_floating_point():
+            raise ValueError(f"{source}: `{name}` cannot be loaded: the model's head is quantised")
+    return head
+
+
+def check_one_head(source: PathLike[str] | str, head: dict[str, Tensor], model: Any, others: list[str]) -> None:
+    """Refuses a head that would change the results of other prompts.
+
+    Args:
+        others: the names of the prompts that the model has.
+
+    Raises:
+        ValueError: the head is not the model's, and there are other prompts.
+    """
+    own = head_state(model, loadable_modules(model))
+    different = [name for name, value in head.items() if not torch.equal(own[name], value.to(own[name]))]
+    if different and others:
+        raise ValueError(
+            f"{source}: `{different[0]}` differs from the model's, which the prompts {', '.join(others)} use; a model "
+            "has one head: load this prompt into another model, or replace the head with force=True"
+        )
+
+
+@torch.no_grad()
+def install_head(head: dict[str, Tensor], model: Any) -> tuple[str, ...]:
+    """Gives a model the weights of a head, and returns the names of its modules."""
+    modules = loadable_modules(model)
+    own = head_state(model, modules)
+    for name, value in head.items():
+        own[name].copy_(value)
+    return tuple(module for module in modules if any(name.startswith(f"{module}.") for name in head))
