@@ -137,8 +137,7 @@ def load_tuned(
     if not heads:
         refuse_heads({task.prompt: folder})
     if task.head is not None:
-        tuned, tokenizer = load_with_head(base_model_name(folder, model), task, dtype, device)
-        tuned.load_prompt(folder, task.prompt, force=force)
+        tuned, tokenizer = load_with_head({task.prompt: folder}, task, model, dtype, device, force=force)
         return tuned, tokenizer, task
     base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
     tuned = (DeepPromptModel if is_deep(folder) else SoftPromptModel)(base)
@@ -169,14 +168,27 @@ def refuse_heads(folders: dict[str, Path]) -> None:
         )
 
 
-def load_with_head(model: str, task: Task, dtype: str, device: str | None) -> tuple[SoftPromptModel, Any]:
-    """A model with the head of a task and no prompt yet, and its tokenizer."""
+def load_with_head(
+    folders: dict[str, Path], task: Task, model: str | None, dtype: str, device: str | None, *, force: bool
+) -> tuple[SoftPromptModel, Any]:
+    """A model with the head of a task and the prompts of the folders, and its tokenizer.
+
+    Raises:
+        ValueError: neither the model nor a prompt's folder has the head.
+    """
     from ..hf.head_loading import load_model_with_head
+    from ..models.head_weights import stored_head
     from ..models.soft_prompt_model import SoftPromptModel
 
     assert task.head is not None
-    loaded = load_model_with_head(model, task.head.name, task.labels, dtype, device, console=console)
-    return SoftPromptModel(loaded.model, train_head=False), loaded.tokenizer
+    name = base_model_name(next(iter(folders.values())), model)
+    loaded = load_model_with_head(name, task.head.name, task.labels, dtype, device, console=console)
+    tuned = SoftPromptModel(loaded.model, train_head=False)
+    for prompt, folder in folders.items():
+        if loaded.fresh and not stored_head(folder, loaded.model):
+            raise ValueError(f"{folder} must hold the head {task.head.name}, which {name} does not have")
+        tuned.load_prompt(folder, prompt, force=force)
+    return tuned, loaded.tokenizer
 
 
 def load_head_answers(
@@ -190,14 +202,11 @@ def load_head_answers(
     device: str | None,
 ) -> HeadAnswers:
     """What answers rows with the prompts of a folder and their head."""
-    from ..inference.heads import HeadAnswers
+    from ..inference.heads import HeadAnswers, check_one_head
 
-    first = next(iter(folders))
-    tuned, tokenizer = load_with_head(base_model_name(folders[first], model), tasks[first], dtype, device)
-    answers = HeadAnswers(tuned, tokenizer, tasks, max_batch_rows=batch_size, max_batch_tokens=batch_tokens)
-    for name, folder in folders.items():
-        tuned.load_prompt(folder, name, force=force)
-    return answers
+    check_one_head(tasks)
+    tuned, tokenizer = load_with_head(folders, next(iter(tasks.values())), model, dtype, device, force=force)
+    return HeadAnswers(tuned, tokenizer, tasks, max_batch_rows=batch_size, max_batch_tokens=batch_tokens)
 
 
 def load_plain_prompts(

@@ -25,6 +25,19 @@ class PartUnit(Unit):
     part: Part = field(default_factory=lambda: Part([]))
 
 
+def check_one_head(tasks: Mapping[str, Task]) -> None:
+    """Refuses tasks of different heads.
+
+    Raises:
+        ValueError: with the names of two prompts.
+    """
+    heads = {name: None if task.head is None else (task.head.name, task.labels) for name, task in tasks.items()}
+    first = next(iter(heads))
+    for name, head in heads.items():
+        if head is None or head != heads[first]:
+            raise ValueError(f"the prompts must have one head with the same labels, got {first!r} and {name!r}")
+
+
 class HeadAnswers:
     """Answers rows in batches of similar lengths; a row that cannot be answered gets ``{"error": reason}``.
 
@@ -46,11 +59,7 @@ class HeadAnswers:
         max_batch_rows: int = 64,
         max_batch_tokens: int = 4096,
     ) -> None:
-        heads = {name: None if task.head is None else (task.head.name, task.labels) for name, task in tasks.items()}
-        first = next(iter(heads))
-        for name, head in heads.items():
-            if head is None or head != heads[first]:
-                raise ValueError(f"the prompts must have one head with the same labels, got {first!r} and {name!r}")
+        check_one_head(tasks)
         self.model, self.tokenizer, self.tasks = model, tokenizer, dict(tasks)
         self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
         self._room = context_length(model.base_model)

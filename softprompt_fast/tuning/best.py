@@ -10,9 +10,9 @@ import torch
 
 from ..base.files import write_atomically
 from ..evaluation.scores import rank
+from ..models.head_weights import install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.peft_files import read_updated_prompt
-from .head_files import load_head, save_head
 
 BEST_FILE = "best.json"
 
@@ -38,7 +38,6 @@ class BestPrompts:
         if before is not None and not rank(scores, self.by) > rank(before["scores"], self.by):
             return False
         self.model.save_pretrained(self.folder, [name])
-        save_head(self.model, self.folder / name)
         self.entries[name] = {"step": step, "scores": scores}
         write_atomically(self.folder / BEST_FILE, json.dumps(self.entries, indent=2) + "\n")
         return True
@@ -46,12 +45,13 @@ class BestPrompts:
     @torch.no_grad()
     def restore(self, name: str) -> dict[str, float]:
         """Copies the best values into the model's prompt, which must be folded, and head; returns their scores."""
-        load_head(self.model, self.folder / name)
+        head = stored_head(self.folder / name, self.model.base_model) if self.model.trains_head else {}
+        install_head(head, self.model.base_model)
         factors = self.model.prompts.token_update(name)
         if factors is None:
-            self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name))
+            self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name, loaded=head))
         else:
-            values, best_factors, _ = read_updated_prompt(self.folder / name)
+            values, best_factors, _ = read_updated_prompt(self.folder / name, loaded=head)
             self.model.prompts[name].copy_(values)
             for factor, best in zip(factors, best_factors, strict=True):
                 factor.copy_(best)

@@ -9,10 +9,10 @@ from typing import Any
 from ..base.files import write_atomically
 from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
+from ..hf.heads import head_parameters
 from ..prompts.placement import freeze_first, frozen_count
 from ..prompts.reparameterization import fold
 from .best import BestPrompts
-from .head_files import head_parameters
 from .job import TuningResult
 from .preparation import Prepared, line_prefix
 from .record import History
@@ -89,7 +89,8 @@ def _trainable_parameters(prepared: Prepared, name: str) -> int:
     forms = bank.forms(name)
     values = [bank[name]] if forms is None else list(forms.parameters())
     values += bank.token_update(name) or ()
-    values += head_parameters(prepared.model).values()
+    if prepared.model.trains_head:
+        values += head_parameters(prepared.model.base_model, prepared.model.head_modules)
     count = sum(value.numel() for value in values if value.requires_grad)
     low_rank = settings.reparameterization == "low-rank"
     return count - frozen_count(bank, name) * (settings.rank if low_rank else bank[name].shape[1])

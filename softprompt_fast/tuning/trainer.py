@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
+from ..hf.heads import head_parameters
+from ..models.head_weights import install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import UPDATE_A, UPDATE_B
 from ..prompts.reparameterization import Offset
-from .head_files import head_parameters, load_head, save_head
 from .objective import AnswerLoss, HeadLoss, MixedLoss
 
 Evaluator = Callable[[int, float], dict[str, float]]
@@ -93,8 +94,10 @@ class PromptTrainer(Trainer):
             "updates": {"params": [], "weight_decay": 0.0, "lr": self.update_learning_rate},
             "head": {"params": [], "weight_decay": 0.0, "lr": self.head_learning_rate},
         }
-        groups["head"]["params"] += head_parameters(self._prompts_model()).values()
-        bank = self._prompts_model().prompts
+        model = self._prompts_model()
+        bank = model.prompts
+        if model.trains_head:
+            groups["head"]["params"] += head_parameters(model.base_model, model.head_modules)
         every = [forms for name in bank if (forms := bank.forms(name)) is not None]
         offsets = {id(forms.original) for forms in every if isinstance(forms[0], Offset)}
         for name, parameter in bank.named_parameters():
@@ -125,11 +128,12 @@ class PromptTrainer(Trainer):
             {name: value.detach().cpu().clone() for name, value in model.prompts.state_dict().items()},
             folder / BANK_FILE,
         )
-        save_head(model, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._prompts_model().prompts.load_state_dict(load_file(Path(resume_from_checkpoint) / BANK_FILE))
-        load_head(self._prompts_model(), Path(resume_from_checkpoint))
+        model, folder = self._prompts_model(), Path(resume_from_checkpoint)
+        model.prompts.load_state_dict(load_file(folder / BANK_FILE))
+        if model.trains_head:  # it is saved with each prompt
+            install_head(stored_head(folder / model.prompts.names[0], model.base_model), model.base_model)
 
     def _load_best_model(self) -> None:
         """`BestPrompts` does this instead: each prompt has its own best step."""

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from softprompt_fast.cli.app import app
 
 ROWS = {"sequence-classification": reviews, "token-classification": tagged, "question-answering": questions}
-STEPS = {"sequence-classification": "200", "token-classification": "60", "question-answering": "100"}
+STEPS = {"sequence-classification": "100", "token-classification": "60", "question-answering": "100"}
 MAIN = {"sequence-classification": "accuracy", "token-classification": "span_f1", "question-answering": "exact_match"}
 COMMON = ["-b", "16", "-P", "4", "--held-out", "12", "--dtype", "float32", "--device", "cpu"]
 QUICK = [*COMMON, "--steps", "4", "--eval-every", "2"]
@@ -97,26 +97,12 @@ def test_the_saved_prompt_and_head_score_as_in_the_run(base: Path, head: str, tm
 def test_a_resumed_run_ends_as_if_it_were_not_interrupted(encoder: Path, head: str, tmp_path: Path) -> None:
     train(encoder, head, tmp_path / "run", *QUICK)
     last = tmp_path / "run" / "checkpoints" / "checkpoint-4"
-    whole = {name: load_file(last / f"{name}.safetensors") for name in ("bank", "head")}
+    whole = load_file(last / "prompt" / "adapter_model.safetensors")
     shutil.rmtree(last)
     train(encoder, head, tmp_path / "run", *QUICK, "--resume")
-    for name, values in whole.items():
-        again = load_file(last / f"{name}.safetensors")
-        assert all(torch.allclose(values[key], again[key], atol=1e-6) for key in values) and values
-
-
-def test_the_best_head_is_kept_not_the_last(encoder: Path, tmp_path: Path) -> None:
-    # With this learning rate the loss rises again and again, so the last values are not the best ones.
-    options = [*COMMON, "--steps", "12", "--eval-every", "1", "--lr", "2.0", "--head-learning-rate", "1.0"]
-    train(encoder, "sequence-classification", tmp_path / "run", *options)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["best_step"] < 12
-    best = load_file(tmp_path / "run" / "checkpoints" / "best" / "prompt" / "head.safetensors")
-    last = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-12" / "head.safetensors")
-    assert any(not torch.equal(best[name], last[name]) for name in best)
-    saved = load_file(tmp_path / "run" / "prompt" / "adapter_model.safetensors")
-    for value in best.values():
-        assert any(value.shape == other.shape and torch.allclose(value, other) for other in saved.values())
+    again = load_file(last / "prompt" / "adapter_model.safetensors")
+    assert len(whole) > 2  # the prompt, and the head's weight and bias
+    assert all(torch.allclose(whole[name], again[name], atol=1e-6) for name in whole)
 
 
 def checkpoint_with_head(folder: Path, labels: dict[int, str]) -> Path:
@@ -136,7 +122,6 @@ def test_a_head_of_the_checkpoint_is_not_trained_if_its_labels_are_those_of_the_
     assert "is not trained: it is the checkpoint's" in " ".join(printed.split())
     task = json.loads((tmp_path / "run" / "prompt" / "task.json").read_text())
     assert task["head"]["labels"] == ["yes", "no", "MAYBE"]
-    assert not list((tmp_path / "run").rglob("head.safetensors"))
     assert len(load_file(tmp_path / "run" / "prompt" / "adapter_model.safetensors")) == 1
     data = write(tmp_path / "new.jsonl", reviews(4))
     run("predict", "-p", str(tmp_path / "run"), "-d", str(data), "-o", str(tmp_path / "a.jsonl"), "--dtype", "float32")
@@ -153,6 +138,14 @@ def test_a_head_of_the_checkpoint_is_trained_if_asked_or_if_its_labels_are_other
     data = str(tmp_path / "rows.jsonl")
     message = error("train", "-m", str(other), "-d", data, "--head", "sequence-classification", "--freeze-head", *QUICK)
     assert "--freeze-head cannot be used because" in message and "with the labels of the data" in message
+
+
+def test_a_prompt_without_its_head_is_refused(encoder: Path, tmp_path: Path) -> None:
+    base = checkpoint_with_head(tmp_path / "base", {0: "no", 1: "yes"})
+    train(base, "sequence-classification", tmp_path / "run", *QUICK)
+    arguments = ["-p", str(tmp_path / "run"), "-d", str(tmp_path / "rows.jsonl"), "--model", str(encoder), "--force"]
+    for command in ("evaluate", "predict"):
+        assert "must hold the head sequence-classification, which" in error(command, *arguments)
 
 
 def test_rows_that_cannot_be_answered_get_an_error(encoder: Path, tmp_path: Path) -> None:
