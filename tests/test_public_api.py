@@ -16,8 +16,11 @@ PUBLIC = {
         FastSoftPrompt FixedFirst LowRank NormBound Offset PromptDropout ResidualMLP SharedPart bos_vector fold
         initial_prompt push_to_hub read_prompt reparameterize write_card write_prompt
     """,
-    "softprompt_fast.tasks": "Task classification_task complete_rows generation_task load_rows split_rows",
-    "softprompt_fast.hf": "SMOLLM2 load_base_model",
+    "softprompt_fast.tasks": """
+        Head Task answering_task classification_task complete_rows generation_task load_rows sequence_task split_rows
+        tagging_task
+    """,
+    "softprompt_fast.hf": "ModelWithHead SMOLLM2 load_base_model load_model_with_head",
     "softprompt_fast.tuning": """
         EnsembleResult Task TuningJob TuningResult TuningSettings evaluate evaluate_ensemble load_base_model load_rows
         predict split_rows tune tune_ensemble tune_tasks

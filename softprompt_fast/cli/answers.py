@@ -13,7 +13,7 @@ from ..base.extras import require
 from ..base.progress import progress_bar
 from .options import DATA, MACHINE, OUTPUT
 from .output import console
-from .prompts import base_model_name, folders_by_name, without_task
+from .prompts import base_model_name, folders_by_name, refuse_heads, without_task
 
 if TYPE_CHECKING:
     from ..inference.files import Answers, Written
@@ -84,6 +84,7 @@ def load_pipeline(
     from ..inference.prompt_bank import PromptBank
 
     folders = folders_by_name(prompt)
+    refuse_heads(folders)
     base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, console=console)
     bank = PromptBank(base)
     bare = without_task(folders)

@@ -14,7 +14,16 @@ from ..base.progress import progress_bar
 from .data import DataOptions
 from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, with_options
 from .output import console
-from .prompts import Force, TaskTemplate, TaskWords, ensemble_members, folders_by_name, given_task, load_tuned
+from .prompts import (
+    Force,
+    TaskTemplate,
+    TaskWords,
+    ensemble_members,
+    folders_by_name,
+    given_task,
+    load_tuned,
+    refuse_heads,
+)
 
 
 @with_options("data_options_of", DataOptions)
@@ -53,6 +62,7 @@ def evaluate(
     if ensemble and given is not None:
         raise ValueError("--template cannot be combined with --ensemble")
     if ensemble:
+        refuse_heads(folders)
         members, combine = ensemble_members(prompt, list(folders))
         tuned, tokenizer, task = load_tuned(folders[members[0]], model, dtype, device, force=force)
         rows = complete_rows(task, rows)
@@ -60,7 +70,7 @@ def evaluate(
             tuned.load_prompt(folders[name], name, force=force)
         scores = evaluate_ensemble(tuned, tokenizer, task, rows, members, combine=combine, batch_size=batch_size)
     else:
-        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device, force=force, task=given)
+        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device, force=force, task=given, heads=True)
         rows = complete_rows(task, rows)
         with progress_bar(len(rows), console) as advance:
             scores = score_prompt(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,10 +44,17 @@ from .prompts import (
     ensemble_members,
     folders_by_name,
     given_task,
+    load_head_answers,
+    tasks_with_heads,
     without_task,
 )
 
+if TYPE_CHECKING:
+    from ..tasks.task import Task
+
 ENGINES = ("local", "ray")
+LONGEST = 64
+"""Tokens of an answer, unless told otherwise."""
 
 Ensemble = Annotated[
     bool, typer.Option(help="Let all prompts of the folder decide together on each row.", rich_help_panel=PROMPT)
@@ -104,7 +111,7 @@ def predict(
     label_word: TaskWords = None,
     ensemble: Ensemble = False,
     combine: Combine = None,
-    max_new_tokens: MaxNewTokens = 64,
+    max_new_tokens: MaxNewTokens = LONGEST,
     output: AnswersFile = None,
     resume: Resume = False,
     log: LogFile = None,
@@ -136,6 +143,12 @@ def predict(
         raise ValueError(
             f"--template and --label-word must be given, because {', '.join(map(repr, bare))} has no task.json"
         )
+    if heads := tasks_with_heads(folders):
+        _check_heads(heads, folders, ensemble, engine, log, max_new_tokens)
+        names = names_of_rows(rows, prompt_name_column, list(folders))
+        head_answers = load_head_answers(folders, heads, model, force, batch_size, batch_tokens, dtype, device)
+        answer_all(rows, names, head_answers, output, resume)
+        return
     options = {"max_new_tokens": max_new_tokens}
     settings: dict[str, Any] = {
         "batch_size": batch_size,
@@ -173,6 +186,23 @@ def predict(
         return results
 
     answer_all(rows, names, answer, output, resume)
+
+
+def _check_heads(
+    heads: dict[str, Task], folders: dict[str, Path], ensemble: bool, engine: str, log: Path | None, max_new_tokens: int
+) -> None:
+    """Refuses options that cannot be combined with prompts of a head, and other prompts beside them."""
+    given = {
+        "--ensemble": ensemble,
+        "--engine ray": engine == "ray",
+        "--log": log is not None,
+        "--max-new-tokens": max_new_tokens != LONGEST,
+    }
+    for option, value in given.items():
+        if value:
+            raise ValueError(f"{option} cannot be combined with prompts of a head: {', '.join(heads)}")
+    if others := [name for name in folders if name not in heads]:
+        raise ValueError(f"--prompt must hold prompts of one head, got {', '.join(others)} without a head")
 
 
 def _check(

@@ -13,6 +13,7 @@ from .options import DATA, PROMPT
 from .output import console
 
 if TYPE_CHECKING:
+    from ..inference.heads import HeadAnswers
     from ..models.soft_prompt_model import SoftPromptModel
     from ..tasks.task import Task
 
@@ -102,12 +103,17 @@ def load_tuned(
     *,
     force: bool = False,
     task: Task | None = None,
+    heads: bool = False,
 ) -> tuple[SoftPromptModel, Any, Task]:
     """A model with the one prompt of a folder, its tokenizer, and the prompt's task.
 
     Args:
         force: also load a prompt that was tuned on other weights than the model's.
         task: the task of a prompt that has no task.json.
+        heads: also take a prompt that was tuned with a head.
+
+    Raises:
+        ValueError: a folder without one prompt, or a prompt with a head that the command does not take.
     """
     from dataclasses import replace
 
@@ -128,10 +134,79 @@ def load_tuned(
     else:
         task = Task.load(prompt)
         folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
+    if not heads:
+        refuse_heads({task.prompt: folder})
+    if task.head is not None:
+        tuned, tokenizer = load_with_head({task.prompt: folder}, task, model, dtype, device, force=force)
+        return tuned, tokenizer, task
     base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
     tuned = (DeepPromptModel if is_deep(folder) else SoftPromptModel)(base)
     tuned.load_prompt(folder, task.prompt, force=force)
     return tuned, tokenizer, task
+
+
+def tasks_with_heads(folders: dict[str, Path]) -> dict[str, Task]:
+    """The tasks of the prompts that were tuned with a head."""
+    from ..tasks.task import Task
+
+    bare = without_task(folders)
+    tasks = {name: Task.load(folder) for name, folder in folders.items() if name not in bare}
+    return {name: task for name, task in tasks.items() if task.head is not None}
+
+
+def refuse_heads(folders: dict[str, Path]) -> None:
+    """Refuses prompts that were tuned with a head.
+
+    Raises:
+        ValueError: naming a prompt and its head.
+    """
+    for name, task in tasks_with_heads(folders).items():
+        assert task.head is not None
+        raise ValueError(
+            f"--prompt must hold prompts of language-modelling heads, got {name!r} of a {task.head.name} head; "
+            "evaluate and predict take it"
+        )
+
+
+def load_with_head(
+    folders: dict[str, Path], task: Task, model: str | None, dtype: str, device: str | None, *, force: bool
+) -> tuple[SoftPromptModel, Any]:
+    """A model with the head of a task and the prompts of the folders, and its tokenizer.
+
+    Raises:
+        ValueError: neither the model nor a prompt's folder has the head.
+    """
+    from ..hf.head_loading import load_model_with_head
+    from ..models.head_weights import stored_head
+    from ..models.soft_prompt_model import SoftPromptModel
+
+    assert task.head is not None
+    name = base_model_name(next(iter(folders.values())), model)
+    loaded = load_model_with_head(name, task.head.name, task.labels, dtype, device, console=console)
+    tuned = SoftPromptModel(loaded.model, train_head=False)
+    for prompt, folder in folders.items():
+        if loaded.fresh and not stored_head(folder, loaded.model):
+            raise ValueError(f"{folder} must hold the head {task.head.name}, which {name} does not have")
+        tuned.load_prompt(folder, prompt, force=force)
+    return tuned, loaded.tokenizer
+
+
+def load_head_answers(
+    folders: dict[str, Path],
+    tasks: dict[str, Task],
+    model: str | None,
+    force: bool,
+    batch_size: int,
+    batch_tokens: int,
+    dtype: str,
+    device: str | None,
+) -> HeadAnswers:
+    """What answers rows with the prompts of a folder and their head."""
+    from ..inference.heads import HeadAnswers, check_one_head
+
+    check_one_head(tasks)
+    tuned, tokenizer = load_with_head(folders, next(iter(tasks.values())), model, dtype, device, force=force)
+    return HeadAnswers(tuned, tokenizer, tasks, max_batch_rows=batch_size, max_batch_tokens=batch_tokens)
 
 
 def load_plain_prompts(
@@ -147,6 +222,7 @@ def load_plain_prompts(
     from ..prompts.peft_files import is_deep
 
     folders = folders_by_name(prompt)
+    refuse_heads(folders)
     deep = [name for name, folder in folders.items() if is_deep(folder)]
     if deep:
         raise ValueError(

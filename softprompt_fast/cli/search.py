@@ -39,6 +39,7 @@ NOT_SEARCHED = (
     "patience",
     "token_update_rank",
     "token_update_learning_rate",
+    "head_learning_rate",
 )
 """Settings that a search decides itself, or has no use for."""
 

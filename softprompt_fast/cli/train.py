@@ -11,6 +11,7 @@ import typer
 from ..base.extras import require
 from ..tuning.settings import TuningSettings
 from .data import DataOptions, TaskOptions
+from .heads import HeadOptions, TrainHead, check_head, head_task, model_to_train
 from .next_steps import after_training, given_options
 from .options import (
     DATA,
@@ -32,6 +33,8 @@ from .versions import pinned, prepare_register, register_prompts
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
+    from ..tasks.task import Task
+    from ..tuning.job import TuningJob
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the prompt and its scores.")]
 Resume = Annotated[bool, typer.Option(help="Continue from the last checkpoint in --output.")]
@@ -58,6 +61,7 @@ PURPOSES = ("score it on rows with labels", "label new rows", "continue training
 
 
 @with_options("task_options", TaskOptions)
+@with_options("head_options_of", HeadOptions)
 @with_options("settings_of", TuningSettings)
 @with_options("data_options_of", DataOptions)
 def train(
@@ -66,6 +70,7 @@ def train(
     data: Data,
     data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
+    head_options_of: Callable[..., HeadOptions],
     settings_of: Callable[..., TuningSettings],
     output: Output = Path("prompts"),
     resume: Resume = False,
@@ -77,6 +82,7 @@ def train(
     member_init: MemberInit = None,
     name: PromptName = "prompt",
     deep: Deep = False,
+    train_head: TrainHead = None,
     tensorboard: TensorBoard = False,
     register: Register = None,
     dtype: Dtype = "auto",
@@ -97,32 +103,42 @@ def train(
         raise ValueError("--members cannot be combined with --task-column")
     if shared_tokens and task_column is None:
         raise ValueError("--shared-tokens cannot be used without --task-column")
+    options, head_options = task_options(), head_options_of()
+    check_head(
+        head_options,
+        options,
+        train_head,
+        {
+            "deep": deep,
+            "task_column": task_column,
+            "member_init": member_init,
+            "shared_tokens": shared_tokens,
+            "members": several if isinstance(several, int) else len(several),
+        },
+    )
     from ..hf.loading import load_base_model
     from ..models.deep_prompt_model import DeepPromptModel
     from ..models.soft_prompt_model import SoftPromptModel
-    from ..tasks.examples import complete_rows, split_rows
-    from ..tasks.rows import joined
     from ..tuning.ensemble import tune_ensemble
-    from ..tuning.job import TuningJob
     from ..tuning.run import tune_tasks
 
-    options = task_options()
+    def task_of(rows: Examples, prompt: str) -> Task:
+        if head_options.head is not None:
+            return head_task(head_options, options, rows, model, prompt=prompt)
+        return options.task(rows, model=model, prompt=prompt)
+
     rows = data_options.read(data)
     held_out_rows = data_options.read(validation) if validation is not None else None
     groups = {name: rows} if task_column is None else _groups(rows, task_column)
     held_out_groups = None if held_out_rows is None else _held_out_groups(groups, held_out_rows, task_column, name)
-    jobs = []
-    for own_name, group in groups.items():
-        task = options.task(joined(group, (held_out_groups or {}).get(own_name, [])), model=model, prompt=own_name)
-        own = complete_rows(task, group)
-        if held_out_groups is None:
-            jobs.append(TuningJob(task, *split_rows(own, held_out, settings.seed)))
-        else:
-            jobs.append(TuningJob(task, own, complete_rows(task, held_out_groups[own_name])))
-    base, tokenizer = load_base_model(model, dtype, device, console=console)
-    for job in jobs:
-        job.task.read_chat(tokenizer)
-    tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
+    jobs = _jobs(groups, held_out_groups, task_of, held_out, settings.seed)
+    if head_options.head is not None:
+        tuned, tokenizer = model_to_train(jobs[0].task, train_head, dtype, device)
+    else:
+        base, tokenizer = load_base_model(model, dtype, device, console=console)
+        for job in jobs:
+            job.task.read_chat(tokenizer)
+        tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
     loggers = ("tensorboard",) if tensorboard else ()
     common: dict[str, Any] = {"resume": resume, "report_to": loggers, "console": console}
     if several != 1:
@@ -141,6 +157,34 @@ def train(
     commands = after_training(given_options(context), results, prompt=str(folder), more=more)
     for purpose, command in zip(PURPOSES, commands, strict=True):
         console.print(f"{purpose}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _jobs(
+    groups: Mapping[str, Examples],
+    held_out_groups: Mapping[str, Examples] | None,
+    task_of: Callable[[Examples, str], Task],
+    held_out: float,
+    seed: int,
+) -> list[TuningJob]:
+    """The task and the rows of each prompt.
+
+    Args:
+        held_out_groups: None: a part of the rows is held out.
+        task_of: makes the task of all rows of a prompt.
+    """
+    from ..tasks.examples import complete_rows, split_rows
+    from ..tasks.rows import joined
+    from ..tuning.job import TuningJob
+
+    jobs = []
+    for name, group in groups.items():
+        task = task_of(joined(group, (held_out_groups or {}).get(name, [])), name)
+        own = complete_rows(task, group)
+        if held_out_groups is None:
+            jobs.append(TuningJob(task, *split_rows(own, held_out, seed)))
+        else:
+            jobs.append(TuningJob(task, own, complete_rows(task, held_out_groups[name])))
+    return jobs
 
 
 def _held_out_groups(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,7 @@ def compare(
         "dtype": dtype,
         "device": device,
         "threads": threads,
-        "task": asdict(task),
+        "task": task.to_json(),
         "batch_size": batch_size,
         "data": str((output / "data").resolve()),
         "data_digest": write_splits(output / "data", splits, task),

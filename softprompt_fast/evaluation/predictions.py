@@ -14,6 +14,7 @@ from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import encode_text, label_words, moved_space
 from ..tasks.examples import Examples
 from ..tasks.task import Task
+from .heads import evaluate_rows, predict_rows
 from .likelihood import Ids, ModelBackend, Progress, batches, encode_rows, label_table, score_rows
 
 
@@ -36,9 +37,12 @@ def predict(
 
     Returns:
         Classification: ``{"prediction": label, "scores": {label: probability}}``, probabilities among the labels.
-        Generation: ``{"prediction": text}``.
+        Generation: ``{"prediction": text}``. Heads: see :func:`~.head_results.result_of`.
     """
     rows = as_rows(rows)
+    if task.head is not None:
+        with evaluating(model):
+            return predict_rows(model, tokenizer, task, rows, prompt_name(model, task, prompt), batch_size, progress)
     backend = ModelBackend(model, prompt_name(model, task, prompt))
     with counting_cuts():
         texts = [encode_text(task, row, tokenizer, encoder_decoder=backend.encoder_decoder) for row in rows]
@@ -72,13 +76,16 @@ def evaluate(
     Returns:
         Classification: ``accuracy``, a 95 % Wilson interval (``accuracy_low``, ``accuracy_high``), ``macro_f1`` and
         ``loss`` (mean negative log-probability of the right label among the labels). Generation: ``loss`` (per token
-        of the responses) and ``perplexity``. Both: ``rows``.
+        of the responses) and ``perplexity``. Both: ``rows``. Heads: see :func:`~.heads.evaluate_rows`.
 
     Raises:
         ValueError: no rows, a row without text or target (``tasks.complete_rows`` leaves such rows out), or a label
             that the task does not know.
     """
     rows = as_rows(rows)
+    if task.head is not None:
+        with evaluating(model):
+            return evaluate_rows(model, tokenizer, task, rows, prompt_name(model, task, prompt), batch_size, progress)
     backend = ModelBackend(model, prompt_name(model, task, prompt))
     encoded = encode_rows(task, rows, tokenizer, encoder_decoder=backend.encoder_decoder)
     with evaluating(model):
@@ -89,6 +96,9 @@ def evaluate_bare(
     model: SoftPromptModel, tokenizer: Any, task: Task, rows: Examples, batch_size: int
 ) -> dict[str, float]:
     """Scores of the model without any prompt in front."""
+    if task.head is not None:  # another model object would freeze a head that is being trained
+        with evaluating(model):
+            return evaluate_rows(model, tokenizer, task, rows, None, batch_size)
     return evaluate(
         SoftPromptModel(model.base_model), tokenizer, replace(task, special_tokens=True), rows, batch_size=batch_size
     )

@@ -12,7 +12,7 @@ import json
 import random
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -131,7 +131,7 @@ def prompt_digest(folder: PathLike[str] | str, task: Task) -> str:
 
     The prompt's name and the base model's name do not count.
     """
-    rules = {key: value for key, value in asdict(task).items() if key not in ("model", "prompt")}
+    rules = {key: value for key, value in task.to_json().items() if key not in ("model", "prompt")}
     content = hashlib.sha256(json.dumps(rules, sort_keys=True, default=str).encode())
     for key, tensor in sorted(load_file(Path(folder) / WEIGHTS_FILE).items()):
         content.update(f"{key} {tuple(tensor.shape)} ".encode())

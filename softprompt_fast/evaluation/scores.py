@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,16 +74,31 @@ class RowScores:
         return {"accuracy": hits / len(self.losses), "accuracy_low": low, "accuracy_high": high}
 
 
+MAIN_SCORES = ("span_f1", "exact_match", "accuracy")
+"""The score that counts for each kind of task; the first that a task has."""
+
+
+def main_score(scores: Mapping[str, float]) -> str | None:
+    """The name of the score that counts beside the loss; None: there is only the loss."""
+    return next((name for name in MAIN_SCORES if name in scores), None)
+
+
 def rank(scores: dict[str, float], by: str) -> tuple[float, ...]:
-    """A key that sorts scores, larger is better: by "accuracy" and then loss, or by "loss" alone."""
-    if by == "accuracy" and "accuracy" in scores:
-        return (scores["accuracy"], -scores["loss"])
+    """A key that sorts scores, larger is better: by the main score ("accuracy") and then loss, or by "loss" alone."""
+    name = main_score(scores)
+    if by == "accuracy" and name is not None:
+        return (scores[name], -scores["loss"])
     return (-scores["loss"],)
 
 
 def describe_scores(scores: dict[str, float]) -> str:
     """Scores in words."""
-    if "accuracy" in scores:
-        low, high = scores["accuracy_low"], scores["accuracy_high"]
-        return f"accuracy {scores['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, {scores['rows']:.0f} rows)"
-    return f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f} ({scores['rows']:.0f} rows)"
+    name = main_score(scores)
+    if name is None:
+        return f"loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.2f} ({scores['rows']:.0f} rows)"
+    rows = f"{scores['rows']:.0f} rows"
+    low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+    interval = rows if low is None else f"95 % interval {low:.3f} to {high:.3f}, {rows}"
+    others = [other for other in ("f1", "accuracy") if other in scores and other != name]
+    more = "".join(f", {other} {scores[other]:.3f}" for other in others)
+    return f"{name.replace('_', ' ')} {scores[name]:.3f} ({interval}){more}"

@@ -36,35 +36,41 @@ def load_base_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    _check_dtype(dtype)
-    device = device or _default_device()
-
-    def type_of(config: Any) -> torch.dtype | str:
-        if dtype != "auto" or not _is_cpu(device):
-            return DTYPES.get(dtype, "auto")
-        choice = _choose(config)
-        if console is not None:
-            console.print(f"the model runs in {choice.reason}", highlight=False, soft_wrap=True)
-        return choice.dtype
-
-    with _without_bars():
+    check_dtype(dtype)
+    device = device or default_device()
+    type_of = partial(type_for, dtype=dtype, device=device, console=console)
+    with without_bars():
         if name == SMOLLM2:
-            model: Any = AutoModelForCausalLM.from_pretrained(**_files(name), dtype=torch.float32)  # de-quantised
+            model: Any = AutoModelForCausalLM.from_pretrained(**files_of(name), dtype=torch.float32)  # de-quantised
             chosen = type_of(model.config)
             model = model.to(torch.bfloat16 if chosen == "auto" else chosen)
         else:
-            config = AutoConfig.from_pretrained(**_files(name))
+            config = AutoConfig.from_pretrained(**files_of(name))
             kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            model = kind.from_pretrained(**_files(name), dtype=type_of(config))
+            model = kind.from_pretrained(**files_of(name), dtype=type_of(config))
     return model.to(device).eval(), load_tokenizer(name)
+
+
+def type_for(config: Any, dtype: str, device: str, console: Console | None, kind: Any = None) -> torch.dtype | str:
+    """The dtype to load a model with, as for :func:`load_base_model`; "auto": as stored.
+
+    Args:
+        kind: the class of transformers that loads the model; None: as for :func:`load_base_model`.
+    """
+    if dtype != "auto" or not _is_cpu(device):
+        return DTYPES.get(dtype, "auto")
+    choice = _choose(config, kind)
+    if console is not None:
+        console.print(f"the model runs in {choice.reason}", highlight=False, soft_wrap=True)
+    return choice.dtype
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, named as for :func:`load_base_model`."""
     from transformers import AutoTokenizer
 
-    with _without_bars():
-        return AutoTokenizer.from_pretrained(**_files(name))
+    with without_bars():
+        return AutoTokenizer.from_pretrained(**files_of(name))
 
 
 def resolve_dtype(name: str, dtype: str = "auto", device: str | None = None) -> DtypeChoice | None:
@@ -72,21 +78,23 @@ def resolve_dtype(name: str, dtype: str = "auto", device: str | None = None) -> 
 
     A process that starts others asks once and gives them the answer.
     """
-    _check_dtype(dtype)
-    if dtype != "auto" or not _is_cpu(device or _default_device()):
+    check_dtype(dtype)
+    if dtype != "auto" or not _is_cpu(device or default_device()):
         return None
     from transformers import AutoConfig
 
-    with _without_bars():
-        return _choose(AutoConfig.from_pretrained(**_files(name)))
+    with without_bars():
+        return _choose(AutoConfig.from_pretrained(**files_of(name)))
 
 
-def _check_dtype(dtype: str) -> None:
+def check_dtype(dtype: str) -> None:
+    """Refuses a dtype that is not one of :data:`DTYPES` or "auto"."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"`dtype` must be auto, {', '.join(DTYPES)}, got {dtype!r}")
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """The first GPU, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -94,17 +102,17 @@ def _is_cpu(device: str) -> bool:
     return torch.device(device).type == "cpu"
 
 
-def _choose(config: Any) -> DtypeChoice:
+def _choose(config: Any, kind: Any = None) -> DtypeChoice:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = kind or (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM)
     with torch.device("meta"):
         parameters = kind.from_config(config).num_parameters()
     return choose_dtype(config, parameters)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Hides the bars that transformers shows while it reads weights."""
     from transformers.utils import logging
 
@@ -121,7 +129,7 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _files(name: str) -> dict[str, Any]:
+def files_of(name: str) -> dict[str, Any]:
     """The arguments with which transformers finds a model."""
     if name != SMOLLM2:
         return {"pretrained_model_name_or_path": name}

@@ -20,7 +20,7 @@ logger = logging.getLogger("softprompt_fast")
 
 Answers = Callable[[int], Iterator[list[Result]]]
 """Called with the index of a row; gives the results of that row and all after it, in order, in lists of any lengths."""
-COLUMNS = ("prediction", "scores", "agreement", "generated", "error")
+COLUMNS = ("prediction", "scores", "score", "start", "end", "agreement", "generated", "error")
 """Columns that answers add. Those that the rows have already keep their values: the answers' get a number (_2)."""
 
 

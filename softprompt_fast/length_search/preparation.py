@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,7 @@ def search_facts(
     """All that decides the result, by the names of ``search``'s arguments, as JSON gives it back."""
     facts = {
         "model": f"{type(model).__name__} on {getattr(model.base_model, 'name_or_path', '')}",
-        "task": asdict(task),
+        "task": task.to_json(),
         "lengths": lengths,
         "learning_rates": str(rates),
         "budget": budget,

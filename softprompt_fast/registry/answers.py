@@ -71,6 +71,8 @@ def answer_with_both(
     tasks = (Task.load(folders[0]), Task.load(folders[1]))
     if tasks[0].kind != tasks[1].kind:
         raise ValueError(f"the prompts must have tasks of one kind, got {tasks[0].kind} and {tasks[1].kind}")
+    if heads := [task.head.name for task in tasks if task.head is not None]:
+        raise ValueError(f"the answers of prompts cannot be compared with data if they have a head, got {heads[0]}")
     labelled = any(not is_missing(row.get(tasks[0].target_column)) for row in rows)
     if scores_only and not labelled:
         raise ValueError(f"`rows` must hold labels, which the promotion is decided by, got none in {len(rows)} rows")

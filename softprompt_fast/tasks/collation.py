@@ -27,6 +27,8 @@ class Collator:
             "attention_mask": self._pad([[1] * length for length in lengths], 0),
             "lengths": lengths,
         }
+        if "token_type_ids" in features[0]:
+            batch["token_type_ids"] = self._pad([f["token_type_ids"] for f in features], 0)
         if "labels" in features[0]:
             batch["labels"] = self._pad([f["labels"] for f in features], IGNORED)
             batch["num_targets"] = sum(label != IGNORED for f in features for label in f["labels"])

@@ -19,6 +19,9 @@ class Cuts:
     cut_texts: int = 0
     responses: int = 0
     cut_responses: int = 0
+    rows: int = 0
+    """Rows that are read in parts if they are long."""
+    parted_rows: int = 0
     max_length: int = 0
     """The longest limit that cut one."""
 
@@ -32,8 +35,14 @@ class Cuts:
         self.cut_responses += cut
         self.max_length = max(self.max_length, max_length if cut else 0)
 
+    def count_part(self, parted: bool) -> None:
+        self.rows += 1
+        self.parted_rows += parted
+
     def log(self) -> None:
-        """One warning with the counts, if anything was cut."""
+        """One warning with the counts, if anything was cut, and a line about rows that are read in parts."""
+        if self.parted_rows:
+            logger.info("%d of %d rows are longer than max_length and read in parts", self.parted_rows, self.rows)
         parts = []
         if self.cut_texts:
             parts.append(f"{self.cut_texts} of {self.texts} texts lose their beginning (the template's words stay)")

@@ -85,20 +85,22 @@ def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_d
     """Token ids of a row's text, at most ``task.max_length``.
 
     A longer text loses the beginning of its columns, the longest column first. Special tokens and the template's own
-    words stay. :func:`~.cuts.counting_cuts` counts such texts.
+    words stay. :func:`~.cuts.counting_cuts` counts such texts. A text for a head is whole: no answer follows it, so
+    its last spaces and the tokenizer's end token stay.
 
     Raises:
         ValueError: the template alone has more than ``task.max_length`` tokens, or the text is not valid Unicode.
     """
     text = checked(task.text(row))
-    if not encoder_decoder:
+    continued = not encoder_decoder and task.head is None
+    if continued:
         text = text[: len(text) - len(moved_space(task))]
     ids = list(tokenizer(text, truncation=False, add_special_tokens=task.special_tokens).input_ids)
     whole = len(ids)
     if task.encoding > 1:
         ids = _one_bos(ids, tokenizer, special_tokens=task.special_tokens)
     dropped = whole - len(ids)
-    if not encoder_decoder:
+    if continued:
         ids = without_end(ids, tokenizer)
     current_cuts().count_text(len(ids) > task.max_length, task.max_length)
     if len(ids) > task.max_length:

@@ -40,6 +40,10 @@ def digest(rows: Examples) -> str:
 
 def is_empty(task: Task, row: Mapping[str, Any]) -> bool:
     """Whether all columns that the template names are missing values."""
+    if task.kind == "answering":  # a question without a context has no answer, and no context answers nothing
+        return any(name in row and is_missing(row[name]) for name in task.columns)
+    if task.kind == "tagging" and task.columns[0] in row and isinstance(row[task.columns[0]], (list, tuple)):
+        return not row[task.columns[0]]
     return all(name in row and is_missing(row[name]) for name in task.columns)
 
 
@@ -50,6 +54,12 @@ def unreadable(task: Task, row: Mapping[str, Any]) -> str | None:
         ValueError: a value that is not one label.
     """
     target = task.target_column
+    if task.kind in ("tagging", "answering"):
+        try:
+            _ = task.tags(row) if task.kind == "tagging" else task.answers(row)
+        except ValueError as error:
+            return str(error)
+        return None
     if task.kind == "classification" and not isinstance(row.get(target), str):
         label_name(row.get(target), target)
     for column in dict.fromkeys((*task.columns, target)):
@@ -69,13 +79,15 @@ def has_target(task: Task, row: Mapping[str, Any]) -> bool:
         return False
     if task.kind == "generation":
         return True
+    if task.kind in ("tagging", "answering"):
+        return unreadable(task, row) is None
     try:
         name = label_name(row[task.target_column], task.target_column)
     except ValueError:
         if isinstance(row[task.target_column], str):
             return False
         raise
-    return matching_label(name, task.label_words) is not None
+    return matching_label(name, task.labels) is not None
 
 
 def lacks(task: Task, row: Mapping[str, Any]) -> str | None:

@@ -12,12 +12,15 @@ from typing import Any
 from ..base.locations import located
 from . import chat, templates
 from .containers import as_rows
+from .head import Head
+from .head_values import answers_of, words_of
 from .rows import place
 from .values import is_blank, is_missing, label_name, label_names, matching_label, messages_of, text_of
 from .words import spaced
 
 TASK_FILE = "task.json"
-KINDS = ("classification", "generation")
+KINDS = ("classification", "generation", "tagging", "answering")
+"""The last two need a head. A classification is answered by label words, or by a head."""
 
 
 @dataclass
@@ -26,6 +29,9 @@ class Task:
 
     Classification: the row's text is rendered with ``template`` and each label is a word (or several) that the model
     may say next; the likeliest wins. Generation: the model continues the rendered text with the response.
+
+    With a ``head``, the model's head answers: with a label, with a tag for each word (tagging), or with a part of the
+    context (answering).
     """
 
     kind: str
@@ -49,15 +55,24 @@ class Task:
     chat: dict[str, str] | None = None
     """Generation from conversations: the tokenizer's ``chat_template``, and the special tokens that it names.
     An empty mapping until :meth:`read_chat`. None: no conversations."""
+    head: Head | None = None
+    """The head that answers. None: the language-modelling head."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.head is None and self.kind in ("tagging", "answering"):
+            raise ValueError(f"`head` must be given with kind={self.kind!r}")
+        if self.head is not None:
+            if self.kind != self.head.kind:
+                raise ValueError(f"`kind` must be {self.head.kind!r} for the head {self.head.name}, got {self.kind!r}")
+            if self.label_words:
+                raise ValueError(f"`label_words` cannot be combined with a head, got {self.label_words}")
         if not self.columns:
             raise ValueError(f"`template` must name at least one column in braces, got {self.template!r}")
         if self.target_column in self.columns and not (self.kind == "generation" and self.chat is not None):
             raise ValueError(f"`template` must not name the column of the answer, got {self.target_column!r}")
-        if self.kind == "classification" and len(set(self.label_words.values())) < 2:
+        if self.kind == "classification" and self.head is None and len(set(self.label_words.values())) < 2:
             raise ValueError(f"`label_words` must give at least two different words, got {self.label_words}")
         empty = [label for label, word in self.label_words.items() if not word]
         if empty:
@@ -74,7 +89,7 @@ class Task:
 
     @property
     def labels(self) -> list[str]:
-        return list(self.label_words)
+        return list(self.label_words) if self.head is None else list(self.head.labels)
 
     def text(self, row: Mapping[str, Any]) -> str:
         """The text that the model reads for a row. A missing value is an empty text.
@@ -101,7 +116,7 @@ class Task:
             ValueError: no label, more than one, or one that the task does not know.
         """
         name = label_name(self._target_value(row), self.target_column)
-        label = matching_label(name, self.label_words)
+        label = matching_label(name, self.labels)
         if label is None:
             raise ValueError(f"label {name!r} is not among the task's labels {self.labels}")
         return label
@@ -118,6 +133,48 @@ class Task:
         messages = messages_of(value) if self.chat is not None else None
         return text_of(value, self.target_column) if messages is None else chat.answer(messages, self.target_column)
 
+    def words(self, row: Mapping[str, Any]) -> list[str]:
+        """Tagging: the words of a row.
+
+        Raises:
+            ValueError: no such column, no words, or a value that is no list of texts.
+        """
+        (column,) = self.columns
+        if column not in row:
+            raise ValueError(f"no column {column!r} in the data, which has {list(row)}")
+        words = words_of(row[column], column)
+        if not words:
+            raise ValueError("the text is empty")
+        return words
+
+    def tags(self, row: Mapping[str, Any]) -> list[str]:
+        """Tagging: the tag of each word of a row, by the names that the task has for them.
+
+        Raises:
+            ValueError: no tags, not one for each word, or one that the task does not know.
+        """
+        column = self.target_column
+        names = words_of(self._target_value(row), column)
+        words = self.words(row)
+        if len(names) != len(words):
+            raise ValueError(f"column {column!r} must hold one tag for each of {len(words)} words, got {len(names)}")
+        tags = [matching_label(name, self.labels) for name in names]
+        if None in tags:
+            unknown = names[tags.index(None)]
+            raise ValueError(f"tag {unknown!r} is not among the task's labels {self.labels}")
+        return [tag for tag in tags if tag is not None]
+
+    def answers(self, row: Mapping[str, Any]) -> list[tuple[str, int]]:
+        """Answering: the right answers of a row, each with the place of its first character in the context.
+
+        Raises:
+            ValueError: no answer, or one that is not in the context.
+        """
+        column = self.columns[-1]
+        if column not in row:
+            raise ValueError(f"no column {column!r} in the data, which has {list(row)}")
+        return answers_of(self._target_value(row), self.cell(row[column], column), self.target_column)
+
     def _target_value(self, row: Mapping[str, Any]) -> Any:
         if self.target_column not in row:
             raise ValueError(f"no column {self.target_column!r} in the data, which has {list(row)}")
@@ -131,6 +188,8 @@ class Task:
         Raises:
             ValueError: a value that is no text, naming the column and the value.
         """
+        if self.kind == "tagging":
+            return " ".join(words_of(value, column))
         messages = messages_of(value)
         if messages is None:
             return text_of(value, column)
@@ -150,8 +209,13 @@ class Task:
         if self.chat == {}:
             self.chat = chat.chat_of(tokenizer)
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields. A task without a head has none of that name, as in files of older versions."""
+        fields = asdict(self)
+        return {key: value for key, value in fields.items() if key != "head" or value is not None}
+
     def save(self, folder: PathLike[str] | str) -> None:
-        (Path(folder) / TASK_FILE).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+        (Path(folder) / TASK_FILE).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: PathLike[str] | str) -> Task:
@@ -160,7 +224,10 @@ class Task:
         files = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
         if len(files) != 1:
             raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, got {len(files)}")
-        return cls(**{"encoding": 1} | json.loads(files[0].read_text()))
+        fields = {"encoding": 1} | json.loads(files[0].read_text())
+        if fields.get("head") is not None:
+            fields["head"] = Head(**fields["head"])
+        return cls(**fields)
 
 
 def classification_task(
@@ -181,13 +248,22 @@ def classification_task(
     name = label_column.capitalize().replace("{", "{{").replace("}", "}}")
     template = template or f"{templates.field(text_column)}\n{name}:"
     if label_words is None:
-        if rows and label_column not in rows[0]:
-            raise ValueError(f"no column {label_column!r} in the data, which has {list(rows[0])}")
-        labels = label_names(names_in(rows, label_column))
-        if len(labels) > 100:
-            raise ValueError(f"column {label_column!r} holds {len(labels)} different values; is it a label?")
-        label_words = {label: spaced(label.strip(), template) for label in labels}
+        label_words = {label: spaced(label.strip(), template) for label in labels_in(rows, label_column)}
     return Task("classification", template, label_column, dict(label_words), **fields)
+
+
+def labels_in(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
+    """The different labels of the rows, sorted.
+
+    Raises:
+        ValueError: no such column, or more than 100 labels.
+    """
+    if rows and column not in rows[0]:
+        raise ValueError(f"no column {column!r} in the data, which has {list(rows[0])}")
+    labels = label_names(names_in(rows, column))
+    if len(labels) > 100:
+        raise ValueError(f"column {column!r} holds {len(labels)} different values; is it a label?")
+    return labels
 
 
 def names_in(rows: Sequence[Mapping[str, Any]], column: str) -> set[str]:

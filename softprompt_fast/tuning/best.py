@@ -10,6 +10,7 @@ import torch
 
 from ..base.files import write_atomically
 from ..evaluation.scores import rank
+from ..models.head_weights import install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.peft_files import read_updated_prompt
 
@@ -17,7 +18,7 @@ BEST_FILE = "best.json"
 
 
 class BestPrompts:
-    """Keeps, for each prompt, the values with the best held-out score.
+    """Keeps, for each prompt, the values with the best held-out score, and the head that they were scored with.
 
     Args:
         by: "loss", or "accuracy" and then loss. Scores without an accuracy are ranked by loss.
@@ -43,12 +44,14 @@ class BestPrompts:
 
     @torch.no_grad()
     def restore(self, name: str) -> dict[str, float]:
-        """Copies the best values into the model's prompt, which must be folded; returns their scores."""
+        """Copies the best values into the model's prompt, which must be folded, and head; returns their scores."""
+        head = stored_head(self.folder / name, self.model.base_model) if self.model.trains_head else {}
+        install_head(head, self.model.base_model)
         factors = self.model.prompts.token_update(name)
         if factors is None:
-            self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name))
+            self.model.prompts[name].copy_(self.model.read_prompt(self.folder / name, loaded=head))
         else:
-            values, best_factors, _ = read_updated_prompt(self.folder / name)
+            values, best_factors, _ = read_updated_prompt(self.folder / name, loaded=head)
             self.model.prompts[name].copy_(values)
             for factor, best in zip(factors, best_factors, strict=True):
                 factor.copy_(best)

@@ -1,7 +1,8 @@
 """The losses that tuning minimises, on the logits of the places where an answer is expected.
 
-Each is called as ``loss(logits, targets, rows, num_items_in_batch)`` with logits [M, V], targets [M] (-100: none) and
-rows [M], the row of the batch that each target belongs to; see ``SoftPromptModel.forward(loss_function=...)``.
+Those of label words and texts are called as ``loss(logits, targets, rows, num_items_in_batch)`` with logits [M, V],
+targets [M] (-100: none) and rows [M], the row of the batch that each target belongs to; see
+``SoftPromptModel.forward(loss_function=...)``. That of a head reads the model's output.
 """
 
 from __future__ import annotations
@@ -165,3 +166,35 @@ def choose_loss(
     if encoder_decoder or len(set(tokens)) < len(tokens):
         return VocabularyLoss(label_smoothing)
     return LabelLoss(tokens, label_smoothing)
+
+
+class HeadLoss:
+    """Cross entropy of a head's outputs, called by transformers' Trainer; in float32.
+
+    Args:
+        label_smoothing: share of the target that is spread over all outputs, 0 to 1.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, output: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The sum over ``num_items_in_batch`` labels (of all accumulated batches); None: over the given ones.
+
+        Args:
+            output: of the model; its ``logits`` [B, C] or [B, T, C], or ``start_logits`` and ``end_logits`` [B, T].
+            labels: [B, 1], [B, T], or [B, 2], first and last token of the answer. -100: none.
+        """
+        starts = output.get("start_logits")
+        logits = output["logits"] if starts is None else torch.stack([starts, output["end_logits"]], 1)
+        smoothing = self.label_smoothing
+        if starts is not None and smoothing:  # padding has the smallest number; nothing is spread over it
+            raise ValueError(f"`label_smoothing` must be 0 with question answering, got {smoothing}")
+        total = F.cross_entropy(
+            logits.float().flatten(0, -2),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=smoothing,
+            reduction="sum",
+        )
+        return total / ((labels != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

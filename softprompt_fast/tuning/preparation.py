@@ -22,9 +22,11 @@ from ..prompts.placement import bos_vector
 from ..tasks.cuts import counting_cuts
 from ..tasks.encoding import check_label_words, encode
 from ..tasks.examples import Examples, check_complete
+from ..tasks.head import ANSWERS
+from ..tasks.head_encoding import encode_for_head
 from ..tasks.words import alike
 from .job import TuningJob
-from .objective import AnswerLoss, choose_loss
+from .objective import AnswerLoss, HeadLoss, choose_loss
 from .prompt_setup import add_prompt, set_form
 from .record import RunRecord, run_facts
 from .settings import TuningSettings
@@ -49,7 +51,7 @@ class Prepared:
     """The checkpoint to resume from; None: the run starts at its first step."""
     features: Examples
     """The training rows of all jobs, job by job; ``prompt`` and ``group`` say which job a row belongs to."""
-    losses: list[AnswerLoss]
+    losses: list[AnswerLoss | HeadLoss]
     """The loss of each job."""
     before: list[dict[str, float]]
     """Held-out scores of each job without a prompt."""
@@ -88,6 +90,15 @@ def check_jobs(jobs: Sequence[TuningJob], settings: TuningSettings, shared_token
         raise ValueError("`shared_tokens` cannot be combined with placement='after_bos'")
     if settings.num_frozen_tokens and shared_tokens:
         raise ValueError("`shared_tokens` cannot be combined with `num_frozen_tokens`")
+    heads = [job.task.head.name for job in jobs if job.task.head is not None]
+    if heads and len(jobs) > 1:
+        raise ValueError("a task with a head cannot be combined with other tasks in one run")
+    if heads and settings.placement == "after_bos":
+        raise ValueError("placement='after_bos' cannot be combined with a head")
+    if heads and settings.objective != "labels":
+        raise ValueError(f"`objective` {settings.objective} cannot be combined with a head")
+    if ANSWERS in heads and settings.label_smoothing:
+        raise ValueError(f"`label_smoothing` cannot be combined with the head {ANSWERS}")
 
 
 def prepare(
@@ -114,8 +125,10 @@ def prepare(
     checkpoint = record.resume(facts) if resume else None
     encoder_decoder = is_encoder_decoder(model.base_model)
     features, longest = _encode_rows(jobs, tokenizer, encoder_decoder)
-    losses = [
-        choose_loss(
+    losses: list[AnswerLoss | HeadLoss] = [
+        HeadLoss(settings.label_smoothing)
+        if job.task.head is not None
+        else choose_loss(
             settings.objective,
             job.task,
             tokenizer,
@@ -167,13 +180,18 @@ def _encode_rows(jobs: list[TuningJob], tokenizer: Any, encoder_decoder: bool) -
     features: Examples = []
     longest: list[int] = []
     for group, job in enumerate(jobs):
-        check_label_words(job.task, job.train_rows, tokenizer, encoder_decoder=encoder_decoder)
+        if job.task.head is None:
+            check_label_words(job.task, job.train_rows, tokenizer, encoder_decoder=encoder_decoder)
         _warn_of_labels(job)
         with counting_cuts():
             train, held_out = (
                 encode(job.task, rows, tokenizer, encoder_decoder=encoder_decoder)
+                if job.task.head is None
+                else encode_for_head(job.task, rows, tokenizer)
                 for rows in (job.train_rows, job.held_out_rows)
             )
+        if not train:
+            raise ValueError("no answer lies in one part of its context; give a larger `stride`")
         longest.append(max(len(feature["input_ids"]) for feature in train + held_out))
         features += [feature | {"prompt": job.task.prompt, "group": group} for feature in train]
     return features, longest
@@ -187,7 +205,12 @@ def _warn_of_labels(job: TuningJob) -> None:
             ", ".join(map(repr, group)),
         )
     column = job.task.target_column
-    trained, held_out = ({str(row.get(column)) for row in rows} for rows in (job.train_rows, job.held_out_rows))
+    if job.task.kind == "tagging":
+        trained, held_out = (
+            {tag for row in rows for tag in job.task.tags(row)} for rows in (job.train_rows, job.held_out_rows)
+        )
+    else:
+        trained, held_out = ({str(row.get(column)) for row in rows} for rows in (job.train_rows, job.held_out_rows))
     missing = [label for label in job.task.labels if label in held_out - trained]
     if missing:
         logger.warning("no training row has the labels %s of held-out rows", ", ".join(map(repr, missing)))

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from ..base import progress
+from ..evaluation.scores import main_score
 
 
 class RichProgress(TrainerCallback):
@@ -66,8 +67,9 @@ class RichProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._evaluating += time.perf_counter() - self._step_end
         metrics = kwargs["metrics"]
-        name = "eval_accuracy" if "eval_accuracy" in metrics else "eval_loss"
-        self._score = f"held-out {name.removeprefix('eval_')} {metrics[name]:.3f}"
+        scores = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+        name = main_score(scores) or "loss"
+        self._score = f"held-out {name.replace('_', ' ')} {scores[name]:.3f}"
         self._print(f"step {state.global_step}: {self._score}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -64,7 +64,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
     options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "init_text": settings.init_text,
-        "class_labels": list(task.label_words.values()),
+        "class_labels": list(_texts_of_labels(task).values()),
         "seed": settings.seed,
     }
     if isinstance(init, (str, PathLike)) and _holds_bos(init):
@@ -96,12 +96,17 @@ def _automatic(
     count = count or DEFAULT_TOKENS
     if task.kind != "classification":
         return "vocabulary", count
-    ids = list(tokenizer(instruction(task.label_words), add_special_tokens=False).input_ids)
+    ids = list(tokenizer(instruction(_texts_of_labels(task)), add_special_tokens=False).input_ids)
     if len(ids) > count:  # a truncated sentence would name only some of the labels
         return "class_labels", count
     ids = (ids * -(-count // len(ids)))[-count:]
     table = embedding_table(model.get_input_embeddings())
     return table(torch.tensor(ids, device=table.weight.device)).detach().float().cpu(), None
+
+
+def _texts_of_labels(task: Task) -> dict[str, str]:
+    """What stands for each label in a text: its word, or for a head the label itself."""
+    return task.label_words or {label: label for label in task.labels}
 
 
 def set_form(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,16 @@ def run_facts(
 ) -> dict[str, Any]:
     """All that decides a prompt, by the names of ``tune``'s arguments, as JSON gives it back."""
     facts: dict[str, Any] = {key: value for key, value in settings.to_json().items() if key not in MAY_CHANGE}
+    if all(job.task.head is None for job in jobs):
+        facts.pop("head_learning_rate")  # which runs of older versions did not have
     base = model.base_model
+    if model.trains_head:
+        facts["train_head"] = True
     facts["model"] = f"{type(model).__name__} on {type(base).__name__} {getattr(base, 'name_or_path', '')} {base.dtype}"
     facts["shared_tokens"] = shared_tokens
     for job in jobs:
         name = job.task.prompt
-        facts[f"task of {name!r}"] = asdict(job.task)
+        facts[f"task of {name!r}"] = job.task.to_json()
         facts[f"train_rows of {name!r}"] = digest(job.train_rows)
         facts[f"held_out_rows of {name!r}"] = digest(job.held_out_rows)
         if job.settings is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from ..base.files import write_atomically
 from ..evaluation.profile import record_profile
 from ..evaluation.scores import describe_scores
+from ..hf.heads import head_parameters
 from ..prompts.card import write_card
 from ..prompts.placement import freeze_first, frozen_count
 from ..prompts.reparameterization import fold
@@ -69,7 +70,8 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
     if outcome.main_process:
         _write_metrics(prepared, results)
     for job, result in zip(prepared.jobs, results, strict=True):
-        if job.scorer is None:  # a search records the profile of the prompt that it chooses
+        # A search records the profile of the prompt that it chooses; monitoring does not know heads.
+        if job.scorer is None and job.task.head is None:
             profile = record_profile(
                 prepared.model,
                 prepared.tokenizer,
@@ -90,6 +92,8 @@ def _trainable_parameters(prepared: Prepared, name: str) -> int:
     forms = bank.forms(name)
     values = [bank[name]] if forms is None else list(forms.parameters())
     values += bank.token_update(name) or ()
+    if prepared.model.trains_head:
+        values += head_parameters(prepared.model.base_model, prepared.model.head_modules)
     count = sum(value.numel() for value in values if value.requires_grad)
     low_rank = settings.reparameterization == "low-rank"
     return count - frozen_count(bank, name) * (settings.rank if low_rank else bank[name].shape[1])

@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 
+from ..hf.heads import head_parameters
+from ..models.head_weights import install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import UPDATE_A, UPDATE_B
 from ..prompts.reparameterization import Offset
-from .objective import AnswerLoss, MixedLoss
+from .objective import AnswerLoss, HeadLoss, MixedLoss
 
 Evaluator = Callable[[int, float], dict[str, float]]
 """Called with the step and the seconds of tuning so far; returns the scores of the current prompts."""
@@ -28,12 +30,13 @@ BANK_FILE = "bank.safetensors"
 
 
 class PromptTrainer(Trainer):
-    """Trains the prompts of a :class:`SoftPromptModel` that require a gradient.
+    """Trains the prompts of a :class:`SoftPromptModel` that require a gradient, and its head if that does.
 
     Args:
         evaluator: replaces Trainer's own evaluation loop.
         losses: the loss of each task; the ``groups`` of a batch say which task each row belongs to.
         update_learning_rate: the learning rate of the prompts' token updates.
+        head_learning_rate: the learning rate of the head.
         sampler: the order of the training rows.
     """
 
@@ -42,18 +45,21 @@ class PromptTrainer(Trainer):
         model: SoftPromptModel,
         *args: Any,
         evaluator: Evaluator,
-        losses: Sequence[AnswerLoss],
+        losses: Sequence[AnswerLoss | HeadLoss],
         update_learning_rate: float,
+        head_learning_rate: float,
         sampler: Sampler[int],
         **kwargs: Any,
     ) -> None:
         self.evaluator = evaluator
         self.losses = losses
-        self.update_learning_rate = update_learning_rate
+        self.update_learning_rate, self.head_learning_rate = update_learning_rate, head_learning_rate
         self.sampler = sampler
         self.tokens_seen = 0
         self.evaluation_seconds = 0.0
         self.started = 0.0
+        if isinstance(losses[0], HeadLoss):
+            kwargs["compute_loss_func"] = losses[0]
         super().__init__(model, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,15 +85,19 @@ class PromptTrainer(Trainer):
         return self.sampler
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Only distances from the initial prompt decay; token updates have their own learning rate."""
+        """Only distances from the initial prompt decay; token updates and heads have their own learning rates."""
         if self.optimizer is not None:
             return self.optimizer
         groups: dict[str, dict[str, Any]] = {
             "prompts": {"params": [], "weight_decay": 0.0},
             "offsets": {"params": [], "weight_decay": self.args.weight_decay},
             "updates": {"params": [], "weight_decay": 0.0, "lr": self.update_learning_rate},
+            "head": {"params": [], "weight_decay": 0.0, "lr": self.head_learning_rate},
         }
-        bank = self._prompts_model().prompts
+        model = self._prompts_model()
+        bank = model.prompts
+        if model.trains_head:
+            groups["head"]["params"] += head_parameters(model.base_model, model.head_modules)
         every = [forms for name in bank if (forms := bank.forms(name)) is not None]
         offsets = {id(forms.original) for forms in every if isinstance(forms[0], Offset)}
         for name, parameter in bank.named_parameters():
@@ -101,10 +111,14 @@ class PromptTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         self.tokens_seen += sum(inputs["lengths"])
         groups = inputs.pop("groups")
-        inputs["loss_function"] = MixedLoss(self.losses, groups) if len(self.losses) > 1 else self.losses[0]
+        if self.compute_loss_func is not None:  # a head's loss, which reads the model's output
+            inputs.pop("num_targets")
+        else:
+            losses = [loss for loss in self.losses if isinstance(loss, AnswerLoss)]
+            inputs["loss_function"] = MixedLoss(losses, groups) if len(losses) > 1 else losses[0]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    # Checkpoints hold the prompts and what they are computed from; the base model is never written.
+    # Checkpoints hold the prompts, what they are computed from and a trained head; the base model is never written.
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -116,7 +130,10 @@ class PromptTrainer(Trainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._prompts_model().prompts.load_state_dict(load_file(Path(resume_from_checkpoint) / BANK_FILE))
+        model, folder = self._prompts_model(), Path(resume_from_checkpoint)
+        model.prompts.load_state_dict(load_file(folder / BANK_FILE))
+        if model.trains_head:  # it is saved with each prompt
+            install_head(stored_head(folder / model.prompts.names[0], model.base_model), model.base_model)
 
     def _load_best_model(self) -> None:
         """`BestPrompts` does this instead: each prompt has its own best step."""

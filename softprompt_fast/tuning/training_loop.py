@@ -11,6 +11,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..evaluation.predictions import evaluate
+from ..evaluation.scores import main_score
 from ..tasks.collation import Collator, pad_token_id
 from ..tasks.cuts import counting_cuts
 from .best import BestPrompts
@@ -132,6 +133,7 @@ def build_trainer(
         evaluator=evaluation,
         losses=prepared.losses,
         update_learning_rate=settings.token_update_learning_rate,
+        head_learning_rate=settings.head_learning_rate,
         sampler=sampler,
     )
     for callback in (PrinterCallback, ProgressCallback):
@@ -153,8 +155,8 @@ def training_arguments(prepared: Prepared, report_to: Sequence[str], rows_per_ep
     total = settings.steps or (round(per_epoch * settings.epochs) if settings.epochs else DEFAULT_STEPS) or 1
     every = settings.eval_every or max(1, total // 5)
     on_cpu = prepared.model.device.type == "cpu"
-    with_labels = all(job.task.kind == "classification" for job in prepared.jobs)
-    metric = settings.best_by if with_labels else "loss"
+    names = [main_score(scores) for scores in prepared.before]
+    metric = "loss" if settings.best_by == "loss" or None in names else str(names[0])
     arguments = TrainingArguments(
         output_dir=str(prepared.record.folder),
         max_steps=total,
@@ -173,7 +175,7 @@ def training_arguments(prepared: Prepared, report_to: Sequence[str], rows_per_ep
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=metric,
-        greater_is_better=metric == "accuracy",
+        greater_is_better=metric != "loss",
         remove_unused_columns=False,
         disable_tqdm=True,
         logging_first_step=True,
