@@ -67,10 +67,9 @@ class PromptFiles(ModelInterface):
     ) -> None:
         """Writes each prompt as a PEFT adapter folder, ``directory/<name>/``. The base model is not written.
 
-        A head that is trained, or that came with a prompt, is written with each prompt, as PEFT does it. A folder with a
-        ``task.json`` also gets a model card.
-
-        PEFT refuses a prompt that has a token update because it does not know them.
+        A head that is trained, or that came with a prompt, is written with each prompt, as PEFT does it. A folder that
+        has a ``task.json`` also gets a model card. PEFT refuses a prompt that has a token update because it does not
+        know them.
 
         Args:
             names: write only these.
