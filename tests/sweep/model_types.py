@@ -14,6 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 LARGEST = 40_000_000
 """Parameters of a model that is still called tiny."""
 VOCABULARY = 200
+SPREAD = {"mobilebert": 0.05}
+"""Standard deviation of random weights, where the usual one gives numbers too large to have a gradient."""
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -243,7 +245,7 @@ def build(name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0, 0.25, generator=generator)
+                parameter.normal_(0, SPREAD.get(model_type, 0.25), generator=generator)
     _plain_generation(model)
     return model.eval()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sweep import heads
 from sweep.model_types import build, every_type
 from sweep.outcomes import ENTRIES, NOTE, Wrong, equal, outcomes
 from sweep.run import counted
@@ -39,6 +40,16 @@ def test_every_entry_is_exact_or_refused(name: str) -> None:
     found.pop(NOTE, None)
     assert set(found) <= set(ENTRIES) and len(found) >= 5
     assert all(outcome.startswith(("exact", "refused: ")) for outcome in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "gpt2", "bert", "mpt", "xlnet", "deberta-v2", "mobilebert", "reformer", "t5"]
+)
+@pytest.mark.parametrize("head", heads.HEADS)
+def test_every_head_is_exact_or_refused(head: str, kind: str) -> None:
+    if f"{head}:{kind}" in heads.every_head():
+        found = heads.outcome(f"{head}:{kind}")
+        assert found.startswith(("exact", "refused: ")), found
 
 
 def test_a_difference_is_wrong() -> None:
