@@ -103,6 +103,8 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert set(metadata.get_all("Provides-Extra") or []) >= {"train", "demo", "test", "dev"}
     scripts = wheel.read(path.replace("METADATA", "entry_points.txt")).decode()
     assert "softprompt-fast = softprompt_fast.cli:main" in scripts
+    assert "softprompt-lm-eval = softprompt_fast.interop.lm_eval:main" in scripts
+    assert "[lm_eval.models]\nsoftprompt = softprompt_fast.interop.lm_eval:SoftPromptLM" in scripts
 
 
 def test_asking_for_a_build_without_torch_fails_loudly(tree: Path) -> None:

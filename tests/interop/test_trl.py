@@ -87,6 +87,15 @@ def test_sft_of_an_accelerated_model_is_that_of_pefts(kind: str, tmp_path: Path)
     assert relative(ends[1], ends[0]) < 1e-3
 
 
+def test_gradient_accumulation_weighs_every_token_alike(tmp_path: Path) -> None:
+    model, ends = make("soft"), []
+    for rows, steps in ((4, 1), (1, 4)):
+        copied = copy.deepcopy(model)
+        sft(copied, tmp_path, per_device_train_batch_size=rows, gradient_accumulation_steps=steps).train()
+        ends.append(trained(copied))
+    assert relative(ends[1], ends[0]) < 1e-3
+
+
 def test_label_smoothing_and_metrics_read_logits(tmp_path: Path) -> None:
     model = make("soft")
     options = {"label_smoothing_factor": 1e-9, "eval_strategy": "no"}
@@ -168,7 +177,7 @@ def without_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a second copy is loaded")
 
-    for name in ("dpo_trainer", "grpo_trainer"):
+    for name in ("dpo_trainer", "grpo_trainer", "kto_trainer"):
         monkeypatch.setattr(f"trl.trainer.{name}.create_model_from_path", load)
 
 
@@ -260,6 +269,24 @@ def test_references_computed_before_are_stored_for_this_base(tmp_path: Path) -> 
         trainer.train()
         assert trainer.state.log_history[0]["rewards/chosen"] == pytest.approx(expected["rewards/chosen"], rel=1e-4)
     assert hashes[0] != hashes[1]
+
+
+@pytest.mark.usefixtures("without_second_copy")
+def test_another_trainer_shares_the_base(tmp_path: Path) -> None:
+    model = make("soft")
+    expected = expected_of_dpo(model)
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in PREFERENCES]
+    rows += [{"prompt": row["prompt"], "completion": row["rejected"], "label": False} for row in PREFERENCES]
+    trainer = trl.KTOTrainer(
+        model,
+        reference_model(model),
+        settings(trl.KTOConfig, tmp_path, beta=0.3, per_device_train_batch_size=8),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    for name, value in expected.items():
+        assert trainer.state.log_history[0][name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_what_dpo_saves_loads_again(tmp_path: Path) -> None:
