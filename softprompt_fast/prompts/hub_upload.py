@@ -62,7 +62,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: no prompt in the folder.
-        ValueError: the prompts were tuned on several base models.
+        ValueError: the prompts were tuned on several base models, or the repository holds one prompt and several are
+            pushed, or the other way round.
         OSError: the Hub does not answer or refuses.
     """
     from huggingface_hub import HfApi
@@ -75,6 +76,7 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        _check_layout(api, repo_id, revision, len(folders))
         staged = Path(scratch) / "files"
         _stage(folders, staged, repo_id, base_model)
         if is_ours((staged / CARD_FILE).read_text()) and not _replaceable(api, repo_id, revision, Path(scratch)):
@@ -89,6 +91,22 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
         )
+
+
+def _check_layout(api: HfApi, repo_id: str, revision: str | None, count: int) -> None:
+    """Refuses a push after which the repository's own prompt would hide those in folders, or an old one new ones."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    try:
+        present = api.list_repo_files(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        return
+    single = WEIGHTS_FILE in present
+    several = any(file.count("/") == 1 and file.endswith(f"/{WEIGHTS_FILE}") for file in present)
+    if (single and count > 1) or (several and count == 1):
+        held = "one prompt in the repository itself" if single else "prompts in folders"
+        got = "several prompts" if count > 1 else "one prompt"
+        raise ValueError(f"{repo_id} on the Hub holds {held}, got {got} to push; choose another repository or branch")
 
 
 def _stage(folders: list[Path], target: Path, repo_id: str, base_model: str | None) -> None:

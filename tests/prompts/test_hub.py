@@ -233,6 +233,18 @@ def test_a_task_of_a_multitask_prompt(hub: HubStandIn, tmp_path: Path) -> None:
     assert list(loaded.prompts.names) == ["many-0", "many-1"]
 
 
+def test_one_prompt_never_hides_several(hub: HubStandIn) -> None:
+    tuned = two_prompts()
+    tuned.push_to_hub("me/one", ["movies"])
+    tuned.push_to_hub("me/several")
+    with pytest.raises(ValueError, match="me/one on the Hub holds one prompt in the repository itself, got several"):
+        tuned.push_to_hub("me/one")
+    with pytest.raises(ValueError, match="me/several on the Hub holds prompts in folders, got one prompt to push"):
+        tuned.push_to_hub("me/several", ["movies"])
+    tuned.push_to_hub("me/several")
+    assert len(hub.repositories["me/one"].messages) == 2
+
+
 def test_peft_loads_what_was_pushed(hub: HubStandIn) -> None:
     peft = pytest.importorskip("peft")
     tuned = two_prompts()
