@@ -61,7 +61,9 @@ class Pruned:
         if own.exists():
             raise FileExistsError(f"{own} already exists; choose another output folder")
         bank = FastSoftPrompt.frozen({task.prompt: self.prompt}, like=model.prompts)
-        SoftPromptModel(model.base_model, bank, execution="padded").save_pretrained(folder)
+        pruned = SoftPromptModel(model.base_model, bank, execution="padded", train_head=model.trains_head)
+        pruned.head_modules, pruned.saves_head = model.head_modules, model.saves_head
+        pruned.save_pretrained(folder)
         task.save(own)
         write_atomically(Path(folder) / "pruning.json", json.dumps(self.to_json(), indent=2) + "\n")
         return own

@@ -95,6 +95,10 @@ def check_supported(model: Any) -> None:
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise TypeError(f"`model` must be a transformers model, got {name}")
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:
+        raise TypeError(f"{name} has no table of token embeddings, so it cannot use a prompt") from None
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     if any(getattr(config, field, None) for field in PER_LAYER_EMBEDDINGS):
         raise TypeError(

@@ -212,6 +212,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "BertForPreTraining": (tf.BertConfig(**BERT), "reads or pools positions that a prompt would displace"),
     "BartForSequenceClassification": (tf.BartConfig(**BART), "gives its decoder the token ids of its input"),
     "BartForQuestionAnswering": (tf.BartConfig(**BART), "gives its decoder the token ids of its input"),
+    "CanineForSequenceClassification": (
+        tf.CanineConfig(**{k: v for k, v in BERT.items() if k != "vocab_size"}),
+        "has no table of token embeddings",
+    ),
     "T5ForSequenceClassification": (tf.T5Config(**T5), "gives its decoder the token ids of its input"),
 }
 

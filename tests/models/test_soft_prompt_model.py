@@ -139,14 +139,6 @@ def test_per_layer_embeddings_are_refused() -> None:
         spf.SoftPromptModel(model)
 
 
-@pytest.mark.parametrize(
-    ("head", "message"), [("QuestionAnswering", "displace"), ("SequenceClassification", "first position")]
-)
-def test_heads_that_a_prompt_would_displace_are_refused(head: str, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
-        spf.SoftPromptModel(build("bert", head=head))
-
-
 def test_other_things_than_models_are_refused() -> None:
     with pytest.raises(TypeError, match="must be a transformers model, got Linear"):
         spf.SoftPromptModel(torch.nn.Linear(2, 2))
