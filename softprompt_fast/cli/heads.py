@@ -84,7 +84,7 @@ class HeadOptions:
     stride: int = field(
         default=STRIDE,
         metadata=described(
-            "Tokens that two parts of a context have in common, if it is longer than `max_length` allows.",
+            "Tokens that two parts of a context have in common, if it is longer than --max-length allows.",
             NOT_NEGATIVE_INTEGER,
             group=DATA,
         ),
