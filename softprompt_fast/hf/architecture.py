@@ -12,6 +12,8 @@ from ..base.errors import Unsupported
 
 # Heads that read several texts of a row, or pool one position for one result and use all for another.
 UNSUPPORTED_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
+# Arguments of heads for question answering that search among positions, or read one that the caller names.
+UNSUPPORTED_ARGUMENTS = {"p_mask", "question_positions"}
 # Configuration fields of models that embed each token again in every layer.
 PER_LAYER_EMBEDDINGS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 CAUSAL_HEADS = ("ForCausalLM", "LMHeadModel")
@@ -107,7 +109,7 @@ def check_supported(model: Any) -> None:
         )
     if "inputs_embeds" not in forward_parameters(model):
         raise TypeError(f"{name}.forward takes no inputs_embeds, so it cannot use a prompt")
-    if is_named(model, UNSUPPORTED_HEADS):
+    if is_named(model, UNSUPPORTED_HEADS) or UNSUPPORTED_ARGUMENTS & forward_parameters(model):
         raise TypeError(f"{name} reads or pools positions that a prompt would displace; this head is not supported")
     if is_encoder_decoder(model) and (classifies_rows(model) or answers_spans(model)):
         raise TypeError(

@@ -212,6 +212,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "BertForPreTraining": (tf.BertConfig(**BERT), "reads or pools positions that a prompt would displace"),
     "BartForSequenceClassification": (tf.BartConfig(**BART), "gives its decoder the token ids of its input"),
     "BartForQuestionAnswering": (tf.BartConfig(**BART), "gives its decoder the token ids of its input"),
+    "XLNetForQuestionAnswering": (
+        tf.XLNetConfig(vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48),
+        "reads or pools positions that a prompt would displace",
+    ),
+    "SplinterForQuestionAnswering": (
+        tf.SplinterConfig(**BERT),
+        "reads or pools positions that a prompt would displace",
+    ),
     "CanineForSequenceClassification": (
         tf.CanineConfig(**{k: v for k, v in BERT.items() if k != "vocab_size"}),
         "has no table of token embeddings",
@@ -245,6 +253,7 @@ def test_only_language_models_predict_a_next_token_and_share_their_loss_between_
     ids, mask = rows("right")
     for head in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
         tuned = tuned_model("llama", head=head)
+        assert tuned._get_name() == "SoftPromptModel"  # Trainer's label smoothing shifts labels of "LlamaForCausalLM"
         assert not tuned.accepts_loss_kwargs  # these heads do not read num_items_in_batch
         with pytest.raises(TypeError, match="does not predict the next token"):
             tuned.next_token_logits(ids, mask, ROWS)
