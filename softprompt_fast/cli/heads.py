@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,12 +35,6 @@ REFUSED = {
     "output_column": "--output-column",
 }
 """Fields of :class:`TaskOptions` that belong to language-modelling heads."""
-REFUSED_OPTIONS = {
-    "deep": "--deep",
-    "task_column": "--task-column",
-    "member_init": "--member-init",
-    "shared_tokens": "--shared-tokens",
-}
 COLUMNS = {
     SEQUENCE: {"text_column", "label_column", "template"},
     TAGS: {"words_column", "tags_column"},
@@ -84,7 +77,7 @@ class HeadOptions:
     stride: int = field(
         default=STRIDE,
         metadata=described(
-            "Tokens that two parts of a context have in common, if it is longer than `max_length` allows.",
+            "Tokens that two parts of a context have in common, if it is longer than --max-length allows.",
             NOT_NEGATIVE_INTEGER,
             group=DATA,
         ),
@@ -102,11 +95,19 @@ class HeadOptions:
         return [name for name in self.__dataclass_fields__ if getattr(self, name) != getattr(HeadOptions, name)]
 
 
-def check_head(options: HeadOptions, task: TaskOptions, train_head: bool | None, others: Mapping[str, Any]) -> None:
+def check_head(
+    options: HeadOptions,
+    task: TaskOptions,
+    train_head: bool | None,
+    *,
+    deep: bool,
+    task_column: str | None,
+    several: bool,
+) -> None:
     """Refuses options that cannot be combined with a head, or that need one.
 
     Args:
-        others: values of :data:`REFUSED_OPTIONS`, and ``members``.
+        several: whether an ensemble is tuned.
 
     Raises:
         ValueError: naming both options.
@@ -120,11 +121,9 @@ def check_head(options: HeadOptions, task: TaskOptions, train_head: bool | None,
     for name, flag in REFUSED.items():
         if getattr(task, name) != getattr(TaskOptions, name):
             raise ValueError(f"--head cannot be combined with {flag}")
-    for name, flag in REFUSED_OPTIONS.items():
-        if others[name]:
+    for flag, given_value in {"--deep": deep, "--task-column": task_column, "--members": several}.items():
+        if given_value:
             raise ValueError(f"--head cannot be combined with {flag}")
-    if others["members"] != 1:
-        raise ValueError("--head cannot be combined with --members")
     every = set().union(*COLUMNS.values())
     for name in sorted(every - COLUMNS[options.head]):
         owner: Any = options if hasattr(options, name) else task

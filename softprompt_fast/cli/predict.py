@@ -143,19 +143,14 @@ def predict(
         raise ValueError(
             f"--template and --label-word must be given, because {', '.join(map(repr, bare))} has no task.json"
         )
+    options = {"max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+    settings |= {"dtype": dtype, "device": device}
     if heads := tasks_with_heads(folders):
         _check_heads(heads, folders, ensemble, engine, log, max_new_tokens)
         names = names_of_rows(rows, prompt_name_column, list(folders))
-        head_answers = load_head_answers(folders, heads, model, force, batch_size, batch_tokens, dtype, device)
-        answer_all(rows, names, head_answers, output, resume)
+        answer_all(rows, names, load_head_answers(folders, heads, model, force=force, **settings), output, resume)
         return
-    options = {"max_new_tokens": max_new_tokens}
-    settings: dict[str, Any] = {
-        "batch_size": batch_size,
-        "batch_tokens": batch_tokens,
-        "dtype": dtype,
-        "device": device,
-    }
     if engine == "ray":
         from ..inference.ray_engine import RayAnswers
 

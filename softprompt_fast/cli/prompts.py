@@ -195,11 +195,12 @@ def load_head_answers(
     folders: dict[str, Path],
     tasks: dict[str, Task],
     model: str | None,
-    force: bool,
+    *,
     batch_size: int,
     batch_tokens: int,
     dtype: str,
     device: str | None,
+    force: bool = False,
 ) -> HeadAnswers:
     """What answers rows with the prompts of a folder and their head."""
     from ..inference.heads import HeadAnswers, check_one_head

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +32,7 @@ from .output import console
 from .versions import pinned, prepare_register, register_prompts
 
 if TYPE_CHECKING:
+    from ..models.soft_prompt_model import SoftPromptModel
     from ..tasks.examples import Examples
     from ..tasks.task import Task
     from ..tuning.job import TuningJob
@@ -96,29 +97,9 @@ def train(
     _check_prompt_name(name, "--name")
     settings = prepare_register(register, settings_of(init="text") if "text" in (member_init or ()) else settings_of())
     member_init = member_init and [pinned(init) for init in member_init]
-    if member_init and members not in (1, len(member_init)):
-        raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
-    several = member_init or members
-    if task_column is not None and several != 1:
-        raise ValueError("--members cannot be combined with --task-column")
-    if shared_tokens and task_column is None:
-        raise ValueError("--shared-tokens cannot be used without --task-column")
+    several = _members(members, member_init, task_column, shared_tokens)
     options, head_options = task_options(), head_options_of()
-    check_head(
-        head_options,
-        options,
-        train_head,
-        {
-            "deep": deep,
-            "task_column": task_column,
-            "member_init": member_init,
-            "shared_tokens": shared_tokens,
-            "members": several if isinstance(several, int) else len(several),
-        },
-    )
-    from ..hf.loading import load_base_model
-    from ..models.deep_prompt_model import DeepPromptModel
-    from ..models.soft_prompt_model import SoftPromptModel
+    check_head(head_options, options, train_head, deep=deep, task_column=task_column, several=several != 1)
     from ..tuning.ensemble import tune_ensemble
     from ..tuning.run import tune_tasks
 
@@ -132,13 +113,7 @@ def train(
     groups = {name: rows} if task_column is None else _groups(rows, task_column)
     held_out_groups = None if held_out_rows is None else _held_out_groups(groups, held_out_rows, task_column, name)
     jobs = _jobs(groups, held_out_groups, task_of, held_out, settings.seed)
-    if head_options.head is not None:
-        tuned, tokenizer = model_to_train(jobs[0].task, train_head, dtype, device)
-    else:
-        base, tokenizer = load_base_model(model, dtype, device, console=console)
-        for job in jobs:
-            job.task.read_chat(tokenizer)
-        tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
+    tuned, tokenizer = _model(model, jobs, deep, train_head, dtype, device)
     loggers = ("tensorboard",) if tensorboard else ()
     common: dict[str, Any] = {"resume": resume, "report_to": loggers, "console": console}
     if several != 1:
@@ -157,6 +132,36 @@ def train(
     commands = after_training(given_options(context), results, prompt=str(folder), more=more)
     for purpose, command in zip(PURPOSES, commands, strict=True):
         console.print(f"{purpose}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _members(
+    members: int, member_init: list[str] | None, task_column: str | None, shared_tokens: int
+) -> int | list[str]:
+    """The members of an ensemble: their number, or the initial values of each; 1: no ensemble."""
+    if member_init and members not in (1, len(member_init)):
+        raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
+    several = member_init or members
+    if task_column is not None and several != 1:
+        raise ValueError("--members cannot be combined with --task-column")
+    if shared_tokens and task_column is None:
+        raise ValueError("--shared-tokens cannot be used without --task-column")
+    return several
+
+
+def _model(
+    name: str, jobs: Sequence[TuningJob], deep: bool, train_head: bool | None, dtype: str, device: str | None
+) -> tuple[SoftPromptModel, Any]:
+    """The model that the jobs' tasks need, and its tokenizer."""
+    from ..hf.loading import load_base_model
+    from ..models.deep_prompt_model import DeepPromptModel
+    from ..models.soft_prompt_model import SoftPromptModel
+
+    if jobs[0].task.head is not None:
+        return model_to_train(jobs[0].task, train_head, dtype, device)
+    base, tokenizer = load_base_model(name, dtype, device, console=console)
+    for job in jobs:
+        job.task.read_chat(tokenizer)
+    return (DeepPromptModel if deep else SoftPromptModel)(base), tokenizer
 
 
 def _jobs(

@@ -19,6 +19,8 @@ HEADS = {
     "question-answering": "QuestionAnswering",
 }
 """How transformers calls the heads."""
+POOLER = "pooler"
+"""Part of the name of modules that belong to a backbone, but that many checkpoints do not hold."""
 SEED = 0
 """Of weights that a checkpoint does not have: they are the same whenever it is loaded."""
 
@@ -72,6 +74,9 @@ def load_model_with_head(
     config = transformers.AutoConfig.from_pretrained(**files_of(name))
     if config.is_encoder_decoder:
         raise ValueError(f"`head` cannot be combined with encoder-decoders, got {name!r}")
+    kind = getattr(transformers, f"AutoModelFor{HEADS[head]}")
+    if type(config) not in kind._model_mapping:
+        raise ValueError(f"`head` must be one that transformers has for {config.model_type}, got {head}")
     tokenizer = load_tokenizer(name)
     changes: dict[str, Any] = {}
     if labels:
@@ -80,7 +85,6 @@ def load_model_with_head(
         changes["num_labels"] = len(labels)
     if config.pad_token_id is None:
         changes["pad_token_id"] = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    kind = getattr(transformers, f"AutoModelFor{HEADS[head]}")
     chosen = type_for(config, dtype, device, console, kind)
     stored = torch.float32 if name == SMOLLM2 else chosen  # its numbers are quantised
     with without_bars(), _without_reports(), torch.random.fork_rng(devices=[]):
@@ -88,16 +92,39 @@ def load_model_with_head(
         model, info = kind.from_pretrained(
             **files_of(name), dtype=stored, output_loading_info=True, ignore_mismatched_sizes=True, **changes
         )
+        backbone = f"{model.base_model_prefix}."
+        unknown = {*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])}
+        if any(key.startswith(backbone) and POOLER not in key for key in unknown):
+            _load_backbone(model, name, stored)
+    fresh = any(not key.startswith(backbone) for key in unknown)
     if name == SMOLLM2:
         model = model.to(torch.bfloat16 if chosen == "auto" else chosen)
-    backbone = f"{model.base_model_prefix}."
-    unknown = [*info["missing_keys"], *(key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"])]
-    fresh = any(not key.startswith(backbone) for key in unknown)
     for module_name in head_modules(model):
         module = model.get_submodule(module_name)
         if any(parameter.dtype != torch.float32 for parameter in module.parameters()):
             module.float().register_forward_pre_hook(_in_float32)
     return ModelWithHead(model.to(device).eval(), tokenizer, fresh)
+
+
+def _load_backbone(model: Any, name: str, dtype: Any) -> None:
+    """Gives a model the weights of a checkpoint without its head.
+
+    transformers leaves them random where the class with the head calls its backbone by another name than the
+    checkpoint, as LlamaForQuestionAnswering does.
+
+    Raises:
+        ValueError: the checkpoint does not hold them.
+    """
+    from transformers import AutoModel
+
+    body, info = AutoModel.from_pretrained(**files_of(name), dtype=dtype, output_loading_info=True)
+    missing = sorted(key for key in info["missing_keys"] if POOLER not in key)
+    if missing or type(body) is not type(model.base_model):
+        raise ValueError(
+            f"{name} must hold the weights of {type(model).__name__} but for its head, got none for "
+            f"{missing[0] if missing else type(body).__name__}"
+        )
+    model.base_model.load_state_dict(body.state_dict())
 
 
 def _in_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

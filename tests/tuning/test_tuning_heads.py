@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_heads import questions, save_model, tagged
+from support.tiny_heads import HEADS, plain_tokenizer, questions, save_model, tagged
+from support.tiny_models import build
 from support.tiny_reviews import reviews
+from transformers import AutoModel
 
 import softprompt_fast as spf
 from softprompt_fast.evaluation import evaluate, predict
@@ -76,6 +78,27 @@ def test_a_head_is_the_same_whenever_it_is_loaded_and_in_float32(folder: Path) -
     assert low.dtype == torch.bfloat16 and low.classifier.weight.dtype == torch.float32
     ids = torch.arange(4, 10)[None]
     assert low(ids).logits.dtype == torch.float32 and low.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_new_head_has_the_checkpoints_backbone(kind: str, head: str, tmp_path: Path) -> None:
+    """transformers gives LlamaForQuestionAnswering a random backbone if the checkpoint is of a language model."""
+    base = save_model(tmp_path, kind)
+    loaded = load_model_with_head(str(base), head, [] if head == HEADS[2] else ["a", "b"], "float32", "cpu")
+    expected = AutoModel.from_pretrained(base).state_dict()
+    own = loaded.model.base_model.state_dict()
+    assert loaded.fresh and own and all(torch.equal(own[name], expected[name]) for name in own)
+
+
+def test_what_cannot_be_loaded_with_a_head(tmp_path: Path) -> None:
+    build("phi3").save_pretrained(tmp_path / "phi3")
+    plain_tokenizer().save_pretrained(tmp_path / "phi3")
+    with pytest.raises(ValueError, match="`head` must be one that transformers has for phi3, got question-answering"):
+        load_model_with_head(str(tmp_path / "phi3"), "question-answering", (), "float32", "cpu")
+    build("t5").save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="`head` cannot be combined with encoder-decoders"):
+        load_model_with_head(str(tmp_path / "t5"), "question-answering", (), "float32", "cpu")
 
 
 @pytest.mark.parametrize(
