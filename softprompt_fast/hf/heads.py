@@ -32,8 +32,8 @@ def head_modules(model: Any) -> tuple[str, ...]:
 def is_fresh(model: Any, names: tuple[str, ...]) -> bool | None:
     """Whether weights of these modules are random because no checkpoint held them; None: that cannot be known."""
     model = without_adapters(model)
-    if any(hasattr(parameter, LOADED) for parameter in model.parameters()):
-        return any(not hasattr(p, LOADED) for name in names for p in model.get_submodule(name).parameters())
+    if any(getattr(parameter, LOADED, False) for parameter in model.parameters()):
+        return not all(getattr(parameter, LOADED, False) for parameter in head_parameters(model, names))
     return None if getattr(model, "name_or_path", "") else True
 
 

@@ -204,3 +204,19 @@ def test_heads_that_peft_trains_are_left_to_it() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build("bert", head="TokenClassification"), peft.LoraConfig(task_type="TOKEN_CLS"))
     assert spf.SoftPromptModel(model).head_modules == ()
+
+
+def test_trainer_answers_questions(tmp_path: Path) -> None:
+    tuned = wrapped("electra", "QuestionAnswering")
+    names = ["start_positions", "end_positions"]
+    settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    arguments = tf.TrainingArguments(str(tmp_path), max_steps=3, learning_rate=0.1, label_names=names, **settings)
+    rows = [{"input_ids": row, "start_positions": 2, "end_positions": 4, "of_no_use": 1} for row in IDS]
+    trainer = tf.Trainer(tuned, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    ends = {name: torch.full((4,), column) for name, column in zip(names, (2, 4), strict=True)}
+    assert before == pytest.approx(tuned(IDS, **ends).loss.item(), rel=1e-5)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    start, end = trainer.predict(rows).predictions
+    assert start.shape == end.shape == IDS.shape
