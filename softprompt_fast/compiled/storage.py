@@ -13,26 +13,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..base.files import save_tensors_atomically
+from ..hf.adapters import adapter_state
+from .prompt_cache import fingerprint as quick_fingerprint
 
 FILE_FORMAT = "softprompt_fast compiled prompt 1"
-_known: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of every parameter and buffer of a model and of its class.
+    """A hash of every parameter and buffer of a model, of its class, and of the state of its adapters.
 
-    Computed once per model object, about a second per gigabyte; the weights must not change afterwards.
+    It takes about a second per gigabyte, and is computed again when the model has changed.
     """
     with _lock:
-        if model not in _known:
+        state = quick_fingerprint(model)
+        if model not in _known or _known[model][0] != state:
             digest = hashlib.blake2b(digest_size=16)
             digest.update(type(model).__name__.encode())
             for name, tensor in sorted(model.state_dict().items()):
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            _known[model] = digest.hexdigest()
-        return _known[model]
+            for module in model.modules():
+                digest.update("".join(adapter_state(module)).encode())
+            _known[model] = state, digest.hexdigest()
+        return _known[model][1]
 
 
 def save(path: Path, values: Tensor, vectors: Tensor, model: Any) -> None:

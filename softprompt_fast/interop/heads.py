@@ -11,6 +11,7 @@ from torch import Tensor
 from ..base.modules import evaluating
 from ..hf import architecture
 from ..hf.architecture import ForwardTraits
+from ..hf.embedding import token_vectors, vectors_like, vocabulary_size
 from ..hf.input_check import check_inputs
 from ..models.call import known_options, texts_of
 from ..models.padded_runner import PaddedRunner, in_columns, padded_types
@@ -121,15 +122,16 @@ class HeadRunner:
     @torch.no_grad()
     def _check_rows(self) -> None:
         """Compares a row alone with the same row beside a longer one, with padding on either side."""
-        weight = self.base_model.get_input_embeddings().weight
-        vectors = weight[torch.arange(4, device=weight.device) % len(weight)][None].clone()
-        prompts = FastSoftPrompt.holding({"any": vectors[0, :1].clone()}, weight.shape[1])
+        embedding = self.base_model.get_input_embeddings()
+        ids = torch.arange(4, device=vectors_like(embedding).device) % vocabulary_size(embedding)
+        vectors = token_vectors(embedding, ids)[None]
+        prompts = FastSoftPrompt.holding({"any": vectors[0, :1].clone()}, vectors.shape[2])
         both = torch.cat([vectors, vectors])
         with evaluating(self.base_model):
             alone = self._numbers(self(inputs_embeds=vectors[:, :2], prompts=prompts, prompt_columns=1))
             for kept in (slice(0, 2), slice(2, 4)):
                 both[1, kept] = vectors[0, :2]
-                mask = torch.ones(2, 4, dtype=torch.int64, device=weight.device)
+                mask = torch.ones(2, 4, dtype=torch.int64, device=vectors.device)
                 mask[1] = 0
                 mask[1, kept] = 1
                 beside = self(inputs_embeds=both, attention_mask=mask, prompts=prompts, prompt_columns=1)
@@ -137,7 +139,7 @@ class HeadRunner:
                 if numbers.dim() > 2 or self.traits.labels_per_token:
                     numbers = torch.cat([numbers[:, :1], numbers[:, 1:][:, kept]], 1)
                 difference = ((numbers - alone).abs().max() / alone.abs().max().clamp(min=1e-12)).item()
-                if not difference <= TOLERANCE * (1 if weight.dtype.itemsize > 2 else 10):
+                if not difference <= TOLERANCE * (1 if vectors.dtype.itemsize > 2 else 10):
                     raise TypeError(
                         f"{type(self.base_model).__name__} cannot be accelerated: a row beside a longer one differs "
                         f"from the row alone by {difference:.1e} of its largest number"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..hf import architecture
+from ..hf.adapters import adapter_parameters
+from ..hf.embedding import own_embedding, vectors_like
 from ..hf.freezing import Frozen, freeze
 
 BASE_PREFIX = "base_model."
@@ -18,17 +22,62 @@ class ModelInterface(nn.Module):
 
     Args:
         model: a transformers model; its parameters are frozen until the last object that froze them is gone.
+        train_adapters: whether the trainable parameters of PEFT's adapters in the model stay trainable.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, train_adapters: bool = False) -> None:
         super().__init__()
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
-        self._frozen: list[Frozen] | None = freeze(model.parameters())
-        """None: :meth:`unload` was called."""
+        self.train_adapters = train_adapters
+        if train_adapters and not any(parameter.requires_grad for parameter in adapter_parameters(model)):
+            raise ValueError(
+                "`train_adapters` must be False because no parameter of an adapter is trainable: load the adapter with "
+                "is_trainable=True, before another object freezes the model"
+            )
         self.base_model: Any = model
+        self._frozen: list[Frozen] | None = self._freeze()
+        """None: :meth:`unload` was called."""
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_post_hook(_allow_missing_base)
+
+    def _freeze(self) -> list[Frozen]:
+        """Freezes all parameters that are not to be trained."""
+        trained = {id(parameter) for parameter in adapter_parameters(self.base_model)} if self.train_adapters else set()
+        return freeze(parameter for parameter in self.base_model.parameters() if id(parameter) not in trained)
+
+    def set_adapter(self, adapter: str | Sequence[str]) -> None:
+        """Makes one of the adapters (LoRA and others) in the base model the active one, or several.
+
+        PEFT's own method also makes the adapter trainable. After this one it is trainable only with
+        ``train_adapters=True``.
+        """
+        self._check_loaded()
+        if not hasattr(self.base_model, "set_adapter"):
+            raise TypeError(f"{type(self.base_model).__name__} has no adapters")
+        self.base_model.set_adapter(adapter if isinstance(adapter, str) else list(adapter))
+        self._frozen = self._freeze()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Runs the base model without the adapters in its layers; prompts still run. As PEFT's method of this name."""
+        self._check_loaded()
+        base = self.base_model
+        try:
+            if hasattr(base, "disable_adapter"):
+                with base.disable_adapter():
+                    yield
+            elif hasattr(base, "disable_adapters"):  # transformers' own adapters
+                base.disable_adapters()
+                try:
+                    yield
+                finally:
+                    base.enable_adapters()
+            else:
+                raise TypeError(f"{type(base).__name__} has no adapters")
+        finally:  # PEFT leaves the active adapter trainable
+            if self._frozen is not None:
+                self._frozen = self._freeze()
 
     def get_base_model(self) -> Any:
         """The model that was given."""
@@ -79,7 +128,7 @@ class ModelInterface(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.base_model.get_input_embeddings().weight.device
+        device: torch.device = vectors_like(self.get_input_embeddings()).device
         return device
 
     @property
@@ -113,7 +162,7 @@ class ModelInterface(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Numbers in the base model and the prompts."""
-        skipped = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        skipped = {id(own_embedding(self.get_input_embeddings()).weight)} if exclude_embeddings else set()
         parameters = (p for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable))
         return sum(parameter.numel() for parameter in parameters)
 

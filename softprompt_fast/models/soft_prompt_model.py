@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation_options
+from ..hf.embedding import vectors_like
 from ..hf.input_check import check_inputs
 from ..packed.runner import PACKED_OPTIONS, ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
@@ -39,6 +40,8 @@ class SoftPromptModel(PromptFiles):
             in place until :meth:`unload`, or until the last object that uses it is gone. What ``torch.compile(model)``
             returned is taken as the model itself after ``model.compile()``.
         prompts: a bank to use; None: an empty one, on the model's device.
+        train_adapters: whether adapters in a PEFT model (LoRA and others) stay trainable, so that they are trained
+            together with prompts, or alone if prompts are frozen. False: they are frozen like the rest.
         execution: one of:
 
             * "shared": each distinct prompt runs once per batch, padding never runs, and logits are computed only
@@ -61,6 +64,7 @@ class SoftPromptModel(PromptFiles):
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
         "cache": "forward runs whole rows; `generate` handles the cache",
         "encoder_outputs": "the encoder runs with the prompts",
+        "adapter_names": "all rows of a batch run with the active adapter; `set_adapter` chooses it",
     }
     """Arguments of the model's forward that cannot be given here, and why."""
     predicts_first_token: ClassVar[bool] = True
@@ -71,6 +75,7 @@ class SoftPromptModel(PromptFiles):
         model: Any,
         prompts: FastSoftPrompt | None = None,
         *,
+        train_adapters: bool = False,
         execution: str = "auto",
         check: bool = True,
         shared_text: str | None = "auto",
@@ -80,14 +85,13 @@ class SoftPromptModel(PromptFiles):
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
-        super().__init__(model)
+        super().__init__(model, train_adapters=train_adapters)
         model = self.base_model
         check_inputs(model, run_sharded=False)
-        embedding = model.get_input_embeddings()
         width = self._prompt_width(model)
         if prompts is not None and prompts.embedding_dim != width:
             raise ValueError(f"`prompts` must have embedding_dim={width} like the model, got {prompts.embedding_dim}")
-        self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
+        self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=self.device)
         self._traits = architecture.ForwardTraits.of(model)
         self.accepts_loss_kwargs = self._traits.any_keyword  # Trainer asks before it passes num_items_in_batch
         self.execution = execution
@@ -103,8 +107,7 @@ class SoftPromptModel(PromptFiles):
     @staticmethod
     def _prompt_width(model: Any) -> int:
         """Numbers of one virtual token."""
-        width: int = model.get_input_embeddings().weight.shape[1]
-        return width
+        return vectors_like(model.get_input_embeddings()).shape[1]
 
     @staticmethod
     def _packed_runner(model: Any, **options: Any) -> PackedRunner:

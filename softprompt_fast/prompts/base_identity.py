@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.architecture import peft_config
+from ..hf.adapters import adapter_parameters
+from ..hf.architecture import peft_config, without_adapters
+from ..hf.embedding import own_embedding
 from .peft_files import FINGERPRINT, read_base
 
 ROWS, SAMPLES = 16, 64
@@ -24,20 +27,28 @@ def base_fingerprint(model: Any) -> str:
     """``kind:embedding:layers`` of a transformers model, without its head. It takes milliseconds.
 
     The last two are digests of the signs of some weights. Signs do not depend on the type of the numbers, so a model
-    has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``.
+    has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``. If adapters of PEFT
+    run in the layers, their digest follows: ``kind:embedding:layers:adapters``.
     """
+    model = without_adapters(model)
     config = model.config.get_text_config()
     kind = f"{config.model_type}-{getattr(config, 'num_hidden_layers', UNKNOWN)}x{getattr(config, 'hidden_size', 0)}"
-    embedding = model.get_input_embeddings().weight
+    embedding = own_embedding(model.get_input_embeddings()).weight
     backbone = getattr(model, "base_model", model)
+    added = {id(parameter) for parameter in adapter_parameters(model)}
     matrices = [
         parameter
-        for name, parameter in backbone.named_parameters()
-        if parameter is not embedding and parameter.dim() > 1 and "lora_" not in name
+        for parameter in backbone.parameters()
+        if parameter is not embedding and parameter.dim() > 1 and id(parameter) not in added
     ]
     rows = [embedding[row] for row in range(min(ROWS, len(embedding)))] if _readable(embedding) else []
     layers = [matrix.reshape(-1) for matrix in matrices] if all(map(_readable, matrices)) else []
-    return f"{kind}:{_digest(rows)}:{_digest(layers)}"
+    fingerprint = f"{kind}:{_digest(rows)}:{_digest(layers)}"
+    running = list(adapter_parameters(model, running=True))
+    if not running:
+        return fingerprint
+    adapters = [parameter.reshape(-1) for parameter in running] if all(map(_readable, running)) else []
+    return f"{fingerprint}:{_digest(adapters)}"
 
 
 def base_facts(model: Any) -> dict[str, Any]:
@@ -46,8 +57,8 @@ def base_facts(model: Any) -> dict[str, Any]:
 
 
 def same_base(a: str, b: str) -> bool:
-    """Whether two fingerprints can be those of one model; unknown parts agree with any."""
-    return all(x == y or UNKNOWN in (x, y) for x, y in zip(a.split(":"), b.split(":"), strict=False))
+    """Whether two fingerprints can be those of one model with the same adapters; unknown parts agree with any."""
+    return all(x == y or UNKNOWN in (x, y) for x, y in zip_longest(a.split(":"), b.split(":"), fillvalue="none"))
 
 
 def check_base(folder: PathLike[str] | str, model: Any, *, force: bool = False) -> None:
