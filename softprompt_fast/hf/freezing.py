@@ -1,4 +1,4 @@
-"""Freezes parameters for as long as someone needs them frozen."""
+"""Freezes parameters for as long as someone needs them frozen, and nobody trains them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,40 @@ class Frozen:
         weakref.finalize(self, parameter.requires_grad_, True).atexit = False
 
 
+class Trained:
+    """A parameter that is not frozen while this object lives."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+
 _lock = threading.RLock()
 _frozen: weakref.WeakValueDictionary[int, Frozen] = weakref.WeakValueDictionary()
 """By the identity of the parameter, which the value keeps alive."""
+_trained: weakref.WeakValueDictionary[int, Trained] = weakref.WeakValueDictionary()
+
+
+def keep_trainable(parameters: Iterable[nn.Parameter]) -> list[Trained]:
+    """Keeps :func:`freeze` from freezing parameters, until the last of those who asked for it drops its list."""
+    with _lock:
+        kept = []
+        for parameter in parameters:
+            trained = _trained.get(id(parameter)) or Trained(parameter)
+            _trained[id(parameter)] = trained
+            kept.append(trained)
+    return kept
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> list[Frozen]:
     """Freezes parameters until the last of those who asked for it drops its list.
 
-    A parameter that the caller had frozen before is left to the caller.
+    A parameter that the caller had frozen before is left to the caller, and one that somebody trains is not frozen.
     """
     kept = []
     with _lock:
         for parameter in parameters:
+            if id(parameter) in _trained:
+                continue
             frozen = _frozen.get(id(parameter))
             if frozen is None and parameter.requires_grad:
                 frozen = _frozen[id(parameter)] = Frozen(parameter)

@@ -99,7 +99,6 @@ class PromptBank:
         runner = model.runner if isinstance(model, SoftPromptModel) else None
         self.model = SoftPromptModel(
             base,
-            train_adapters=isinstance(model, SoftPromptModel) and model.train_adapters,
             check=check,
             cuda_graphs=runner is None or runner.graphs is not None,
         )

@@ -12,7 +12,7 @@ from torch import nn
 from ..hf import architecture
 from ..hf.adapters import adapter_parameters
 from ..hf.embedding import own_embedding, vectors_like
-from ..hf.freezing import Frozen, freeze
+from ..hf.freezing import Frozen, Trained, freeze, keep_trainable
 
 BASE_PREFIX = "base_model."
 
@@ -30,6 +30,7 @@ class ModelInterface(nn.Module):
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
         self.train_adapters = train_adapters
+        self._trained: list[Trained] = []
         if train_adapters and not any(parameter.requires_grad for parameter in adapter_parameters(model)):
             raise ValueError(
                 "`train_adapters` must be False because no parameter of an adapter is trainable: load the adapter with "
@@ -43,8 +44,9 @@ class ModelInterface(nn.Module):
 
     def _freeze(self) -> list[Frozen]:
         """Freezes all parameters that are not to be trained."""
-        trained = {id(parameter) for parameter in adapter_parameters(self.base_model)} if self.train_adapters else set()
-        return freeze(parameter for parameter in self.base_model.parameters() if id(parameter) not in trained)
+        if self.train_adapters:
+            self._trained = keep_trainable(adapter_parameters(self.base_model))
+        return freeze(self.base_model.parameters())
 
     def set_adapter(self, adapter: str | Sequence[str]) -> None:
         """Makes one of the adapters (LoRA and others) in the base model the active one, or several.
@@ -52,32 +54,33 @@ class ModelInterface(nn.Module):
         PEFT's own method also makes the adapter trainable. After this one it is trainable only with
         ``train_adapters=True``.
         """
-        self._check_loaded()
-        if not hasattr(self.base_model, "set_adapter"):
-            raise TypeError(f"{type(self.base_model).__name__} has no adapters")
+        self._check_adapters()
         self.base_model.set_adapter(adapter if isinstance(adapter, str) else list(adapter))
         self._frozen = self._freeze()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Runs the base model without the adapters in its layers; prompts still run. As PEFT's method of this name."""
-        self._check_loaded()
+        self._check_adapters()
         base = self.base_model
         try:
             if hasattr(base, "disable_adapter"):
                 with base.disable_adapter():
                     yield
-            elif hasattr(base, "disable_adapters"):  # transformers' own adapters
+            else:  # transformers' own adapters
                 base.disable_adapters()
                 try:
                     yield
                 finally:
                     base.enable_adapters()
-            else:
-                raise TypeError(f"{type(base).__name__} has no adapters")
         finally:  # PEFT leaves the active adapter trainable
             if self._frozen is not None:
                 self._frozen = self._freeze()
+
+    def _check_adapters(self) -> None:
+        self._check_loaded()
+        if next(adapter_parameters(self.base_model), None) is None:
+            raise TypeError(f"{type(self.base_model).__name__} has no adapters")
 
     def get_base_model(self) -> Any:
         """The model that was given."""
@@ -86,6 +89,7 @@ class ModelInterface(nn.Module):
     def unload(self) -> Any:
         """Releases the parameters and returns the base model."""
         self._frozen = None
+        self._trained = []
         return self.base_model
 
     def _check_loaded(self) -> None:
@@ -99,7 +103,7 @@ class ModelInterface(nn.Module):
             return self.__dict__.copy()
         ours = {id(frozen.parameter) for frozen in self._frozen}
         names = [name for name, parameter in self.base_model.named_parameters() if id(parameter) in ours]
-        return self.__dict__ | {"_frozen": names}
+        return self.__dict__ | {"_frozen": names, "_trained": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -109,6 +113,8 @@ class ModelInterface(nn.Module):
             for parameter in parameters:
                 parameter.requires_grad_(True)
             self._frozen = freeze(parameters)
+        if self.train_adapters and self._frozen is not None:
+            self._trained = keep_trainable(adapter_parameters(self.base_model))
 
     # --- facts ---
 

@@ -41,7 +41,8 @@ class SoftPromptModel(PromptFiles):
             returned is taken as the model itself after ``model.compile()``.
         prompts: a bank to use; None: an empty one, on the model's device.
         train_adapters: whether adapters in a PEFT model (LoRA and others) stay trainable, so that they are trained
-            together with prompts, or alone if prompts are frozen. False: they are frozen like the rest.
+            together with prompts, or alone if prompts are frozen. False: they are frozen like the rest, unless another
+            object that uses the model trains them.
         execution: one of:
 
             * "shared": each distinct prompt runs once per batch, padding never runs, and logits are computed only

@@ -1,0 +1,444 @@
+"""Prompts together with LoRA and other adapters of PEFT in the same base: trained, switched, saved, served."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.peft_models import IDS, fill
+from support.rows_alone import PROMPTS, ROWS, alone, relative
+from support.tiny_models import batch, build
+from torch import Tensor
+
+import softprompt_fast as spf
+from softprompt_fast.inference import PromptBank
+from softprompt_fast.prompts.base_identity import base_fingerprint
+
+peft = pytest.importorskip("peft")
+TARGETS = ["q_proj", "v_proj", "up_proj"]
+LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": TARGETS, "init_lora_weights": False}
+KINDS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(**LORA),
+    "dora": lambda: peft.LoraConfig(**LORA, use_dora=True),
+    "ia3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM",
+        target_modules=["k_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=TARGETS, init_weights=False),
+    "oft": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=TARGETS, init_weights=False),
+    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    "norms": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
+    "llama-adapter": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
+    "head-and-embedding": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head", "embed_tokens"]),
+    "lora-of-the-embedding": lambda: peft.LoraConfig(**LORA | {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tokens": lambda: peft.LoraConfig(**LORA, trainable_token_indices=list(range(3, 50))),
+}
+
+
+def adapted(kind: str = "lora", **options: Any) -> Any:
+    """A model whose adapter changes its results."""
+    config = KINDS[kind]() if not options else peft.LoraConfig(**LORA | options)
+    model = peft.get_peft_model(build("llama"), config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def with_prompts(model: Any, **options: Any) -> spf.SoftPromptModel:
+    tuned = spf.SoftPromptModel(model, **options)
+    torch.manual_seed(3)
+    for prompt, length in PROMPTS.items():
+        tuned.add_prompt(prompt, init=torch.randn(length, 32) * 0.5)
+    return tuned
+
+
+def trained(tuned: spf.SoftPromptModel) -> list[str]:
+    return [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
+
+
+def greedy(tuned: spf.SoftPromptModel, ids: Tensor, prompt: str, count: int = 6) -> list[int]:
+    """The likeliest tokens after a row alone, without a cache."""
+    for _ in range(count):
+        output, _ = alone(tuned, ids, prompt)
+        ids = torch.cat([ids, output.logits[0, -1:].argmax(-1)])
+    return ids.tolist()
+
+
+def check_generated(tuned: spf.SoftPromptModel) -> list[list[int]]:
+    """Generates text with both prompts, and compares it with each row alone."""
+    rows = ["long", "short", "long", "short"]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    tokens = tuned.generate(IDS, prompt_ids=rows, **options).tolist()
+    with torch.no_grad():
+        assert tokens == [greedy(tuned, ids, prompt) for ids, prompt in zip(IDS, rows, strict=True)]
+    return tokens
+
+
+# --- numbers and gradients ---
+
+
+@pytest.mark.parametrize("execution", ["shared", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_those_of_each_row_alone(kind: str, execution: str) -> None:
+    base = adapted(kind)
+    before = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    tuned = with_prompts(base, train_adapters=True, execution=execution)
+    assert {name for name, parameter in base.named_parameters() if parameter.requires_grad} == before != set()
+    torch.manual_seed(0)
+    ids, mask = batch()
+    logits = tuned(ids, mask, prompt_ids=ROWS).logits
+    assert tuned.execution_report().execution == execution
+    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    weights = torch.randn_like(logits)
+    got = torch.autograd.grad((logits * weights * mask[..., None]).sum(), parameters, allow_unused=True)
+    expected = [torch.zeros_like(parameter) for parameter in parameters]
+    for row, prompt in enumerate(ROWS):
+        real = mask[row].bool()
+        vectors = tuned.get_input_embeddings()(ids[row][real][None])
+        used = vectors[:, :0] if prompt is None else tuned.prompts[prompt][None]
+        values = tuned.base_model(inputs_embeds=torch.cat([used, vectors], 1)).logits[0, used.shape[1] :]
+        assert relative(logits[row][real], values) < 1e-5
+        loss = (values * weights[row][real]).sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for total, gradient in zip(expected, gradients, strict=True):
+            total += 0 if gradient is None else gradient
+    reached = 0
+    for a, b in zip(got, expected, strict=True):
+        assert relative(torch.zeros_like(b) if a is None else a, b) < 5e-5
+        reached += bool(b.norm() > 0)
+    assert reached >= len(parameters) - 2  # the last layer's adapters of positions that nothing reads
+
+
+def test_the_self_check_leaves_out_the_dropout_of_adapters() -> None:
+    tuned = with_prompts(adapted(lora_dropout=0.5), train_adapters=True).train()
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 and m.training for m in tuned.modules())
+    ids, mask = batch()
+    torch.manual_seed(1)
+    first, second = (tuned(ids, mask, prompt_ids=ROWS, labels=ids).loss for _ in range(2))
+    assert first != second  # dropout is active
+    report = tuned.execution_report()
+    assert (report.execution, report.checked["training"] < 1e-4) == ("shared", True)
+
+
+@pytest.mark.parametrize("what", ["prompts", "adapter", "both"])
+def test_prompts_or_the_adapter_or_both_are_trained(what: str) -> None:
+    model = adapted()
+    tuned = with_prompts(model, train_adapters=what != "prompts")
+    if what == "adapter":
+        for name in PROMPTS:
+            tuned.prompts.freeze_prompt(name)
+    kinds = {name.partition(".")[0] for name in trained(tuned)}
+    assert kinds == {"prompts": {"prompts"}, "adapter": {"base_model"}, "both": {"prompts", "base_model"}}[what]
+    assert all("lora_" in name for name in trained(tuned) if name.startswith("base_model"))
+    before = {name: value.detach().clone() for name, value in tuned.named_parameters()}
+    ids, mask = batch()
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), prompt_ids=ROWS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    changed = {name for name, value in tuned.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == set(trained(tuned))
+    assert set(tuned.state_dict()) == {name for name in before if name.startswith("prompts.")} | {
+        name for name in trained(tuned) if name.startswith("base_model.")
+    }
+
+
+def test_an_adapter_without_trainable_parameters_cannot_be_trained() -> None:
+    model = adapted()
+    model.requires_grad_(False)
+    for base in (model, build("llama")):
+        with pytest.raises(ValueError, match=r"`train_adapters` must be False because no parameter of an adapter is"):
+            spf.SoftPromptModel(base, train_adapters=True)
+    tuned = spf.DeepPromptModel(adapted(), train_adapters=True)
+    assert any("lora_" in name for name in trained(tuned))
+
+
+def test_what_was_trainable_is_trainable_after_unload() -> None:
+    model = adapted()
+    before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tuned = with_prompts(model)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    tuned.unload()
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == before
+
+
+# --- several adapters ---
+
+
+def two_adapters() -> Any:
+    model = adapted()
+    model.add_adapter("other", peft.LoraConfig(**LORA))
+    return model.eval()
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_switching_does_not_unfreeze(train: bool) -> None:
+    model = two_adapters()
+    tuned = with_prompts(model, train_adapters=train)
+    tuned.set_adapter("other")
+    assert model.active_adapter == "other"
+    assert any(".other." in name for name in trained(tuned)) is train
+    with tuned.disable_adapter():
+        assert not any("lora_" in name for name in trained(tuned))
+    assert any(".other." in name for name in trained(tuned)) is train
+    model.set_adapter("default")  # PEFT's own method makes it trainable
+    assert any(".default." in name for name in trained(tuned))
+    tuned.set_adapter("default")
+    assert any(".default." in name for name in trained(tuned)) is train
+    plain = with_prompts(build("llama"))
+    with pytest.raises(TypeError, match="LlamaForCausalLM has no adapters"), plain.disable_adapter():
+        pass
+
+
+def test_disabled_adapters_leave_the_base_with_its_prompts() -> None:
+    tuned, plain = with_prompts(two_adapters()), with_prompts(build("llama"))
+    ids, mask = batch()
+    expected = plain(ids, mask, prompt_ids=ROWS).logits
+    assert relative(tuned(ids, mask, prompt_ids=ROWS).logits, expected) > 1e-2
+    with tuned.disable_adapter():
+        assert relative(tuned(ids, mask, prompt_ids=ROWS).logits, expected) < 1e-5
+
+
+def test_transformers_own_adapters() -> None:
+    model = build("llama")
+    model.add_adapter(peft.LoraConfig(**LORA), "one")
+    tuned = with_prompts(model.eval())
+    assert trained(tuned) == ["prompts.prompt_short", "prompts.prompt_long"]
+    with_adapter = check_generated(tuned)
+    with tuned.disable_adapter():
+        assert check_generated(tuned) == check_generated(with_prompts(build("llama"))) != with_adapter
+    assert check_generated(tuned) == with_adapter
+    assert trained(tuned) == ["prompts.prompt_short", "prompts.prompt_long"]
+
+
+def test_peft_mixed_models() -> None:
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    model.add_adapter("second", peft.LoHaConfig(r=2, target_modules=["v_proj"], init_weights=False))
+    tuned = with_prompts(model.eval())
+    tuned.set_adapter(["default", "second"])
+    report = check_generated(tuned), tuned.execution_report().execution
+    assert report[1] == "shared"
+    with tuned.disable_adapter():
+        assert check_generated(tuned) == check_generated(with_prompts(build("llama"))) != report[0]
+
+
+# --- compiled prompts depend on the adapters ---
+
+
+def add_to_the_adapter(model: Any) -> None:
+    """A step of training, as an optimiser takes it."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter))
+
+
+def scale_the_adapter(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(3.0)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "switched": lambda model: model.set_adapter("other"),
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "trained": add_to_the_adapter,
+    "scaled": scale_the_adapter,
+    "deleted": lambda model: model.delete_adapter("default"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
+@pytest.mark.parametrize("change", CHANGES)
+def test_generate_after_a_change_of_the_adapters(change: str) -> None:
+    tuned = with_prompts(two_adapters())
+    first = check_generated(tuned)
+    CHANGES[change](tuned.base_model)
+    assert check_generated(tuned) != first
+
+
+@pytest.mark.parametrize("storage", ["device", "host"])
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_bank_after_a_change_of_the_adapters(change: str, storage: str) -> None:
+    tuned = with_prompts(two_adapters())
+    bank = PromptBank(tuned, storage=storage)
+    before = compiled_values(bank)
+    assert bank.stats()["misses"] == len(PROMPTS)
+    assert torch.equal(compiled_values(bank), before) and bank.stats()["misses"] == len(PROMPTS)
+    CHANGES[change](tuned.base_model)
+    after = compiled_values(bank)
+    assert torch.equal(after, compiled_values(PromptBank(tuned, storage=storage)))
+    assert not torch.allclose(after, before)
+    assert bank.stats()["compiled_bytes"] == sum(PROMPTS.values()) * bank.bytes_per_token
+
+
+def compiled_values(bank: PromptBank) -> Tensor:
+    with bank.use(list(PROMPTS)) as view:
+        assert view.compiled is not None
+        slots = [slot for first, count in view.prefixes for slot in range(first, first + count)]
+        return view.compiled[:, :, slots].clone()
+
+
+def test_a_running_batch_keeps_what_it_began_with() -> None:
+    tuned = with_prompts(two_adapters())
+    bank = PromptBank(tuned)
+    with bank.use(["long"]) as first:
+        assert first.compiled is not None
+        old = first.compiled[:, :, : first.prefixes[0][1]].clone()
+        tuned.set_adapter("other")
+        with bank.use(["long"]) as second:
+            assert second.compiled is not None and second.prefixes != first.prefixes
+        assert torch.equal(first.compiled[:, :, : first.prefixes[0][1]], old)
+    assert bank.stats()["compiled_bytes"] == PROMPTS["long"] * bank.bytes_per_token
+
+
+def test_compiled_files_belong_to_the_active_adapter(tmp_path: Path) -> None:
+    tuned = with_prompts(two_adapters())
+    bank = PromptBank(tuned)
+    bank.save_compiled(tmp_path)
+    assert sorted(bank.load_compiled(tmp_path)) == sorted(PROMPTS)
+    tuned.set_adapter("other")
+    with pytest.raises(ValueError, match="was compiled with other weights"):
+        bank.load_compiled(tmp_path)
+    tuned.set_adapter("default")
+    assert sorted(bank.load_compiled(tmp_path)) == sorted(PROMPTS)
+
+
+def test_merging_keeps_the_text() -> None:
+    model = adapted()
+    tuned = with_prompts(model)
+    text = check_generated(tuned)
+    model.merge_adapter()
+    assert check_generated(tuned) == text
+    model.unmerge_adapter()
+    assert check_generated(tuned) == text
+    prompts = tuned.prompts
+    merged = spf.SoftPromptModel(model.merge_and_unload(), prompts)
+    assert check_generated(merged) == text
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+
+
+def test_training_both_with_a_bank_over_them() -> None:
+    tuned = with_prompts(adapted(), train_adapters=True)
+    bank = PromptBank(tuned)
+    assert any("lora_" in name for name in trained(tuned))  # the bank freezes nothing that is trained
+    del bank
+
+
+# --- files ---
+
+
+def test_a_prompt_belongs_to_the_adapter_it_was_tuned_with(tmp_path: Path) -> None:
+    model = two_adapters()
+    tuned = with_prompts(model)
+    tuned.save_pretrained(tmp_path)
+    for change, same in (("other", False), ("default", True)):
+        tuned.set_adapter(change)
+        other = spf.SoftPromptModel(model)
+        if same:
+            other.load_prompt(tmp_path / "long")
+            continue
+        for load in (other.load_prompt, lambda folder: PromptBank(model).add("p", folder)):
+            with pytest.raises(ValueError, match=r"the prompt's base model must be .*force=True"):
+                load(tmp_path / "long")
+        other.load_prompt(tmp_path / "long", force=True)
+    plain = build("llama")
+    with pytest.raises(ValueError, match="with its adapters"):
+        spf.SoftPromptModel.from_pretrained(plain, tmp_path)
+    with tuned.disable_adapter():
+        assert base_fingerprint(model) == base_fingerprint(plain)
+    with_prompts(plain).save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="force=True"):
+        spf.SoftPromptModel.from_pretrained(model, tmp_path / "plain")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fingerprint_without_its_last_part_is_the_bases(kind: str) -> None:
+    *same, _ = base_fingerprint(adapted(kind)).split(":")
+    assert ":".join(same) == base_fingerprint(build("llama"))
+
+
+@pytest.mark.parametrize("layout", ["beside", "around"])
+def test_an_adapter_and_prompts_in_one_folder(tmp_path: Path, layout: str) -> None:
+    tuned = with_prompts(adapted(), train_adapters=True)
+    expected = check_generated(tuned)
+    folder = tmp_path / "adapter" if layout == "beside" else tmp_path
+    tuned.base_model.save_pretrained(folder)
+    tuned.save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(build("llama"), folder, is_trainable=True)
+    loaded = spf.SoftPromptModel.from_pretrained(model.eval(), tmp_path, train_adapters=True)
+    assert sorted(loaded.prompts) == sorted(PROMPTS)
+    assert check_generated(loaded) == expected
+    bank = PromptBank(model)
+    assert sorted(bank.add_directory(tmp_path)) == sorted(PROMPTS)
+    assert any("lora_" in name for name in trained(loaded))
+
+
+def test_copies_train_their_own_adapter() -> None:
+    tuned = with_prompts(adapted(), train_adapters=True)
+    other = copy.deepcopy(tuned)
+    assert trained(other) == trained(tuned)
+    text = check_generated(tuned)
+    add_to_the_adapter(other.base_model)
+    assert check_generated(other) != text == check_generated(tuned)
+
+
+# --- what is refused ---
+
+
+def test_rows_cannot_name_adapters() -> None:
+    tuned = with_prompts(two_adapters())
+    names = ["default", "other", "other", "default"]
+    for call in (tuned, tuned.generate):
+        with pytest.raises(ValueError, match=r"`adapter_names` cannot be.*: all rows of a batch run with the active"):
+            call(IDS, prompt_ids=["short"] * 4, adapter_names=names)
+
+
+def test_adapters_outside_of_the_layers_are_refused() -> None:
+    config = peft.LoraConfig(**LORA, alora_invocation_tokens=[5, 6])
+    with pytest.raises(TypeError, match=r"adapter 'default' \(activated LoRA\) begins at tokens"):
+        spf.SoftPromptModel(peft.get_peft_model(build("llama"), config))
+    poly = peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, n_tasks=2)
+    with pytest.raises(TypeError, match="its POLY adapter 'default' needs the task of each row"):
+        spf.SoftPromptModel(peft.get_peft_model(build("llama"), poly))
+
+
+# --- PEFT's prompts over LoRA ---
+
+
+@pytest.mark.parametrize("kind", ["peft", "mixed", "transformers"])
+def test_an_accelerated_prompt_over_adapters(kind: str) -> None:
+    base = build("llama")
+    if kind == "transformers":
+        base.add_adapter(peft.LoraConfig(**LORA))
+    else:
+        config = peft.LoraConfig(**{k: v for k, v in LORA.items() if kind == "peft" or k != "task_type"})
+        base = peft.get_peft_model(base, config, mixed=kind == "mixed")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = fill(peft.get_peft_model(base, prompt)).eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        spf.accelerate(model)
+        assert relative(model(input_ids=IDS).logits[:, 5:], expected[:, 5:]) < 1e-5
+    assert model.execution_report().execution == "shared"
+
+
+def test_a_mixed_model_has_no_prompt_to_accelerate() -> None:
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
+    with pytest.raises(TypeError, match=r"`peft_model` must be one of PEFT's .*, got PeftMixedModel"):
+        spf.accelerate(model)
