@@ -220,6 +220,8 @@ class SoftPromptModel(PromptFiles):
             options.setdefault("output_attentions", True)
         unpacked = [k for k, v in options.items() if k not in PACKED_OPTIONS and v is not False]
         output = self._run_padded_for(unpacked[0], padded) if unpacked else self._run(packed, padded)
+        if self.training and torch.is_grad_enabled() and output.get("loss") is not None:
+            self._check_gradient(output["loss"], arguments[0], prompt_ids, len(texts.input_ids))
         if output.get("logits") is not None and self._traits.labels_per_token:
             output["logits"] = output["logits"][:, columns]
         # Without fields that are None and in the order of its class: `output[0]` is the loss if there is one.
@@ -227,6 +229,14 @@ class SoftPromptModel(PromptFiles):
         output = type(output)(**filled)
         as_mapping = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_mapping else output.to_tuple()
+
+    def _check_gradient(self, loss: Tensor, bank: FastSoftPrompt, prompt_ids: PromptIds, rows: int) -> None:
+        """Refuses to train with layers that only infer: without a gradient nothing would be learnt."""
+        if not loss.requires_grad and any(prompt.requires_grad for prompt in bank.select(prompt_ids, rows).prompts):
+            kind = type(self.base_model).__name__
+            raise TypeError(
+                f"{kind} cannot train prompts: its layers pass no gradient on, as in some quantised formats"
+            )
 
     def _texts(
         self,
