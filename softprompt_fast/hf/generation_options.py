@@ -187,6 +187,9 @@ def checked_rows(
         raise ValueError(f"`input_ids` must be [B, T], got {list(ids.shape)}")
     if attention_mask is None:
         real = torch.ones_like(ids, dtype=torch.bool)
+    elif not isinstance(attention_mask, Tensor):
+        kind = type(attention_mask).__name__
+        raise TypeError(f"`attention_mask` must be a tensor or None, got {kind}; give other arguments by name")
     elif attention_mask.shape != ids.shape:
         shapes = f"{list(ids.shape)}, got {list(attention_mask.shape)}"
         raise ValueError(f"`attention_mask` must have the shape of input_ids {shapes}")

@@ -234,9 +234,7 @@ class SoftPromptModel(PromptFiles):
         """Refuses to train with layers that only infer: without a gradient nothing would be learnt."""
         if not loss.requires_grad and any(prompt.requires_grad for prompt in bank.select(prompt_ids, rows).prompts):
             kind = type(self.base_model).__name__
-            raise TypeError(
-                f"{kind} cannot train prompts: its layers pass no gradient on, as in some quantised formats"
-            )
+            raise TypeError(f"{kind} cannot train prompts: its layers pass no gradient on, as in some 8-bit formats")
 
     def _texts(
         self,
