@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..base.errors import either
 from ..base.locations import located
 from ..prompts.base_identity import base_facts, check_base
-from ..prompts.checkpoints import prompt_names, read_checkpoint
+from ..prompts.checkpoints import prompt_names, read_checkpoint, read_trained_weights
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from ..prompts.peft_files import (
     P_TUNING,
@@ -130,6 +130,9 @@ class PromptFiles(ModelInterface):
     ) -> Self:
         """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
 
+        A checkpoint also holds the adapters (LoRA and others) that were trained with ``train_adapters=True``. The model
+        must have adapters of the same shape and names; they get these weights.
+
         Args:
             directory: also the name of a version in the registry, such as ``sentiment@production``.
             names: load only these.
@@ -138,7 +141,8 @@ class PromptFiles(ModelInterface):
 
         Raises:
             FileNotFoundError: there is no such prompt.
-            ValueError: a prompt was tuned on other weights, or for a model of another size.
+            ValueError: a prompt was tuned on other weights, or for a model of another size; the model lacks the
+                adapters of a checkpoint.
         """
         directory = located(directory)
         state = read_checkpoint(directory)
@@ -150,12 +154,25 @@ class PromptFiles(ModelInterface):
         tuned = cls(model, **options)
         if state is not None:
             tuned.prompts.load_state_dict(state)
+            tuned._load_trained_weights(directory)
             for name in set(stored) - set(stored if names is None else names):
                 tuned.prompts.remove_prompt(name)
         for name, folder in folders.items():
             if names is None or {name, folder.name} & set(names):
                 tuned.load_prompt(folder, name, force=force)
         return tuned
+
+    def _load_trained_weights(self, checkpoint: Path) -> None:
+        """Loads the weights that a checkpoint holds beside prompts."""
+        own = {key for key, _ in self.named_parameters()}
+        state = read_trained_weights(checkpoint)
+        unknown = sorted(state.keys() - own)
+        if unknown:
+            raise ValueError(
+                f"`model` must have the adapters that {checkpoint} holds, but it has no {unknown[0]!r}; load or add "
+                "them first"
+            )
+        self.load_state_dict(state, strict=False)
 
 
 def checked_type(peft_type: str | None, kinds: Sequence[str]) -> str | None:

@@ -35,6 +35,12 @@ def read_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor] | None:
     return state or None
 
 
+def read_trained_weights(folder: PathLike[str] | str) -> dict[str, Tensor]:
+    """Weights of a checkpoint that were trained beside prompts (adapters), as a model's ``state_dict`` names them."""
+    path = Path(folder) / WEIGHTS_FILE
+    return {key: value for key, value in load_file(path).items() if not key.startswith(BANK_PREFIX)}
+
+
 def prompt_names(state: dict[str, Tensor]) -> list[str]:
     plain = [key.removeprefix(PARAMETER_PREFIX) for key in state if key.startswith(PARAMETER_PREFIX)]
     return plain + names_with_frozen(state)

@@ -442,3 +442,25 @@ def test_a_mixed_model_has_no_prompt_to_accelerate() -> None:
     model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]), mixed=True)
     with pytest.raises(TypeError, match=r"`peft_model` must be one of PEFT's .*, got PeftMixedModel"):
         spf.accelerate(model)
+
+
+# --- Trainer ---
+
+
+def test_a_checkpoint_of_trainer_holds_both(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    tuned = with_prompts(adapted(), train_adapters=True)
+    rows = [{"input_ids": ids, "labels": ids, "prompt_ids": row % 2} for row, ids in enumerate(IDS)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, save_steps=3, report_to=[], use_cpu=True, learning_rate=1e-2
+    )
+    before = {name: parameter.detach().clone() for name, parameter in tuned.named_parameters()}
+    Trainer(tuned, arguments, train_dataset=rows).train()
+    changed = {name for name, parameter in tuned.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == set(trained(tuned))
+    checkpoint = tmp_path / "checkpoint-3"
+    loaded = spf.SoftPromptModel.from_pretrained(adapted(), checkpoint)
+    assert check_generated(loaded) == check_generated(tuned.eval())
+    with pytest.raises(ValueError, match=r"`model` must have the adapters that .* holds, but it has no 'base_model"):
+        spf.SoftPromptModel.from_pretrained(build("llama"), checkpoint)
