@@ -26,12 +26,14 @@ from .options import (
     MACHINE,
     OUTPUT,
     PROMPT,
+    Adapter,
     BatchSize,
     Data,
     Device,
     Dtype,
     OptionalModel,
     PromptFolders,
+    Quantize,
     completion,
     with_options,
 )
@@ -98,6 +100,7 @@ def predict(
     data: Data,
     data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
+    adapter: Adapter = None,
     force: Force = False,
     prompt_name_column: PromptNameColumn = None,
     template: TaskTemplate = None,
@@ -114,6 +117,7 @@ def predict(
     engine: Engine = "local",
     workers: Workers = 2,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Adds a prediction to each row, as its prompt's task asks, in the order of the rows.
@@ -140,6 +144,8 @@ def predict(
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "batch_tokens": batch_tokens,
+        "adapter": adapter,
+        "quantize": quantize,
         "dtype": dtype,
         "device": device,
     }

@@ -102,12 +102,15 @@ def load_tuned(
     *,
     force: bool = False,
     task: Task | None = None,
+    adapter: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[SoftPromptModel, Any, Task]:
     """A model with the one prompt of a folder, its tokenizer, and the prompt's task.
 
     Args:
         force: also load a prompt that was tuned on other weights than the model's.
         task: the task of a prompt that has no task.json.
+        adapter, quantize: as for :func:`load_base_model`.
     """
     from dataclasses import replace
 
@@ -128,7 +131,8 @@ def load_tuned(
     else:
         task = Task.load(prompt)
         folder = prompt if (prompt / TASK_FILE).is_file() else prompt / task.prompt
-    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
+    loading: dict[str, Any] = {"adapter": adapter, "quantize": quantize, "console": console}
+    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, **loading)
     tuned = (DeepPromptModel if is_deep(folder) else SoftPromptModel)(base)
     tuned.load_prompt(folder, task.prompt, force=force)
     return tuned, tokenizer, task

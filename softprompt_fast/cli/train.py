@@ -16,6 +16,7 @@ from .options import (
     DATA,
     OUTPUT,
     PROMPT,
+    Adapter,
     Data,
     Deep,
     Device,
@@ -23,6 +24,7 @@ from .options import (
     HeldOut,
     Model,
     PromptName,
+    Quantize,
     Register,
     Validation,
     with_options,
@@ -67,6 +69,7 @@ def train(
     data_options_of: Callable[..., DataOptions],
     task_options: Callable[..., TaskOptions],
     settings_of: Callable[..., TuningSettings],
+    adapter: Adapter = None,
     output: Output = Path("prompts"),
     resume: Resume = False,
     validation: Validation = None,
@@ -80,6 +83,7 @@ def train(
     tensorboard: TensorBoard = False,
     register: Register = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Tunes a soft prompt on rows of data and keeps the best checkpoint. Also tunes ensembles, or several tasks."""
@@ -119,7 +123,7 @@ def train(
             jobs.append(TuningJob(task, *split_rows(own, held_out, settings.seed)))
         else:
             jobs.append(TuningJob(task, own, complete_rows(task, held_out_groups[own_name])))
-    base, tokenizer = load_base_model(model, dtype, device, console=console)
+    base, tokenizer = load_base_model(model, dtype, device, adapter=adapter, quantize=quantize, console=console)
     for job in jobs:
         job.task.read_chat(tokenizer)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)

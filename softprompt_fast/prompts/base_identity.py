@@ -89,7 +89,7 @@ def check_known_base(prompt: str, name: str | None, fingerprint: str | None, mod
     own = base_fingerprint(model)
     if not same_base(fingerprint, own):
         same_weights = same_base(*(":".join(each.split(":")[:3]) for each in (fingerprint, own)))
-        hint = ", which is the same without or with its adapters" if same_weights else ""
+        hint = ", which is the same without or with its adapters (--adapter)" if same_weights else ""
         raise ValueError(
             f"{prompt}: the prompt's base model must be {name or 'unnamed'!r} ({fingerprint}), got "
             f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} ({own}){hint}; force=True (--force) uses "
