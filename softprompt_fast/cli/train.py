@@ -94,13 +94,8 @@ def train(
     _check_prompt_name(name, "--name")
     settings = prepare_register(register, settings_of(init="text") if "text" in (member_init or ()) else settings_of())
     member_init = member_init and [pinned(init) for init in member_init]
-    if member_init and members not in (1, len(member_init)):
-        raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
     several = member_init or members
-    if task_column is not None and several != 1:
-        raise ValueError("--members cannot be combined with --task-column")
-    if shared_tokens and task_column is None:
-        raise ValueError("--shared-tokens cannot be used without --task-column")
+    _check_several(members, member_init, task_column, shared_tokens)
     from ..hf.loading import load_base_model
     from ..models.deep_prompt_model import DeepPromptModel
     from ..models.soft_prompt_model import SoftPromptModel
@@ -127,8 +122,7 @@ def train(
     for job in jobs:
         job.task.read_chat(tokenizer)
     tuned = (DeepPromptModel if deep else SoftPromptModel)(base)
-    loggers = ("tensorboard",) if tensorboard else ()
-    common: dict[str, Any] = {"resume": resume, "report_to": loggers, "console": console}
+    common: dict[str, Any] = {"resume": resume, "report_to": ("tensorboard",) * tensorboard, "console": console}
     if several != 1:
         (job,) = jobs
         ensemble = tune_ensemble(
@@ -145,6 +139,16 @@ def train(
     commands = after_training(given_options(context), results, prompt=str(folder), more=more)
     for purpose, command in zip(PURPOSES, commands, strict=True):
         console.print(f"{purpose}:\n  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_several(members: int, member_init: list[str] | None, task_column: str | None, shared_tokens: int) -> None:
+    """Checks options of ensembles and of several tasks that cannot be combined."""
+    if member_init and members not in (1, len(member_init)):
+        raise ValueError(f"--members must be {len(member_init)}, one for each --member-init, got {members}")
+    if task_column is not None and (member_init or members) != 1:
+        raise ValueError("--members cannot be combined with --task-column")
+    if shared_tokens and task_column is None:
+        raise ValueError("--shared-tokens cannot be used without --task-column")
 
 
 def _held_out_groups(

@@ -111,7 +111,7 @@ class PromptBank:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
         self._compiling = threading.Lock()
-        self._state = b""
+        self._state = fingerprint(self.model.base_model, numbers=False)
         """Of the model, when the compiled prompts were computed."""
         runner = self.model.runner
         assert runner is not None  # only execution="padded" has none
@@ -287,6 +287,8 @@ class PromptBank:
             ValueError: written for other weights, or for another prompt of this name.
         """
         loaded = []
+        with self._lock:
+            self._forget_after_a_change()
         for path in sorted(Path(directory).glob("*.safetensors")):
             values, vectors = storage.load(path, self.model.base_model)
             name = path.stem

@@ -71,7 +71,7 @@ def test_a_prompt_on_an_adapter(model_folder: Path, data: Path, adapter: Path, t
 
 def test_a_run_is_resumed_with_its_adapter_only(model_folder: Path, data: Path, adapter: Path, tmp_path: Path) -> None:
     train(model_folder, data, tmp_path / "run", "--adapter", str(adapter))
-    with pytest.raises(ValueError, match="cannot resume: `model` was .* with adapters"):
+    with pytest.raises(ValueError, match=r"cannot resume: `model` was .* with adapters"):
         train(model_folder, data, tmp_path / "run", "--steps", "4", "--resume")
     train(model_folder, data, tmp_path / "run", "--steps", "4", "--resume", "--adapter", str(adapter))
 

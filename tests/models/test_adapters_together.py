@@ -1,87 +1,31 @@
-"""Prompts together with LoRA and other adapters of PEFT in the same base: trained, switched, saved, served."""
+"""Prompts together with LoRA and other adapters of PEFT in the same base: trained, switched, saved, refused."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from support.adapted_models import (
+    KINDS,
+    LORA,
+    adapted,
+    add_to_the_adapter,
+    check_generated,
+    trained,
+    two_adapters,
+    with_prompts,
+)
 from support.peft_models import IDS, fill
-from support.rows_alone import PROMPTS, ROWS, alone, relative
+from support.rows_alone import PROMPTS, ROWS, relative
 from support.tiny_models import batch, build
-from torch import Tensor
 
 import softprompt_fast as spf
 from softprompt_fast.inference import PromptBank
 from softprompt_fast.prompts.base_identity import base_fingerprint
 
 peft = pytest.importorskip("peft")
-TARGETS = ["q_proj", "v_proj", "up_proj"]
-LORA: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": TARGETS, "init_lora_weights": False}
-KINDS: dict[str, Callable[[], Any]] = {
-    "lora": lambda: peft.LoraConfig(**LORA),
-    "dora": lambda: peft.LoraConfig(**LORA, use_dora=True),
-    "ia3": lambda: peft.IA3Config(
-        task_type="CAUSAL_LM",
-        target_modules=["k_proj", "down_proj"],
-        feedforward_modules=["down_proj"],
-        init_ia3_weights=False,
-    ),
-    "loha": lambda: peft.LoHaConfig(r=2, target_modules=TARGETS, init_weights=False),
-    "oft": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=TARGETS, init_weights=False),
-    "vera": lambda: peft.VeraConfig(r=2, target_modules=["q_proj"], init_weights=False),
-    "norms": lambda: peft.LNTuningConfig(task_type="CAUSAL_LM"),
-    "llama-adapter": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2),
-    "head-and-embedding": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head", "embed_tokens"]),
-    "lora-of-the-embedding": lambda: peft.LoraConfig(**LORA | {"target_modules": ["embed_tokens", "q_proj"]}),
-    "tokens": lambda: peft.LoraConfig(**LORA, trainable_token_indices=list(range(3, 50))),
-}
-
-
-def adapted(kind: str = "lora", **options: Any) -> Any:
-    """A model whose adapter changes its results."""
-    config = KINDS[kind]() if not options else peft.LoraConfig(**LORA | options)
-    model = peft.get_peft_model(build("llama"), config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
-
-
-def with_prompts(model: Any, **options: Any) -> spf.SoftPromptModel:
-    tuned = spf.SoftPromptModel(model, **options)
-    torch.manual_seed(3)
-    for prompt, length in PROMPTS.items():
-        tuned.add_prompt(prompt, init=torch.randn(length, 32) * 0.5)
-    return tuned
-
-
-def trained(tuned: spf.SoftPromptModel) -> list[str]:
-    return [name for name, parameter in tuned.named_parameters() if parameter.requires_grad]
-
-
-def greedy(tuned: spf.SoftPromptModel, ids: Tensor, prompt: str, count: int = 6) -> list[int]:
-    """The likeliest tokens after a row alone, without a cache."""
-    for _ in range(count):
-        output, _ = alone(tuned, ids, prompt)
-        ids = torch.cat([ids, output.logits[0, -1:].argmax(-1)])
-    return ids.tolist()
-
-
-def check_generated(tuned: spf.SoftPromptModel) -> list[list[int]]:
-    """Generates text with both prompts, and compares it with each row alone."""
-    rows = ["long", "short", "long", "short"]
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    tokens = tuned.generate(IDS, prompt_ids=rows, **options).tolist()
-    with torch.no_grad():
-        assert tokens == [greedy(tuned, ids, prompt) for ids, prompt in zip(IDS, rows, strict=True)]
-    return tokens
-
 
 # --- numbers and gradients ---
 
@@ -179,12 +123,6 @@ def test_what_was_trainable_is_trainable_after_unload() -> None:
 # --- several adapters ---
 
 
-def two_adapters() -> Any:
-    model = adapted()
-    model.add_adapter("other", peft.LoraConfig(**LORA))
-    return model.eval()
-
-
 @pytest.mark.parametrize("train", [False, True])
 def test_switching_does_not_unfreeze(train: bool) -> None:
     model = two_adapters()
@@ -234,110 +172,6 @@ def test_peft_mixed_models() -> None:
     assert report[1] == "shared"
     with tuned.disable_adapter():
         assert check_generated(tuned) == check_generated(with_prompts(build("llama"))) != report[0]
-
-
-# --- compiled prompts depend on the adapters ---
-
-
-def add_to_the_adapter(model: Any) -> None:
-    """A step of training, as an optimiser takes it."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.add_(torch.randn_like(parameter))
-
-
-def scale_the_adapter(model: Any) -> None:
-    for module in model.modules():
-        if hasattr(module, "scale_layer"):
-            module.scale_layer(3.0)
-
-
-CHANGES: dict[str, Callable[[Any], Any]] = {
-    "switched": lambda model: model.set_adapter("other"),
-    "disabled": lambda model: model.base_model.disable_adapter_layers(),
-    "trained": add_to_the_adapter,
-    "scaled": scale_the_adapter,
-    "deleted": lambda model: model.delete_adapter("default"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:Adapter default was active")
-@pytest.mark.parametrize("change", CHANGES)
-def test_generate_after_a_change_of_the_adapters(change: str) -> None:
-    tuned = with_prompts(two_adapters())
-    first = check_generated(tuned)
-    CHANGES[change](tuned.base_model)
-    assert check_generated(tuned) != first
-
-
-@pytest.mark.parametrize("storage", ["device", "host"])
-@pytest.mark.filterwarnings("ignore:Adapter default was active")
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_bank_after_a_change_of_the_adapters(change: str, storage: str) -> None:
-    tuned = with_prompts(two_adapters())
-    bank = PromptBank(tuned, storage=storage)
-    before = compiled_values(bank)
-    assert bank.stats()["misses"] == len(PROMPTS)
-    assert torch.equal(compiled_values(bank), before) and bank.stats()["misses"] == len(PROMPTS)
-    CHANGES[change](tuned.base_model)
-    after = compiled_values(bank)
-    assert torch.equal(after, compiled_values(PromptBank(tuned, storage=storage)))
-    assert not torch.allclose(after, before)
-    assert bank.stats()["compiled_bytes"] == sum(PROMPTS.values()) * bank.bytes_per_token
-
-
-def compiled_values(bank: PromptBank) -> Tensor:
-    with bank.use(list(PROMPTS)) as view:
-        assert view.compiled is not None
-        slots = [slot for first, count in view.prefixes for slot in range(first, first + count)]
-        return view.compiled[:, :, slots].clone()
-
-
-def test_a_running_batch_keeps_what_it_began_with() -> None:
-    tuned = with_prompts(two_adapters())
-    bank = PromptBank(tuned)
-    with bank.use(["long"]) as first:
-        assert first.compiled is not None
-        old = first.compiled[:, :, : first.prefixes[0][1]].clone()
-        tuned.set_adapter("other")
-        with bank.use(["long"]) as second:
-            assert second.compiled is not None and second.prefixes != first.prefixes
-        assert torch.equal(first.compiled[:, :, : first.prefixes[0][1]], old)
-    assert bank.stats()["compiled_bytes"] == PROMPTS["long"] * bank.bytes_per_token
-
-
-def test_compiled_files_belong_to_the_active_adapter(tmp_path: Path) -> None:
-    tuned = with_prompts(two_adapters())
-    bank = PromptBank(tuned)
-    bank.save_compiled(tmp_path)
-    assert sorted(bank.load_compiled(tmp_path)) == sorted(PROMPTS)
-    tuned.set_adapter("other")
-    with pytest.raises(ValueError, match="was compiled with other weights"):
-        bank.load_compiled(tmp_path)
-    tuned.set_adapter("default")
-    assert sorted(bank.load_compiled(tmp_path)) == sorted(PROMPTS)
-
-
-def test_merging_keeps_the_text() -> None:
-    model = adapted()
-    tuned = with_prompts(model)
-    text = check_generated(tuned)
-    model.merge_adapter()
-    assert check_generated(tuned) == text
-    model.unmerge_adapter()
-    assert check_generated(tuned) == text
-    prompts = tuned.prompts
-    merged = spf.SoftPromptModel(model.merge_and_unload(), prompts)
-    assert check_generated(merged) == text
-    assert not any("lora_" in name for name, _ in merged.named_parameters())
-
-
-def test_training_both_with_a_bank_over_them() -> None:
-    tuned = with_prompts(adapted(), train_adapters=True)
-    bank = PromptBank(tuned)
-    assert any("lora_" in name for name in trained(tuned))  # the bank freezes nothing that is trained
-    del bank
 
 
 # --- files ---
