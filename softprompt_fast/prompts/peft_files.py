@@ -107,6 +107,9 @@ def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
     # If there are only others, reading one of them gives the reason against it.
     prompts = [folder for folder in adapters if not _is_other_adapter(folder)] or adapters[:1]
     folders = [path for folder in prompts for path in _with_tasks(folder)]
+    for folder in adapters:
+        if folder not in prompts:
+            logger.info("%s holds another adapter than a prompt and is left out", folder)
     if here:
         return folders
     pickles = [folder for folder in (directory, *inside) if _is_pickled(folder)]

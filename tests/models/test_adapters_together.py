@@ -208,7 +208,8 @@ def test_the_fingerprint_without_its_last_part_is_the_bases(kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["beside", "around"])
-def test_an_adapter_and_prompts_in_one_folder(tmp_path: Path, layout: str) -> None:
+def test_an_adapter_and_prompts_in_one_folder(tmp_path: Path, layout: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "softprompt_fast")
     tuned = with_prompts(adapted(), train_adapters=True)
     expected = check_generated(tuned)
     folder = tmp_path / "adapter" if layout == "beside" else tmp_path
@@ -220,6 +221,7 @@ def test_an_adapter_and_prompts_in_one_folder(tmp_path: Path, layout: str) -> No
     assert check_generated(loaded) == expected
     bank = PromptBank(model)
     assert sorted(bank.add_directory(tmp_path)) == sorted(PROMPTS)
+    assert f"{folder} holds another adapter than a prompt and is left out" in caplog.messages
     assert any("lora_" in name for name in trained(loaded))
 
 
