@@ -17,6 +17,7 @@ from support.adapted_models import (
     two_adapters,
     with_prompts,
 )
+from support.deep_rows_alone import deep_alone
 from support.peft_models import IDS, fill
 from support.rows_alone import PROMPTS, ROWS, relative
 from support.tiny_models import batch, build
@@ -60,6 +61,27 @@ def test_values_and_gradients_are_those_of_each_row_alone(kind: str, execution: 
         assert relative(torch.zeros_like(b) if a is None else a, b) < 5e-5
         reached += bool(b.norm() > 0)
     assert reached >= len(parameters) - 2  # the last layer's adapters of positions that nothing reads
+
+
+def test_deep_prompts_on_an_adapter() -> None:
+    tuned = spf.DeepPromptModel(adapted(), train_adapters=True)
+    torch.manual_seed(3)
+    for name, length in PROMPTS.items():
+        tuned.add_prompt(name, init=torch.randn(length, tuned.prompts.embedding_dim) * 0.5)
+    ids, mask = batch()
+    logits = tuned(ids, mask, prompt_ids=ROWS).logits
+    weights = torch.randn_like(logits) * mask[..., None]
+    parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    assert len(parameters) > len(PROMPTS)
+    values = torch.zeros_like(logits)
+    for row, prompt in enumerate(ROWS):
+        real = mask[row].bool()
+        values[row, real] = deep_alone(tuned, ids[row][real], None if prompt is None else tuned.prompts[prompt])
+    assert relative(logits, values) < 1e-5
+    got, expected = (torch.autograd.grad((each * weights).sum(), parameters) for each in (logits, values))
+    for a, b in zip(got, expected, strict=True):
+        assert b.norm() > 0
+        assert relative(a, b) < 5e-5
 
 
 def test_the_self_check_leaves_out_the_dropout_of_adapters() -> None:
