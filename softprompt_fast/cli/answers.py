@@ -70,12 +70,15 @@ def load_pipeline(
     batch_tokens: int,
     dtype: str,
     device: str | None,
+    adapter: str | None = None,
+    quantize: str | None = None,
     force: bool = False,
     task: Task | None = None,
 ) -> SoftPromptPipeline:
     """A pipeline on the prompts of a folder and the model they were tuned on.
 
     Args:
+        adapter, quantize: as for :func:`load_base_model`.
         force: also load prompts that were tuned on other weights than the model's.
         task: the task of prompts that have no task.json.
     """
@@ -85,7 +88,8 @@ def load_pipeline(
 
     folders = folders_by_name(prompt)
     refuse_heads(folders)
-    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, console=console)
+    loading: dict[str, Any] = {"adapter": adapter, "quantize": quantize, "console": console}
+    base, tokenizer = load_base_model(base_model_name(prompt, model), dtype, device, **loading)
     bank = PromptBank(base)
     bare = without_task(folders)
     for name, folder in folders.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from ..base.extras import require
 from ..base.locations import located
 from ..base.progress import progress_bar
 from .data import DataOptions
-from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, with_options
+from .options import DATA, Adapter, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolder, Quantize, with_options
 from .output import console
 from .prompts import (
     Force,
@@ -32,6 +32,7 @@ def evaluate(
     data: Data,
     data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
+    adapter: Adapter = None,
     force: Force = False,
     template: TaskTemplate = None,
     label_word: TaskWords = None,
@@ -46,6 +47,7 @@ def evaluate(
     ensemble: Annotated[bool, typer.Option(help="Score the common decision of the folder's prompts.")] = False,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Scores a tuned prompt, or an ensemble, on labelled rows; prints JSON."""
@@ -56,6 +58,7 @@ def evaluate(
     from ..tasks.examples import complete_rows
 
     prompt = located(prompt)
+    loading: dict[str, Any] = {"adapter": adapter, "quantize": quantize}
     folders = folders_by_name(prompt)
     given = given_task(folders, template, label_word, target_column)
     rows = data_options.read(data)
@@ -64,13 +67,14 @@ def evaluate(
     if ensemble:
         refuse_heads(folders)
         members, combine = ensemble_members(prompt, list(folders))
-        tuned, tokenizer, task = load_tuned(folders[members[0]], model, dtype, device, force=force)
+        tuned, tokenizer, task = load_tuned(folders[members[0]], model, dtype, device, force=force, **loading)
         rows = complete_rows(task, rows)
         for name in members[1:]:
             tuned.load_prompt(folders[name], name, force=force)
         scores = evaluate_ensemble(tuned, tokenizer, task, rows, members, combine=combine, batch_size=batch_size)
     else:
-        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device, force=force, task=given, heads=True)
+        loading |= {"task": given, "heads": True}
+        tuned, tokenizer, task = load_tuned(prompt, model, dtype, device, force=force, **loading)
         rows = complete_rows(task, rows)
         with progress_bar(len(rows), console) as advance:
             scores = score_prompt(tuned, tokenizer, task, rows, batch_size=batch_size, progress=advance)

@@ -19,7 +19,7 @@ from .answers import (
     names_of_rows,
 )
 from .data import DataOptions
-from .options import DATA, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, with_options
+from .options import DATA, Adapter, BatchSize, Data, Device, Dtype, OptionalModel, PromptFolders, Quantize, with_options
 from .prompts import Force
 
 GENERATION = "Generation"
@@ -59,6 +59,7 @@ def generate(
     data: Data,
     data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
+    adapter: Adapter = None,
     force: Force = False,
     prompt_name_column: PromptNameColumn = None,
     text_column: TextColumn = "text",
@@ -74,6 +75,7 @@ def generate(
     batch_size: BatchSize = 32,
     batch_tokens: BatchTokens = 4096,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Continues each row's text, in the order of the rows.
@@ -89,7 +91,15 @@ def generate(
     prompt = located(prompt)
     rows = data_options.read(data)
     pipe = load_pipeline(
-        prompt, model, batch_size=batch_size, batch_tokens=batch_tokens, dtype=dtype, device=device, force=force
+        prompt,
+        model,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        adapter=adapter,
+        quantize=quantize,
+        dtype=dtype,
+        device=device,
+        force=force,
     )
     names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
     given = {"temperature": temperature, "top_p": top_p, "stop_strings": stop}

@@ -48,7 +48,8 @@ def after_training(given: Mapping[str, Any], results: list[Any], *, prompt: str,
         prompt: folder of the prompts.
         more: options of ``evaluate`` and ``predict`` that depend on the kind of run.
     """
-    common = {name: given[name] for name in ("--split", "--dtype", "--device") if name in given}
+    kept = ("--adapter", "--split", "--dtype", "--quantize", "--device")
+    common = {name: given[name] for name in kept if name in given}
     scored = given.get("--validation") or given["--data"]
     ensemble = bool(more["--ensemble"])
     one = prompt if ensemble else results[0].folder  # tasks are scored one by one

@@ -104,6 +104,23 @@ Dtype = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Folder or Hub name of a LoRA or another adapter of PEFT, which runs in the layers of the base model.",
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        help="int8: weights of linear layers in 8 bits (torchao).",
+        metavar="int8",
+        autocompletion=completion(("int8",)),
+        rich_help_panel=MACHINE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, ... By default a GPU if there is one.", rich_help_panel=MACHINE),

@@ -26,12 +26,14 @@ from .options import (
     MACHINE,
     OUTPUT,
     PROMPT,
+    Adapter,
     BatchSize,
     Data,
     Device,
     Dtype,
     OptionalModel,
     PromptFolders,
+    Quantize,
     completion,
     with_options,
 )
@@ -45,6 +47,7 @@ from .prompts import (
     folders_by_name,
     given_task,
     load_head_answers,
+    refuse_with_head,
     tasks_with_heads,
     without_task,
 )
@@ -105,6 +108,7 @@ def predict(
     data: Data,
     data_options_of: Callable[..., DataOptions],
     model: OptionalModel = None,
+    adapter: Adapter = None,
     force: Force = False,
     prompt_name_column: PromptNameColumn = None,
     template: TaskTemplate = None,
@@ -121,6 +125,7 @@ def predict(
     engine: Engine = "local",
     workers: Workers = 2,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Adds a prediction to each row, as its prompt's task asks, in the order of the rows.
@@ -147,10 +152,12 @@ def predict(
     settings: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     settings |= {"dtype": dtype, "device": device}
     if heads := tasks_with_heads(folders):
+        refuse_with_head(adapter, quantize)
         _check_heads(heads, folders, ensemble, engine, log, max_new_tokens)
         names = names_of_rows(rows, prompt_name_column, list(folders))
         answer_all(rows, names, load_head_answers(folders, heads, model, force=force, **settings), output, resume)
         return
+    settings |= {"adapter": adapter, "quantize": quantize}
     if engine == "ray":
         from ..inference.ray_engine import RayAnswers
 

@@ -104,6 +104,8 @@ def load_tuned(
     force: bool = False,
     task: Task | None = None,
     heads: bool = False,
+    adapter: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[SoftPromptModel, Any, Task]:
     """A model with the one prompt of a folder, its tokenizer, and the prompt's task.
 
@@ -111,6 +113,7 @@ def load_tuned(
         force: also load a prompt that was tuned on other weights than the model's.
         task: the task of a prompt that has no task.json.
         heads: also take a prompt that was tuned with a head.
+        adapter, quantize: as for :func:`load_base_model`.
 
     Raises:
         ValueError: a folder without one prompt, or a prompt with a head that the command does not take.
@@ -137,9 +140,11 @@ def load_tuned(
     if not heads:
         refuse_heads({task.prompt: folder})
     if task.head is not None:
+        refuse_with_head(adapter, quantize)
         tuned, tokenizer = load_with_head({task.prompt: folder}, task, model, dtype, device, force=force)
         return tuned, tokenizer, task
-    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, console=console)
+    loading: dict[str, Any] = {"adapter": adapter, "quantize": quantize, "console": console}
+    base, tokenizer = load_base_model(base_model_name(folder, model), dtype, device, **loading)
     tuned = (DeepPromptModel if is_deep(folder) else SoftPromptModel)(base)
     tuned.load_prompt(folder, task.prompt, force=force)
     return tuned, tokenizer, task
@@ -189,6 +194,17 @@ def load_with_head(
             raise ValueError(f"{folder} must hold the head {task.head.name}, which {name} does not have")
         tuned.load_prompt(folder, prompt, force=force)
     return tuned, loaded.tokenizer
+
+
+def refuse_with_head(adapter: str | None, quantize: str | None) -> None:
+    """Refuses options for loading that a model with a task head does not have.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for flag, value in {"--adapter": adapter, "--quantize": quantize}.items():
+        if value is not None:
+            raise ValueError(f"{flag} cannot be combined with a task head (--head)")
 
 
 def load_head_answers(

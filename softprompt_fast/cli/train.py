@@ -17,6 +17,7 @@ from .options import (
     DATA,
     OUTPUT,
     PROMPT,
+    Adapter,
     Data,
     Deep,
     Device,
@@ -24,11 +25,13 @@ from .options import (
     HeldOut,
     Model,
     PromptName,
+    Quantize,
     Register,
     Validation,
     with_options,
 )
 from .output import console
+from .prompts import refuse_with_head
 from .versions import pinned, prepare_register, register_prompts
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def train(
     task_options: Callable[..., TaskOptions],
     head_options_of: Callable[..., HeadOptions],
     settings_of: Callable[..., TuningSettings],
+    adapter: Adapter = None,
     output: Output = Path("prompts"),
     resume: Resume = False,
     validation: Validation = None,
@@ -87,6 +91,7 @@ def train(
     tensorboard: TensorBoard = False,
     register: Register = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     device: Device = None,
 ) -> None:
     """Tunes a soft prompt on rows of data and keeps the best checkpoint. Also tunes ensembles, or several tasks."""
@@ -100,6 +105,8 @@ def train(
     several = _members(members, member_init, task_column, shared_tokens)
     options, head_options = task_options(), head_options_of()
     check_head(head_options, options, train_head, deep=deep, task_column=task_column, several=several != 1)
+    if head_options.head is not None:
+        refuse_with_head(adapter, quantize)
     from ..tuning.ensemble import tune_ensemble
     from ..tuning.run import tune_tasks
 
@@ -113,7 +120,8 @@ def train(
     groups = {name: rows} if task_column is None else _groups(rows, task_column)
     held_out_groups = None if held_out_rows is None else _held_out_groups(groups, held_out_rows, task_column, name)
     jobs = _jobs(groups, held_out_groups, task_of, held_out, settings.seed)
-    tuned, tokenizer = _model(model, jobs, deep, train_head, dtype, device)
+    loading: dict[str, Any] = {"adapter": adapter, "quantize": quantize}
+    tuned, tokenizer = _model(model, jobs, deep, train_head, dtype, device, **loading)
     loggers = ("tensorboard",) if tensorboard else ()
     common: dict[str, Any] = {"resume": resume, "report_to": loggers, "console": console}
     if several != 1:
@@ -149,7 +157,13 @@ def _members(
 
 
 def _model(
-    name: str, jobs: Sequence[TuningJob], deep: bool, train_head: bool | None, dtype: str, device: str | None
+    name: str,
+    jobs: Sequence[TuningJob],
+    deep: bool,
+    train_head: bool | None,
+    dtype: str,
+    device: str | None,
+    **loading: str | None,
 ) -> tuple[SoftPromptModel, Any]:
     """The model that the jobs' tasks need, and its tokenizer."""
     from ..hf.loading import load_base_model
@@ -158,7 +172,7 @@ def _model(
 
     if jobs[0].task.head is not None:
         return model_to_train(jobs[0].task, train_head, dtype, device)
-    base, tokenizer = load_base_model(name, dtype, device, console=console)
+    base, tokenizer = load_base_model(name, dtype, device, console=console, **loading)
     for job in jobs:
         job.task.read_chat(tokenizer)
     return (DeepPromptModel if deep else SoftPromptModel)(base), tokenizer

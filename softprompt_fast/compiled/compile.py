@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.errors import Unsupported
 from ..hf.architecture import check_room
-from ..hf.embedding import embedding_table
+from ..hf.embedding import token_vectors, vectors_like
 from ..packed.batch import PackedInputs
 from ..packed.layout import PackedLayout, RowGroup
 from ..packed.runner import PackedRunner
@@ -53,7 +53,7 @@ def compile_prompts(runner: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
         Unsupported: the model cannot run the packed layout.
     """
     model = runner.model
-    weight = model.get_input_embeddings().weight
+    weight = vectors_like(model.get_input_embeddings())
     lengths = [len(prompt) for prompt in prompts]
     count, device = sum(lengths), weight.device
     layers, two, heads, size = slot_shape(model)
@@ -81,7 +81,7 @@ def pack_texts(
         compiled: [L, 2, R, H', E]
     """
     embedding = model.get_input_embeddings()
-    device = embedding.weight.device
+    device = vectors_like(embedding).device
     flat = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
     positions = torch.tensor(
         [virtual + t for text, (_, virtual) in zip(texts, prefixes, strict=True) for t in range(len(text))],
@@ -92,5 +92,5 @@ def pack_texts(
         rows=RowGroup.of(0, [len(text) for text in texts], prefixes, device),
         compiled=compiled,
     )
-    vectors = embedding_table(embedding)(flat.to(device))
+    vectors = token_vectors(embedding, flat.to(device))
     return PackedInputs(vectors[None], positions.to(device)[None], layout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hf.architecture import cache_keyword
-from ..hf.embedding import embedding_table
+from ..hf.embedding import embedding_table, looked_up, token_vectors, vectors_like
 from ..packed.batch import SharedBatch, pack_rows
 from ..packed.layout import PackedLayout, RowGroup
 from ..packed.runner import PackedRunner
@@ -38,11 +38,10 @@ class PrefixRunner(PackedRunner):
             raise ValueError("a prompt has a token update, which deep prompts cannot use")
         if not selection.prompts:
             return None
-        weight = self.model.get_input_embeddings().weight
-        return self._states(selection.joined(weight.device))
+        return self._states(selection.joined(vectors_like(self.model.get_input_embeddings()).device))
 
     def _states(self, prompts: Tensor) -> Tensor:
-        return layered(prompts.to(self.model.get_input_embeddings().weight), self.shape).contiguous()
+        return layered(prompts.to(vectors_like(self.model.get_input_embeddings())), self.shape).contiguous()
 
     def pack(
         self,
@@ -60,6 +59,7 @@ class PrefixRunner(PackedRunner):
         if lengths is None:
             lengths = [tokens] * rows if attention_mask is None else (attention_mask != 0).sum(1).tolist()
         embedding = self.model.get_input_embeddings() if embedding is None else embedding
+        input_ids, embedding = looked_up(embedding, input_ids)
         no_prompts = Selection([], [-1] * rows, [], embedding_table(embedding).weight.shape[1])
         batch = pack_rows(no_prompts, embedding, input_ids, attention_mask, lengths, fold=False)
         prefixes = selection.prefixes
@@ -88,7 +88,7 @@ class PrefixRunner(PackedRunner):
         """[M, V] at `places` [M] among the tokens [T] of a row that runs by itself on a cache of its prompt."""
         from transformers import DynamicCache
 
-        vectors = embedding_table(self.model.get_input_embeddings() if embedding is None else embedding)(input_ids)
+        vectors = token_vectors(self.model.get_input_embeddings() if embedding is None else embedding, input_ids)
         cache: Any = DynamicCache()
         for layer, (key, value) in enumerate(() if prompt is None else self._states(prompt)):
             cache.update(key.transpose(0, 1)[None], value.transpose(0, 1)[None], layer)

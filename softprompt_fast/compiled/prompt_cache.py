@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..hf.adapters import adapter_state
+from ..hf.embedding import vectors_like
 from ..packed.runner import PackedRunner
 from .compile import compile_prompts, slot_shape
 
@@ -39,10 +40,9 @@ class PromptCache:
         Raises:
             Unsupported: the model cannot run the packed layout.
         """
-        weight = runner.model.get_input_embeddings().weight
         if not prompts:
             layers, two, heads, size = slot_shape(runner.model)
-            return weight.new_empty(layers, two, 0, heads, size)
+            return vectors_like(runner.model.get_input_embeddings()).new_empty(layers, two, 0, heads, size)
         model = fingerprint(runner.model)
         entries = dict(self._entries) if model == self._model else {}
         keys = [_digest(prompt) for prompt in prompts]
@@ -65,13 +65,19 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(str(list(values.shape)).encode() + values.numpy().tobytes()).digest()
 
 
-def fingerprint(model: Any) -> bytes:
-    """Changes whenever parameters or the state of adapters change: by places, versions and some of the numbers."""
+def fingerprint(model: Any, *, numbers: bool = True) -> bytes:
+    """Changes whenever parameters or the state of adapters change: by places, versions and some of the numbers.
+
+    Args:
+        numbers: False: read none, so that nothing waits for a GPU. A change by way of ``.data`` is then not seen.
+    """
     facts: list[Any] = []
     samples: dict[torch.device, list[Tensor]] = {}
     for parameter in model.parameters():
+        facts.append((_place(parameter), parameter._version, parameter.dtype))
+        if not numbers or type(parameter.data) is not Tensor or parameter.device.type == "meta":
+            continue
         flat = parameter.detach().reshape(-1)
-        facts.append((parameter.data_ptr(), parameter._version, parameter.dtype))
         samples.setdefault(parameter.device, []).append(flat[:: max(1, len(flat) // SAMPLES)].float())
     for module in model.modules():
         facts += adapter_state(module)
@@ -79,3 +85,8 @@ def fingerprint(model: Any) -> bytes:
     for parts in samples.values():
         digest.update(torch.cat(parts).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def _place(parameter: Tensor) -> int:
+    """Where the numbers are; of a tensor that holds others (a quantised one), which object it is."""
+    return parameter.data_ptr() if type(parameter.data) is Tensor else id(parameter)

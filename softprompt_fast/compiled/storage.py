@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,46 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..base.files import save_tensors_atomically
+from ..hf.adapters import adapter_state
+from .prompt_cache import fingerprint as quick_fingerprint
 
 FILE_FORMAT = "softprompt_fast compiled prompt 1"
-_known: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, tuple[bytes, str]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def fingerprint(model: Any) -> str:
-    """A hash of every parameter and buffer of a model and of its class.
+    """A hash of every parameter and buffer of a model, of its class, and of the state of its adapters.
 
-    Computed once per model object, about a second per gigabyte; the weights must not change afterwards.
+    It takes about a second per gigabyte, and is computed again when the model has changed.
+
+    Raises:
+        ValueError: weights are offloaded.
     """
     with _lock:
-        if model not in _known:
+        state = quick_fingerprint(model)
+        if model not in _known or _known[model][0] != state:
             digest = hashlib.blake2b(digest_size=16)
             digest.update(type(model).__name__.encode())
             for name, tensor in sorted(model.state_dict().items()):
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            _known[model] = digest.hexdigest()
-        return _known[model]
+                for part in _plain(tensor.detach()):
+                    digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            for module in model.modules():
+                digest.update("".join(adapter_state(module)).encode())
+            _known[model] = state, digest.hexdigest()
+        return _known[model][1]
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a tensor consists of: itself, or the parts of a quantised one."""
+    if tensor.device.type == "meta":
+        raise ValueError("`model` must hold its weights to save or load compiled prompts, but they are offloaded")
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def save(path: Path, values: Tensor, vectors: Tensor, model: Any) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base.modules import evaluating
+from ..hf.embedding import vectors_like
 from ..models.soft_prompt_model import SoftPromptModel
 from ..tasks.containers import as_rows
 from ..tasks.cuts import counting_cuts
@@ -112,7 +113,7 @@ class InputReader:
 
     @torch.no_grad()
     def _project(self, ids: Sequence[int]) -> tuple[float, ...]:
-        device = self.embedding.weight.device
+        device = vectors_like(self.embedding).device
         mean = self.embedding(torch.tensor(ids, device=device)).double().mean(0).cpu()
         if self._signs is None:
             self._signs = _signs(len(mean))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.errors import Unsupported
+from . import adapters
 
 # Heads that read several texts of a row, or pool one position for one result and use all for another.
 UNSUPPORTED_HEADS = ("ForMultipleChoice", "ForNextSentencePrediction", "ForPreTraining")
@@ -22,7 +23,15 @@ TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestio
 
 def without_adapters(model: Any) -> Any:
     """The transformers model inside a PEFT model, whose adapters are part of its layers; any other model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+    while hasattr(model, "peft_config"):
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        elif type(model).__name__ == "PeftMixedModel":
+            inner = model.base_model.model
+        else:  # a transformers model that has adapters of its own (`add_adapter`)
+            return model
+        model = inner
+    return model
 
 
 def is_named(model: Any, endings: str | tuple[str, ...]) -> bool:
@@ -108,6 +117,8 @@ def check_supported(model: Any) -> None:
             f"{name} embeds every token again in each layer (per-layer embeddings) and needs input_ids as well as "
             "inputs_embeds; a soft prompt has no token ids, so this model cannot use one"
         )
+    if reason := adapters.reason_against(model):
+        raise TypeError(f"{name} cannot use a prompt: {reason}")
     if "inputs_embeds" not in forward_parameters(model):
         raise TypeError(f"{name}.forward takes no inputs_embeds, so it cannot use a prompt")
     if is_named(model, UNSUPPORTED_HEADS) or UNSUPPORTED_ARGUMENTS & forward_parameters(model):

@@ -208,7 +208,7 @@ def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
                     continue
                 if tensor.requires_grad or tensor.device != device:
                     return ()
-                facts.append(tensor.data_ptr())
+                facts.append(tensor.data_ptr() or id(tensor))  # a quantised tensor has no address of its own
     if model.training and draws_random_numbers(model):
         return ()
     return tuple(facts)

@@ -1,4 +1,8 @@
-"""The facts about a model's input embedding module that the fused pass needs."""
+"""The facts about a model's input embedding module that the fused pass needs.
+
+Most modules are a table, which the fused pass reads itself. Some must be called: a table that adapters of PEFT change,
+one that is offloaded, or one with quantised numbers.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.compiling import constant_when_compiled
+from .adapters import NAMES
 
 LOOKUP_SCALE = "_softprompt_fast_lookup_scale"
 """Attribute of an embedding module: the factor that its model, not the module, applies to looked-up vectors."""
@@ -32,8 +37,84 @@ class EmbeddingTable:
         return vectors * self.scale if self.scale != 1.0 else vectors
 
 
+def own_embedding(module: Any) -> Any:
+    """An embedding module without what PEFT has put around it."""
+    while hasattr(module, NAMES):
+        own = vars(module)["_modules"]
+        adapter = own.get("token_adapter")  # trainable tokens, which wrap the module twice
+        module = own.get("base_layer") or own.get("original_module") or adapter.base_layer
+    return module
+
+
+def vectors_like(embedding: Any) -> Tensor:
+    """An empty tensor [0, D] with the dtype and the device of the vectors that an embedding module looks up."""
+    embedding = own_embedding(embedding)
+    weight = embedding.weight
+    device = weight.device
+    if device.type == "meta":
+        device = torch.device(getattr(_offloading_hook(embedding), "execution_device", None) or "meta")
+    if not weight.is_floating_point() and device.type != "meta":
+        with torch.no_grad():
+            vectors: Tensor = embedding(torch.zeros(1, dtype=torch.int64, device=device))
+        return vectors[:0]
+    return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=device)
+
+
+def vocabulary_size(embedding: Any) -> int:
+    """The number of vectors that an embedding module can look up."""
+    embedding = own_embedding(embedding)
+    return int(getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])
+
+
+def must_be_called(embedding: Any) -> bool:
+    """Whether only calling an embedding module gives its vectors, because no weight of it is their table."""
+    if not isinstance(embedding, nn.Module):
+        return False
+    if hasattr(embedding, NAMES) or _offloading_hook(embedding) is not None:
+        return True
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, Tensor) or hasattr(weight, "full_tensor"):
+        return False
+    return isinstance(embedding, nn.Embedding) and (
+        not weight.is_floating_point() or type(weight.data) is not Tensor or has_foreign_hooks(embedding)
+    )
+
+
+def looked_up(embedding: Any, input_ids: Tensor) -> tuple[Tensor, Any]:
+    """Ids [B, T] and the table or module of their vectors, which the fused pass reads.
+
+    If the module must be called, they are its vectors [B * T, D] and the tokens' places among them.
+    """
+    if not must_be_called(embedding):
+        return input_ids, embedding
+    vectors = embedding(input_ids) * getattr(embedding, LOOKUP_SCALE, 1.0)
+    return torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape), vectors.flatten(0, -2)
+
+
+def token_vectors(embedding: Any, input_ids: Tensor) -> Tensor:
+    """[..., D], the vectors of ids [...] as the model itself computes them."""
+    ids, source = looked_up(embedding, input_ids)
+    return embedding_table(source)(ids)
+
+
+def check_whole(model: Any) -> None:
+    """Refuses a model whose embedding is not on this process.
+
+    Raises:
+        TypeError: DeepSpeed has partitioned it.
+    """
+    if hasattr(getattr(own_embedding(model.get_input_embeddings()), "weight", None), "ds_id"):
+        raise TypeError(
+            f"{type(model).__name__} cannot use a prompt: DeepSpeed ZeRO-3 has partitioned its parameters, as it would "
+            "those of prompts. Use ZeRO-2 or lower, or shard the base model by FSDP2"
+        )
+
+
 def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
     """The table of an embedding module that is a look-up, possibly times a constant.
+
+    The table of a module that must be called is computed, of all ids; :func:`token_vectors` computes only those of a
+    text.
 
     Args:
         embedding: ``nn.Embedding``, a subclass that multiplies by its ``embed_scale``, or a weight [V, D].
@@ -43,6 +124,8 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
     """
     if isinstance(embedding, Tensor):
         return EmbeddingTable(embedding)
+    if must_be_called(embedding) and not has_foreign_hooks(embedding):
+        return _computed_table(embedding)
     if not isinstance(embedding, nn.Embedding):
         raise TypeError(
             f"`embedding` must be a torch.nn.Embedding or its weight [V, D], got {type(embedding).__name__}"
@@ -65,6 +148,19 @@ def embedding_table(embedding: nn.Module | Tensor) -> EmbeddingTable:
 def has_foreign_hooks(embedding: nn.Module) -> bool:
     """Whether something else changes the vectors that a module looks up, such as NEFTune's noise."""
     return bool(_hooks(embedding))
+
+
+@torch.no_grad()
+def _computed_table(embedding: Any) -> EmbeddingTable:
+    ids = torch.arange(vocabulary_size(embedding), device=vectors_like(embedding).device)
+    return EmbeddingTable(looked_up(embedding, ids)[1])
+
+
+def _offloading_hook(module: nn.Module) -> Any:
+    """The hook by which accelerate brings a module's weights from where they are offloaded; None: they are here."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", None) or (hook,)
+    return next((one for one in hooks if getattr(one, "offload", False)), None)
 
 
 def _hooks(embedding: nn.Module) -> list[Any]:

@@ -19,14 +19,17 @@ class Frozen:
 
 
 class Trained:
-    """A parameter that has a gradient while this object lives, whoever freezes the model around it."""
+    """A parameter that nobody freezes while this object lives."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
-        trained = parameter.requires_grad or id(parameter) in _frozen
-        parameter.requires_grad_(True)
+
+    def give_gradient(self) -> None:
+        """Gives the parameter a gradient while this object lives."""
+        trained = self.parameter.requires_grad or id(self.parameter) in _frozen
+        self.parameter.requires_grad_(True)
         if not trained:
-            weakref.finalize(self, parameter.requires_grad_, False).atexit = False
+            weakref.finalize(self, self.parameter.requires_grad_, False).atexit = False
 
 
 _lock = threading.RLock()
@@ -35,11 +38,21 @@ _frozen: weakref.WeakValueDictionary[int, Frozen] = weakref.WeakValueDictionary(
 _trained: weakref.WeakValueDictionary[int, Trained] = weakref.WeakValueDictionary()
 
 
+def keep_trainable(parameters: Iterable[nn.Parameter]) -> list[Trained]:
+    """Keeps :func:`freeze` from freezing parameters, until the last of those who asked for it drops its list."""
+    with _lock:
+        kept = []
+        for parameter in parameters:
+            trained = _trained.get(id(parameter)) or Trained(parameter)
+            _trained[id(parameter)] = trained
+            kept.append(trained)
+    return kept
+
+
 def freeze(parameters: Iterable[nn.Parameter]) -> list[Frozen]:
     """Freezes parameters until the last of those who asked for it drops its list.
 
-    A parameter that the caller had frozen before is left to the caller. One that someone trains (:func:`train`) is not
-    frozen.
+    A parameter that the caller had frozen before is left to the caller. One that someone trains is not frozen.
     """
     kept = []
     with _lock:
@@ -57,11 +70,8 @@ def freeze(parameters: Iterable[nn.Parameter]) -> list[Frozen]:
 
 def train(parameters: Iterable[nn.Parameter]) -> list[Trained]:
     """Gives parameters a gradient until the last of those who asked for it drops its list."""
-    kept = []
     with _lock:
-        for parameter in parameters:
-            trained = _trained.get(id(parameter))
-            if trained is None:
-                trained = _trained[id(parameter)] = Trained(parameter)
-            kept.append(trained)
+        kept = keep_trainable(parameters)
+        for trained in kept:
+            trained.give_gradient()
     return kept

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..base.machine import cpu_vendor
+from .embedding import own_embedding
 
 SLOTS = 64
 """Fewer slots gain less than looking at every call costs."""
@@ -35,7 +36,7 @@ def frozen_products(model: Any, slots: int) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling():
         return nullcontext()
-    weight = model.get_input_embeddings().weight
+    weight = own_embedding(model.get_input_embeddings()).weight
     if slots < SLOTS or weight.device.type != "cpu" or weight.dtype != torch.float32 or not is_faster():
         return nullcontext()
     if _get_current_dispatch_mode() is not None or _may_be_compiled(model):

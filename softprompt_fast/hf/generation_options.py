@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .architecture import forward_parameters, is_named
+from .embedding import vocabulary_size
 
 TOKENIZER_KEYS = ("token_type_ids", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
 """What tokenizers return beside ids and mask. Only token types can have an effect on text: :func:`effective_types`."""
@@ -21,6 +22,7 @@ REFUSED_ARGUMENTS = {
     "cache": "the cache begins with the prompts",
     "cache_params": "the cache begins with the prompts",
     "encoder_outputs": "the encoder runs with the prompts",
+    "adapter_names": "all rows of a batch run with the active adapter; `set_adapter` chooses it",
     "decoder_inputs_embeds": "transformers' `generate` takes `decoder_input_ids` only",
 }
 """Arguments of transformers' ``generate`` that cannot be given here, and why."""
@@ -185,6 +187,9 @@ def checked_rows(
         raise ValueError(f"`input_ids` must be [B, T], got {list(ids.shape)}")
     if attention_mask is None:
         real = torch.ones_like(ids, dtype=torch.bool)
+    elif not isinstance(attention_mask, Tensor):
+        kind = type(attention_mask).__name__
+        raise TypeError(f"`attention_mask` must be a tensor or None, got {kind}; give other arguments by name")
     elif attention_mask.shape != ids.shape:
         shapes = f"{list(ids.shape)}, got {list(attention_mask.shape)}"
         raise ValueError(f"`attention_mask` must have the shape of input_ids {shapes}")
@@ -194,7 +199,7 @@ def checked_rows(
             raise ValueError(
                 f"`attention_mask` must be 1 and 0, got {attention_mask[real != attention_mask][0].item()}"
             )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model.get_input_embeddings())
     unknown = ids[real & ((ids < 0) | (ids >= vocabulary))]
     if unknown.numel():
         raise ValueError(f"`input_ids` must be 0 to {vocabulary - 1}, got {unknown[0].item()}")

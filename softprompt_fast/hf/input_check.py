@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base.modules import evaluating
 from .architecture import ForwardTraits, answers_spans, classifies_rows, with_pad_token
-from .embedding import LOOKUP_SCALE, embedding_table
+from .embedding import LOOKUP_SCALE, check_whole, token_vectors, vectors_like, vocabulary_size
 
 COMPARED_TOKENS = 4
 PADDING_TOLERANCE = 0.05
@@ -38,22 +38,23 @@ def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
     embedding = model.get_input_embeddings()
     if hasattr(embedding, LOOKUP_SCALE) or not isinstance(embedding, nn.Module):
         return
-    if any(parameter.device.type == "meta" for parameter in embedding.parameters()):
+    check_whole(model)
+    like = vectors_like(embedding)
+    if like.device.type == "meta":
         return  # there is nothing to run; embedding_table refuses it
     if not run_sharded and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return
-    table = embedding_table(embedding)
-    ids = _ordinary_ids(model, len(table.weight)).to(table.weight.device)[None]
+    ids = _ordinary_ids(model, vocabulary_size(embedding)).to(like.device)[None]
     extra = _other_inputs(model, ids)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     context = with_pad_token(model.config) if classifies_rows(model) else nullcontext()
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices), _not_compiled(), context:
+        vectors = token_vectors(embedding, ids)
         try:
             expected = _run(model, input_ids=ids, **extra)
         except Exception:  # ids alone are no input of this model, so there is nothing to be equal to
             setattr(embedding, LOOKUP_SCALE, 1.0)
             return
-        vectors = table(ids)
         scale = _lookup_scale(model, vectors, expected, extra)
         rows = expected.dim() == 3 or answers_spans(model) or classifies_rows(model)
         if rows and not getattr(model, "is_quantized", False):  # 8-bit products depend on the batch

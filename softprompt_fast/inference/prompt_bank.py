@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from ..base.errors import Unsupported
 from ..base.locations import located
 from ..compiled import storage
 from ..compiled.compile import compile_prompts, layered, slot_shape
+from ..compiled.prompt_cache import fingerprint
 from ..compiled.slots import SlotTable
+from ..hf.embedding import vectors_like
 from ..models.head_weights import check_one_head, install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import check_base
@@ -75,6 +77,7 @@ class PromptBank:
 
     A prompt's vectors stay in memory; its keys and values (the *compiled* prompt) are computed when a batch first needs
     them, all missing ones of a batch in one run, and kept within a budget: the least recently used prompts are evicted.
+    If the model's weights change, or its adapters are switched, they are computed again.
     All methods may be called from several threads; a running batch keeps the prompts it began with.
 
     Args:
@@ -106,6 +109,8 @@ class PromptBank:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
         self._compiling = threading.Lock()
+        self._state = fingerprint(self.model.base_model, numbers=False)
+        """Of the model, when the compiled prompts were computed."""
         runner = self.model.runner
         assert runner is not None  # only execution="padded" has none
         reason, shape = runner.unsupported, None
@@ -118,7 +123,7 @@ class PromptBank:
             self.uncompiled = f"the model cannot run prompts and texts separately: {reason}"
             self.bytes_per_token = 0
         else:
-            weight = base.get_input_embeddings().weight
+            weight = vectors_like(base.get_input_embeddings())
             self.bytes_per_token = torch.Size(shape).numel() * weight.element_size()
             on_host = storage == "host" and weight.device.type != "cpu"
             self._table = SlotTable(
@@ -292,6 +297,8 @@ class PromptBank:
             ValueError: written for other weights, or for another prompt of this name.
         """
         loaded = []
+        with self._lock:
+            self._forget_after_a_change()
         for path in sorted(Path(directory).glob("*.safetensors")):
             values, vectors = storage.load(path, self.model.base_model)
             name = path.stem
@@ -317,6 +324,7 @@ class PromptBank:
             KeyError: an unknown name.
         """
         with self._lock:
+            self._forget_after_a_change()
             entries = {name: self._entry(name) for name in dict.fromkeys(rows) if name is not None}
             for entry in entries.values():
                 entry.pins += 1
@@ -364,6 +372,18 @@ class PromptBank:
                 places[entry.name], at = at, at + len(entry)
             chosen = table[:, :, torch.tensor(slots, dtype=torch.int64)]
         return chosen.to(self.model.device, non_blocking=True), places
+
+    def _forget_after_a_change(self) -> None:
+        """Frees what another state of the model has computed; running batches finish with it."""
+        if self.uncompiled is not None:
+            return
+        state = fingerprint(self.model.base_model, numbers=False)
+        if state != self._state:
+            for name, entry in self._entries.items():
+                if entry.first is not None and not entry.deep:
+                    self._entries[name] = replace(entry, first=None, pins=0)
+                    self._retire(entry)
+            self._state = state
 
     def _compile(self, entries: list[Entry]) -> None:
         runner = self.model.runner

@@ -41,7 +41,13 @@ class Worker:
 
         if threads is not None:
             torch.set_num_threads(threads)
-        model, tokenizer = load_base_model(base, settings["dtype"], settings["device"])
+        model, tokenizer = load_base_model(
+            base,
+            settings["dtype"],
+            settings["device"],
+            adapter=settings.get("adapter"),
+            quantize=settings.get("quantize"),
+        )
         bank = PromptBank(model)
         self.refusal: str | None = None
         """Why the prompts cannot be used with this model. An error here would make Ray start workers for ever."""

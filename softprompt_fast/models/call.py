@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hf.architecture import ForwardTraits
-from ..hf.embedding import has_foreign_hooks
+from ..hf.embedding import check_whole, looked_up, own_embedding
 from .spans import check_positions
 
 logger = logging.getLogger("softprompt_fast")
@@ -59,10 +59,10 @@ def texts_of(
     embedding = model.get_input_embeddings()
     if input_ids is not None:
         _check_tensor("input_ids", input_ids, "[B, T]", 2)
-        if has_foreign_hooks(embedding):  # NEFTune's noise, for one
-            inputs_embeds = embedding(input_ids)
+        check_whole(model)
+        input_ids, embedding = looked_up(embedding, input_ids)
     if inputs_embeds is not None:
-        width = embedding.weight.shape[1]
+        width = own_embedding(embedding).weight.shape[1]
         _check_tensor("inputs_embeds", inputs_embeds, f"[B, T, {width}]", 3)
         if inputs_embeds.shape[2] != width:
             raise ValueError(f"`inputs_embeds` must have shape [B, T, {width}], got {list(inputs_embeds.shape)}")

@@ -22,7 +22,7 @@ from ..compiled.compile import compile_prompts, flattened, slot_shape
 from ..compiled.prefix_runner import PrefixRunner
 from ..hf import architecture, generation_options
 from ..hf.architecture import check_architecture
-from ..hf.embedding import embedding_table
+from ..hf.embedding import embedding_table, vectors_like
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..prompts.base_identity import base_facts
 from ..prompts.card import update_card
@@ -50,6 +50,7 @@ class DeepPromptModel(SoftPromptModel):
     Args:
         model: a causal language model that can run the packed layout.
         prompts: a bank of embedding_dim W to use; None: an empty one, on the model's device.
+        train_adapters: as for :class:`SoftPromptModel`.
         check: compare the first training and the first inference batch with each row run alone.
         cuda_graphs: on a GPU, generate text by CUDA graphs (``compiled/decode_graph.py``).
 
@@ -63,7 +64,13 @@ class DeepPromptModel(SoftPromptModel):
     prompts: FastSoftPrompt
 
     def __init__(
-        self, model: Any, prompts: FastSoftPrompt | None = None, *, check: bool = True, cuda_graphs: bool = True
+        self,
+        model: Any,
+        prompts: FastSoftPrompt | None = None,
+        *,
+        train_adapters: bool = False,
+        check: bool = True,
+        cuda_graphs: bool = True,
     ) -> None:
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
@@ -72,7 +79,8 @@ class DeepPromptModel(SoftPromptModel):
             slot_shape(model)
         except Unsupported as error:
             raise _refusal(model, str(error)) from error
-        super().__init__(model, prompts, check=check, shared_text=None, cuda_graphs=cuda_graphs)
+        options: dict[str, Any] = {"train_adapters": train_adapters, "check": check, "cuda_graphs": cuda_graphs}
+        super().__init__(model, prompts, shared_text=None, **options)
         if self.runner.unsupported is not None:
             self._fallback(self.runner.unsupported)
 
@@ -144,7 +152,7 @@ class DeepPromptModel(SoftPromptModel):
             embedding_table(self.get_input_embeddings()),
             **options,
         )
-        width = self.base_model.get_input_embeddings().weight.shape[1]
+        width = vectors_like(self.get_input_embeddings()).shape[1]
         if values.shape[1] not in (width, self.prompts.embedding_dim):
             shapes = f"[P, {width}] (a plain prompt) or [P, {self.prompts.embedding_dim}], got {list(values.shape)}"
             raise ValueError(f"prompt {name!r} must have shape {shapes}")
@@ -198,7 +206,7 @@ class DeepPromptModel(SoftPromptModel):
         compiled = self.runner.compiled(selection)
         if compiled is None:
             layers, two, heads, size = self.runner.shape
-            compiled = self.base_model.get_input_embeddings().weight.new_empty(layers, two, 0, heads, size)
+            compiled = vectors_like(self.get_input_embeddings()).new_empty(layers, two, 0, heads, size)
         assert self._generator.continuation is not None
         try:
             return self._generator.continuation.generate(compiled, selection.prefixes, ids, mask, options)

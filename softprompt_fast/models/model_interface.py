@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..hf import architecture
-from ..hf.freezing import Frozen, Trained, freeze, train
+from ..hf.adapters import adapter_parameters
+from ..hf.embedding import own_embedding, vectors_like
+from ..hf.freezing import Frozen, Trained, freeze, keep_trainable, train
 from ..hf.heads import head_parameters
 from .fused_head import TakesFusedHead
 from .trained_head import trained_head
@@ -27,6 +30,7 @@ class ModelInterface(TakesFusedHead):
     Args:
         model: a transformers model; its parameters are frozen until the last object that froze them is gone.
         train_head: as :class:`SoftPromptModel` takes it.
+        train_adapters: whether the trainable parameters of PEFT's adapters in the model stay trainable.
     """
 
     head_modules: tuple[str, ...]
@@ -34,17 +38,23 @@ class ModelInterface(TakesFusedHead):
     trains_head: bool
     """Whether these modules are trained with the prompts."""
 
-    def __init__(self, model: Any, *, train_head: bool | None = None) -> None:
+    def __init__(self, model: Any, *, train_head: bool | None = None, train_adapters: bool = False) -> None:
         super().__init__()
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
         self.head_modules, self.trains_head = trained_head(model, train_head)
         self.saves_head = self.trains_head
         """Whether prompts are saved with the head: it is trained, or it came with a prompt."""
-        self._trained: list[Trained] = self._train_head(model)
-        self._frozen: list[Frozen] | None = freeze(model.parameters())
-        """None: :meth:`unload` was called."""
+        self.train_adapters = train_adapters
+        if train_adapters and not any(parameter.requires_grad for parameter in adapter_parameters(model)):
+            raise ValueError(
+                "`train_adapters` must be False because no parameter of an adapter is trainable: load the adapter with "
+                "is_trainable=True, before another object freezes the model"
+            )
         self.base_model: Any = model
+        self._trained: list[Trained] = []
+        self._frozen: list[Frozen] | None = self._freeze()
+        """None: :meth:`unload` was called."""
         self.model_tags: list[str] | None = None
         """Words for a model card, which trainers add."""
         self.warnings_issued: dict[str, bool] = {}
@@ -53,6 +63,45 @@ class ModelInterface(TakesFusedHead):
         """Whether a reference model shares the base."""
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_post_hook(_allow_missing_base)
+
+    def _freeze(self) -> list[Frozen]:
+        """Freezes all parameters that are not to be trained."""
+        self._trained = self._keep_trained()
+        return freeze(self.base_model.parameters())
+
+    def set_adapter(self, adapter: str | Sequence[str]) -> None:
+        """Makes one of the adapters (LoRA and others) in the base model the active one, or several.
+
+        PEFT's own method also makes the adapter trainable. After this one it is trainable only with
+        ``train_adapters=True``.
+        """
+        self._check_adapters()
+        self.base_model.set_adapter(adapter if isinstance(adapter, str) else list(adapter))
+        self._frozen = self._freeze()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Runs the base model without the adapters in its layers; prompts still run. As PEFT's method of this name."""
+        self._check_adapters()
+        base = self.base_model
+        try:
+            if hasattr(base, "disable_adapter"):
+                with base.disable_adapter():
+                    yield
+            else:  # transformers' own adapters
+                base.disable_adapters()
+                try:
+                    yield
+                finally:
+                    base.enable_adapters()
+        finally:  # PEFT leaves the active adapter trainable
+            if self._frozen is not None:
+                self._frozen = self._freeze()
+
+    def _check_adapters(self) -> None:
+        self._check_loaded()
+        if next(adapter_parameters(self.base_model), None) is None:
+            raise TypeError(f"{type(self.base_model).__name__} has no adapters")
 
     def get_base_model(self) -> Any:
         """The model that was given."""
@@ -63,14 +112,16 @@ class ModelInterface(TakesFusedHead):
         self._frozen, self._trained = None, []
         return self.base_model
 
-    def _train_head(self, model: Any) -> list[Trained]:
-        return train(head_parameters(model, self.head_modules) if self.trains_head else ())
+    def _keep_trained(self) -> list[Trained]:
+        """What is trained in the base model: its head, and adapters."""
+        trained = train(head_parameters(self.base_model, self.head_modules)) if self.trains_head else []
+        return trained + (keep_trainable(adapter_parameters(self.base_model)) if self.train_adapters else [])
 
     def _own_head(self, modules: tuple[str, ...]) -> None:
         """Saves these modules with the prompts, and trains them if the head is trained."""
         self.head_modules = tuple(dict.fromkeys(self.head_modules + modules))
         self.saves_head = True
-        self._trained = self._train_head(self.base_model)
+        self._trained = self._keep_trained()
 
     def _check_loaded(self) -> None:
         if self._frozen is None:
@@ -92,7 +143,7 @@ class ModelInterface(TakesFusedHead):
             parameters = [parameter for name, parameter in self.base_model.named_parameters() if name in names]
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            self._trained = self._train_head(self.base_model)
+            self._trained = self._keep_trained()
             self._frozen = freeze(parameters)
 
     # --- facts ---
@@ -113,7 +164,7 @@ class ModelInterface(TakesFusedHead):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.base_model.get_input_embeddings().weight.device
+        device: torch.device = vectors_like(self.get_input_embeddings()).device
         return device
 
     @property
@@ -147,7 +198,7 @@ class ModelInterface(TakesFusedHead):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Numbers in the base model and the prompts."""
-        skipped = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        skipped = {id(own_embedding(self.get_input_embeddings()).weight)} if exclude_embeddings else set()
         parameters = (p for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable))
         return sum(parameter.numel() for parameter in parameters)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hf.architecture import ForwardTraits, check_room, returning_mappings, with_pad_token
+from ..hf.embedding import looked_up
 from ..hf.frozen_linear import frozen_products
 from ..ops.assemble.batch import PromptedBatch
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
@@ -49,10 +50,12 @@ class PaddedRunner:
         Raises:
             ValueError: a row and its prompt are longer than the model's positions.
         """
+        embedding = self.model.get_input_embeddings() if embedding is None else embedding
+        input_ids, embedding = looked_up(embedding, input_ids)
         batch: PromptedBatch = bank(
             input_ids,
             attention_mask,
-            embedding=self.model.get_input_embeddings() if embedding is None else embedding,
+            embedding=embedding,
             prompt_ids=prompt_ids,
             labels=labels,
             padding_side=padding_side,

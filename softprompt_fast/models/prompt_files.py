@@ -16,7 +16,7 @@ from ..hf.architecture import check_supported, compiled_in_place
 from ..hf.heads import head_state
 from ..prompts.base_identity import base_facts, check_base
 from ..prompts.card import update_card
-from ..prompts.checkpoints import prompt_names, read_checkpoint
+from ..prompts.checkpoints import prompt_names, read_checkpoint, read_trained_weights
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from ..prompts.head_files import MODULES
 from ..prompts.hub_upload import push_to_hub
@@ -34,7 +34,7 @@ from ..prompts.peft_files import (
 )
 from ..prompts.placement import freeze_first
 from .head_weights import check_one_head, install_head, stored_head
-from .model_interface import ModelInterface
+from .model_interface import BASE_PREFIX, ModelInterface
 
 if TYPE_CHECKING:
     from typing import Self
@@ -192,6 +192,9 @@ class PromptFiles(ModelInterface):
     ) -> Self:
         """A model with the prompts of a directory: an adapter folder, a folder of them, or a checkpoint of Trainer.
 
+        A checkpoint also holds the adapters (LoRA and others) that were trained with ``train_adapters=True``. The model
+        must have adapters of the same shape and names; they get these weights.
+
         Args:
             directory: also the name of a version in the registry, such as ``sentiment@production``, or a repository on
                 the Hub, such as ``user/repo``.
@@ -205,7 +208,8 @@ class PromptFiles(ModelInterface):
 
         Raises:
             FileNotFoundError: there is no such prompt.
-            ValueError: a prompt was tuned on other weights, or for a model of another size.
+            ValueError: a prompt was tuned on other weights, or for a model of another size; the model lacks the
+                adapters of a checkpoint.
         """
         directory = located(directory, revision=revision, token=token, cache_dir=cache_dir)
         state = read_checkpoint(directory)
@@ -223,12 +227,31 @@ class PromptFiles(ModelInterface):
         tuned = cls(model, **options)
         if state is not None:
             tuned.prompts.load_state_dict(state)
-            tuned._take_head(stored_head(directory, model))
+            head = stored_head(directory, model)
+            tuned._take_head(head)
+            tuned._load_trained_weights(directory, head)
             for name in set(stored) - set(stored if names is None else names):
                 tuned.prompts.remove_prompt(name)
         for name, folder in chosen.items():
             tuned.load_prompt(folder, name, force=force)
         return tuned
+
+    def _load_trained_weights(self, checkpoint: Path, loaded: Collection[str]) -> None:
+        """Loads the weights that a checkpoint holds beside prompts.
+
+        Args:
+            loaded: names of tensors of the base model that were loaded before.
+        """
+        own = {key for key, _ in self.named_parameters()}
+        state = read_trained_weights(checkpoint)
+        state = {key: value for key, value in state.items() if key.removeprefix(BASE_PREFIX) not in loaded}
+        unknown = sorted(state.keys() - own)
+        if unknown:
+            raise ValueError(
+                f"`model` must have the adapters that {checkpoint} holds, but it has no {unknown[0]!r}; load or add "
+                "them first"
+            )
+        self.load_state_dict(state, strict=False)
 
 
 def checked_type(peft_type: str | None, kinds: Sequence[str]) -> str | None:

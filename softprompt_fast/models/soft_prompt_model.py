@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..base.errors import PackedFailure, Unsupported
 from ..hf import architecture, generation_options
+from ..hf.embedding import vectors_like
 from ..hf.input_check import check_inputs
 from ..packed.runner import ExecutionReport, PackedRunner
 from ..packed.self_check import CHECKED_ROWS
@@ -41,6 +42,9 @@ class SoftPromptModel(PromptFiles):
             in place until :meth:`unload`, or until the last object that uses it is gone. What ``torch.compile(model)``
             returned is taken as the model itself after ``model.compile()``.
         prompts: a bank to use; None: an empty one, on the model's device.
+        train_adapters: whether adapters in a PEFT model (LoRA and others) stay trainable, so that they are trained
+            together with prompts, or alone if prompts are frozen. False: they are frozen like the rest, unless another
+            object that uses the model trains them.
         execution: one of:
 
             * "shared": each distinct prompt runs once per batch, padding never runs, and logits are computed only
@@ -68,6 +72,7 @@ class SoftPromptModel(PromptFiles):
         "past_key_values": "forward runs whole rows; `generate` handles the cache",
         "cache": "forward runs whole rows; `generate` handles the cache",
         "encoder_outputs": "the encoder runs with the prompts",
+        "adapter_names": "all rows of a batch run with the active adapter; `set_adapter` chooses it",
     }
     """Arguments of the model's forward that cannot be given here, and why."""
     predicts_first_token: ClassVar[bool] = True
@@ -78,6 +83,7 @@ class SoftPromptModel(PromptFiles):
         model: Any,
         prompts: FastSoftPrompt | None = None,
         *,
+        train_adapters: bool = False,
         execution: str = "auto",
         check: bool = True,
         shared_text: str | None = "auto",
@@ -88,14 +94,13 @@ class SoftPromptModel(PromptFiles):
             raise ValueError(f"`execution` must be one of {', '.join(EXECUTIONS)}, got {execution!r}")
         if shared_text not in ("auto", None):
             raise ValueError(f"`shared_text` must be 'auto' or None, got {shared_text!r}")
-        super().__init__(model, train_head=train_head)
+        super().__init__(model, train_head=train_head, train_adapters=train_adapters)
         model = self.base_model
         check_inputs(model, run_sharded=False)
-        embedding = model.get_input_embeddings()
         width = self._prompt_width(model)
         if prompts is not None and prompts.embedding_dim != width:
             raise ValueError(f"`prompts` must have embedding_dim={width} like the model, got {prompts.embedding_dim}")
-        self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=embedding.weight.device)
+        self.prompts = prompts if prompts is not None else FastSoftPrompt(width, device=self.device)
         self._traits = architecture.ForwardTraits.of(model)
         # Trainer asks before it passes num_items_in_batch, which transformers' other heads accept and do not read.
         self.accepts_loss_kwargs = self._traits.any_keyword and not self._traits.has_task_head
@@ -112,8 +117,7 @@ class SoftPromptModel(PromptFiles):
     @staticmethod
     def _prompt_width(model: Any) -> int:
         """Numbers of one virtual token."""
-        width: int = model.get_input_embeddings().weight.shape[1]
-        return width
+        return vectors_like(model.get_input_embeddings()).shape[1]
 
     @staticmethod
     def _packed_runner(model: Any, **options: Any) -> PackedRunner:
@@ -245,6 +249,8 @@ class SoftPromptModel(PromptFiles):
         packed_options = PackedRunner.options if self.runner is None else self.runner.options
         unpacked = [k for k, v in options.items() if k not in packed_options and v is not False]
         output = self._run_padded_for(unpacked[0], padded) if unpacked else self._run(packed, padded)
+        if self.training and torch.is_grad_enabled() and output.get("loss") is not None:
+            self._check_gradient(output["loss"], arguments[0], prompt_ids, len(texts.input_ids))
         if output.get("logits") is not None and self._traits.labels_per_token:
             output["logits"] = output["logits"][:, columns]
         # Without fields that are None and in the order of its class: `output[0]` is the loss if there is one.
@@ -252,6 +258,12 @@ class SoftPromptModel(PromptFiles):
         output = type(output)(**filled)
         as_mapping = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
         return output if as_mapping else output.to_tuple()
+
+    def _check_gradient(self, loss: Tensor, bank: FastSoftPrompt, prompt_ids: PromptIds, rows: int) -> None:
+        """Refuses to train with layers that only infer: without a gradient nothing would be learnt."""
+        if not loss.requires_grad and any(prompt.requires_grad for prompt in bank.select(prompt_ids, rows).prompts):
+            kind = type(self.base_model).__name__
+            raise TypeError(f"{kind} cannot train prompts: its layers pass no gradient on, as in some 8-bit formats")
 
     def _texts(
         self,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.embedding import EmbeddingTable, embedding_table
+from ..hf.embedding import EmbeddingTable, embedding_table, looked_up
 from ..ops.assemble.autograd import token_update
 from ..ops.assemble.checks import check_lengths
 from ..ops.assemble.functional import assemble
@@ -67,6 +67,7 @@ def pack_rows(
         lengths = [tokens] * rows if attention_mask is None else real.sum(1).tolist()
     check_lengths(lengths, rows, tokens)
     folded = [0] * rows
+    input_ids, embedding = looked_up(embedding, input_ids)
     table = embedding_table(embedding)
     prompt_lengths = [prompt.shape[0] for prompt in selection.prompts]
     ranks = real.cumsum(1) - 1

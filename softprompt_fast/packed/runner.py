@@ -25,7 +25,7 @@ from ..base.modules import evaluating
 from ..hf import architecture
 from ..hf.architecture import check_architecture, check_room, returning_mappings
 from ..hf.attention import InstalledAttention, installed_attention
-from ..hf.embedding import embedding_table
+from ..hf.embedding import embedding_table, looked_up
 from ..hf.frozen_linear import frozen_products
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.selection import Selection
@@ -349,7 +349,9 @@ class PackedRunner:
         self, prompt: Tensor | None, input_ids: Tensor, update: tuple[Tensor, Tensor] | None, embedding: Any
     ) -> Tensor:
         """[P + T, D], a row's prompt and the vectors of its tokens."""
-        table = embedding_table(self.model.get_input_embeddings() if embedding is None else embedding)
+        embedding = self.model.get_input_embeddings() if embedding is None else embedding
+        input_ids, embedding = looked_up(embedding, input_ids)
+        table = embedding_table(embedding)
         vectors = table(input_ids)
         if update is not None:
             vectors = updated_embeddings(table, input_ids, *update).to(table.weight.dtype)

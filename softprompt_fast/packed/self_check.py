@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..hf.embedding import vectors_like
 from ..prompts.selection import Selection
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
@@ -42,9 +43,9 @@ def tolerance(model: Any, slack: float = 1.0) -> float:
     Args:
         slack: factor on it.
     """
-    weight = model.get_input_embeddings().weight
-    device = weight.device.type
-    rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    like = vectors_like(model.get_input_embeddings())
+    device = like.device.type
+    rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
     if getattr(model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
         rounded = torch.bfloat16
     return TOLERANCE[rounded] * slack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from itertools import zip_longest
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.architecture import classifies_rows, peft_config
+from ..hf.adapters import adapter_parameters
+from ..hf.architecture import classifies_rows, peft_config, without_adapters
+from ..hf.embedding import own_embedding
 from .peft_files import FINGERPRINT, read_base
 
 ROWS, SAMPLES = 16, 64
@@ -24,21 +27,32 @@ def base_fingerprint(model: Any) -> str:
     """``kind:embedding:layers`` of a transformers model, without its head and its head's pooler. It takes milliseconds.
 
     The last two are digests of the signs of some weights. Signs do not depend on the type of the numbers, so a model
-    has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``.
+    has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``. If adapters of PEFT
+    run in the layers, their digest follows: ``kind:embedding:layers:adapters``.
     """
+    model = without_adapters(model)
     config = model.config.get_text_config()
     kind = f"{config.model_type}-{getattr(config, 'num_hidden_layers', UNKNOWN)}x{getattr(config, 'hidden_size', 0)}"
-    embedding = model.get_input_embeddings().weight
+    embedding = own_embedding(model.get_input_embeddings()).weight
     backbone = getattr(model, "base_model", model)
-    left_out = ("lora_", "pooler.") if classifies_rows(model) else ("lora_",)
+    added = {id(parameter) for parameter in adapter_parameters(model)}
+    left_out = "pooler." if classifies_rows(model) else None
     matrices = [
         parameter
         for name, parameter in backbone.named_parameters()
-        if parameter is not embedding and parameter.dim() > 1 and not any(part in name for part in left_out)
+        if parameter is not embedding
+        and parameter.dim() > 1
+        and id(parameter) not in added
+        and (left_out is None or left_out not in name)
     ]
     rows = [embedding[row] for row in range(min(ROWS, len(embedding)))] if _readable(embedding) else []
     layers = [matrix.reshape(-1) for matrix in matrices] if all(map(_readable, matrices)) else []
-    return f"{kind}:{_digest(rows)}:{_digest(layers)}"
+    fingerprint = f"{kind}:{_digest(rows)}:{_digest(layers)}"
+    running = list(adapter_parameters(model, running=True))
+    if not running:
+        return fingerprint
+    adapters = [parameter.reshape(-1) for parameter in running] if all(map(_readable, running)) else []
+    return f"{fingerprint}:{_digest(adapters)}"
 
 
 def base_facts(model: Any) -> dict[str, Any]:
@@ -47,8 +61,8 @@ def base_facts(model: Any) -> dict[str, Any]:
 
 
 def same_base(a: str, b: str) -> bool:
-    """Whether two fingerprints can be those of one model; unknown parts agree with any."""
-    return all(x == y or UNKNOWN in (x, y) for x, y in zip(a.split(":"), b.split(":"), strict=False))
+    """Whether two fingerprints can be those of one model with the same adapters; unknown parts agree with any."""
+    return all(x == y or UNKNOWN in (x, y) for x, y in zip_longest(a.split(":"), b.split(":"), fillvalue="none"))
 
 
 def check_base(folder: PathLike[str] | str, model: Any, *, force: bool = False) -> None:
@@ -78,10 +92,12 @@ def check_known_base(prompt: str, name: str | None, fingerprint: str | None, mod
         return
     own = base_fingerprint(model)
     if not same_base(fingerprint, own):
+        same_weights = same_base(*(":".join(each.split(":")[:3]) for each in (fingerprint, own)))
+        hint = ", which is the same without or with its adapters (--adapter)" if same_weights else ""
         raise ValueError(
             f"{prompt}: the prompt's base model must be {name or 'unnamed'!r} ({fingerprint}), got "
-            f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} ({own}); force=True (--force) uses it "
-            "nevertheless"
+            f"{getattr(model, 'name_or_path', '') or type(model).__name__!r} ({own}){hint}; force=True (--force) uses "
+            "it nevertheless"
         )
 
 

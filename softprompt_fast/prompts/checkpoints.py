@@ -36,10 +36,16 @@ def read_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor] | None:
     return state or None
 
 
-def read_head_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor]:
-    """The weights of the model that a checkpoint holds, such as those of a head, by their names in the model."""
+def read_trained_weights(folder: PathLike[str] | str) -> dict[str, Tensor]:
+    """Heads and adapters that a checkpoint holds beside prompts, by their names in a model's ``state_dict``."""
     path = Path(folder) / WEIGHTS_FILE
     state = load_file(path) if path.is_file() else {}
+    return {key: value for key, value in state.items() if not key.startswith(BANK_PREFIX)}
+
+
+def read_head_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor]:
+    """The weights of the model that a checkpoint holds, such as those of a head, by their names in the model."""
+    state = read_trained_weights(folder)
     return {key.removeprefix(BASE): value for key, value in state.items() if key.startswith(BASE)}
 
 

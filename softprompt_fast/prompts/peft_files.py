@@ -98,21 +98,31 @@ def prompts_by_name(directory: PathLike[str] | str) -> dict[str, Path]:
 
 
 def prompt_folders(directory: PathLike[str] | str) -> list[Path]:
-    """The directory itself if it is an adapter folder, else all adapter folders in it, sorted.
+    """The directory itself if it is a prompt's folder, else all of them in it, sorted.
 
     The directory may also be a version in the registry or a repository on the Hub.
 
-    A folder with several tasks is given once for each, as ``folder#0`` and so on.
+    A folder with several tasks is given once for each, as ``folder#0`` and so on. Other adapters (LoRA) beside prompts
+    are left out.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: there are only pickles.
     """
     directory = located(directory)
-    if is_prompt_folder(directory):
-        return _with_tasks(directory)
     inside = sorted(directory.iterdir()) if directory.is_dir() else []
-    folders = [path for folder in inside if is_prompt_folder(folder) for path in _with_tasks(folder)]
+    here = [directory] if is_prompt_folder(directory) else []
+    adapters = here or [folder for folder in inside if is_prompt_folder(folder)]
+    if here and _is_other_adapter(directory):
+        adapters += [folder for folder in inside if is_prompt_folder(folder)]
+    # If there are only others, reading one of them gives the reason against it.
+    prompts = [folder for folder in adapters if not _is_other_adapter(folder)] or adapters[:1]
+    folders = [path for folder in prompts for path in _with_tasks(folder)]
+    for folder in adapters:
+        if folder not in prompts:
+            logger.info("%s holds another adapter than a prompt and is left out", folder)
+    if here:
+        return folders
     pickles = [folder for folder in (directory, *inside) if _is_pickled(folder)]
     if not folders and pickles:
         raise pickle_files.refusal(pickles[0] / PICKLE_FILE)
@@ -135,6 +145,16 @@ def _with_tasks(path: Path) -> list[Path]:
     if task is not None or config.get("peft_type") != MULTITASK:
         return [path]
     return task_paths(path, _integer(folder, config, "num_tasks", 1))
+
+
+def _is_other_adapter(path: Path) -> bool:
+    """Whether an adapter folder holds weights of a model's layers, such as LoRA's, and no prompt."""
+    folder, _ = split_task(path)
+    try:
+        kind = read_config(folder, None).get("peft_type")
+    except ValueError:  # raised again when the folder is read
+        return False
+    return kind not in (*PLAIN_TYPES, *DEEP_TYPES, UPDATED)
 
 
 def _is_pickled(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..hf.embedding import embedding_table
+from ..hf.embedding import token_vectors, vectors_like
 from .parameter_names import PARAMETER_PREFIX
 
 if TYPE_CHECKING:
@@ -125,5 +125,6 @@ def bos_vector(model: Any, tokenizer: Any) -> Tensor:
         raise ValueError(
             f"`tokenizer` must have a beginning-of-sequence token, but {type(tokenizer).__name__} has none"
         )
-    table = embedding_table(model.get_input_embeddings())
-    return table(torch.tensor(token, device=table.weight.device)).detach().float()
+    embedding = model.get_input_embeddings()
+    ids = torch.tensor([token], device=vectors_like(embedding).device)
+    return token_vectors(embedding, ids)[0].detach().float()

@@ -118,6 +118,8 @@ def prepare(
     """
     from transformers import set_seed
 
+    if model.train_adapters:
+        raise ValueError("`model` must have train_adapters=False because tuning trains and stores prompts only")
     record = RunRecord(output)
     if not resume:
         _check_new(output, record, jobs)

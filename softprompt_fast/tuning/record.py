@@ -9,6 +9,7 @@ from typing import Any
 
 from ..base.files import write_atomically
 from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.base_identity import base_fingerprint
 from ..tasks.examples import digest
 from .job import TuningJob
 from .settings import TuningSettings
@@ -32,6 +33,9 @@ def run_facts(
     if model.trains_head:
         facts["train_head"] = True
     facts["model"] = f"{type(model).__name__} on {type(base).__name__} {getattr(base, 'name_or_path', '')} {base.dtype}"
+    adapters = base_fingerprint(base).split(":")[3:]
+    if adapters:
+        facts["model"] += f" with adapters {adapters[0]}"
     facts["shared_tokens"] = shared_tokens
     for job in jobs:
         name = job.task.prompt
