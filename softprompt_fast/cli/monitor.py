@@ -17,7 +17,7 @@ from ..base.progress import progress_bar
 from .data import DataOptions
 from .options import DATA, OUTPUT, BatchSize, Device, Dtype, OptionalModel, PromptFolder, with_options
 from .output import EXIT_STATUS, check_outputs, console
-from .prompts import Force, load_tuned
+from .prompts import Force, load_tuned, refuse_heads
 
 if TYPE_CHECKING:
     from ..evaluation.profile import Profile
@@ -187,6 +187,7 @@ class _Source:
         folders = prompts_by_name(located(self.prompt))
         if len(folders) != 1:
             raise ValueError(f"--prompt must hold one prompt, got {', '.join(folders)}")
+        refuse_heads(folders)
         (folder,) = folders.values()
         if not (folder / TASK_FILE).is_file():
             raise FileNotFoundError(f"{folder} has no {TASK_FILE}, which says how rows become text; monitor needs it")

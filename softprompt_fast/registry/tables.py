@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..evaluation.scores import describe_scores
+from ..evaluation.scores import describe_scores, main_score
 from ..length_search.significance import ALPHA
 from .difference import VersionDifference
 from .history import Move
@@ -146,8 +146,11 @@ def _value(value: Any) -> str:
 
 def _short_score(record: Record) -> str:
     scores = record.scores
-    if "accuracy" in scores:
-        return f"accuracy {scores['accuracy']:.3f} ({scores['accuracy_low']:.3f} to {scores['accuracy_high']:.3f})"
+    name = main_score(scores)
+    if name is not None:
+        low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+        interval = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
+        return f"{name.replace('_', ' ')} {scores[name]:.3f}{interval}"
     return f"loss {scores['loss']:.4f}" if "loss" in scores else ""
 
 

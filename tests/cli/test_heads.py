@@ -208,7 +208,7 @@ def test_what_cannot_be_combined_with_a_head(options: list[str], message: str, e
 def test_other_commands_refuse_prompts_of_a_head(encoder: Path, tmp_path: Path) -> None:
     train(encoder, "sequence-classification", tmp_path / "run", *QUICK)
     used = ["-p", str(tmp_path / "run"), "-d", str(tmp_path / "rows.jsonl")]
-    for command in (["generate"], ["interpret"], ["similar"], ["evaluate", "--ensemble"]):
+    for command in (["generate"], ["interpret"], ["similar"], ["monitor"], ["evaluate", "--ensemble"]):
         message = error(command[0], *used, *command[1:])
         assert "got 'prompt' of a sequence-classification head; evaluate and predict take it" in message
     assert "--ensemble cannot be combined with prompts of a head: prompt" in error("predict", *used, "--ensemble")
