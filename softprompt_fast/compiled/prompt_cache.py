@@ -65,17 +65,13 @@ def _digest(tensor: Tensor) -> bytes:
     return hashlib.sha256(str(list(values.shape)).encode() + values.numpy().tobytes()).digest()
 
 
-def fingerprint(model: Any, *, numbers: bool = True) -> bytes:
-    """Changes whenever parameters or the state of adapters change: by places, versions and some of the numbers.
-
-    Args:
-        numbers: False: read none, so that nothing waits for a GPU. A change by way of ``.data`` is then not seen.
-    """
+def fingerprint(model: Any) -> bytes:
+    """Changes whenever parameters or the state of adapters change: by places, versions and some of the numbers."""
     facts: list[Any] = []
     samples: dict[torch.device, list[Tensor]] = {}
     for parameter in model.parameters():
         facts.append((_place(parameter), parameter._version, parameter.dtype))
-        if not numbers or type(parameter.data) is not Tensor or parameter.device.type == "meta":
+        if type(parameter.data) is not Tensor or parameter.device.type == "meta":
             continue
         flat = parameter.detach().reshape(-1)
         samples.setdefault(parameter.device, []).append(flat[:: max(1, len(flat) // SAMPLES)].float())
@@ -87,6 +83,28 @@ def fingerprint(model: Any, *, numbers: bool = True) -> bytes:
     return digest.digest()
 
 
+def weights_version(model: Any) -> tuple[Any, ...]:
+    """As :func:`fingerprint`, but reads no numbers, so that nothing waits for a GPU; it takes a few milliseconds.
+
+    A change by way of ``.data`` is not seen.
+    """
+    facts: list[Any] = []
+    waiting, seen = [model], set()
+    while waiting:  # `modules()` takes longer
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
+        waiting += [part for part in own["_modules"].values() if part is not None]
+        facts += [(_place(each), each._version) for each in own["_parameters"].values() if each is not None]
+        facts += adapter_state(module)
+    return tuple(facts)
+
+
 def _place(parameter: Tensor) -> int:
-    """Where the numbers are; of a tensor that holds others (a quantised one), which object it is."""
-    return parameter.data_ptr() if type(parameter.data) is Tensor else id(parameter)
+    """Where the numbers are; of a tensor that holds others (a quantised one), which object it is.
+
+    0: they are offloaded, and each forward pass makes other objects.
+    """
+    return parameter.data_ptr() or (0 if parameter.device.type == "meta" else id(parameter))

@@ -19,7 +19,7 @@ from ..base.errors import Unsupported
 from ..base.locations import located
 from ..compiled import storage
 from ..compiled.compile import compile_prompts, layered, slot_shape
-from ..compiled.prompt_cache import fingerprint
+from ..compiled.prompt_cache import weights_version
 from ..compiled.slots import SlotTable
 from ..hf.embedding import vectors_like
 from ..models.head_weights import check_one_head, install_head, stored_head
@@ -109,7 +109,7 @@ class PromptBank:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.RLock()
         self._compiling = threading.Lock()
-        self._state = fingerprint(self.model.base_model, numbers=False)
+        self._state = weights_version(self.model.base_model)
         """Of the model, when the compiled prompts were computed."""
         runner = self.model.runner
         assert runner is not None  # only execution="padded" has none
@@ -377,7 +377,7 @@ class PromptBank:
         """Frees what another state of the model has computed; running batches finish with it."""
         if self.uncompiled is not None:
             return
-        state = fingerprint(self.model.base_model, numbers=False)
+        state = weights_version(self.model.base_model)
         if state != self._state:
             for name, entry in self._entries.items():
                 if entry.first is not None and not entry.deep:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.peft_models import IDS
 from support.rows_alone import PROMPTS, ROWS, alone, relative
 from support.tiny_models import batch, build
 
@@ -96,6 +97,9 @@ def test_a_bank_over_an_offloaded_base(tmp_path: Path) -> None:
     with bank.use(["long"]) as view, whole.use(["long"]) as expected:
         assert view.compiled is not None and expected.compiled is not None
         assert relative(view.compiled[:, :, :7], expected.compiled[:, :, :7]) < 1e-5
+    bank.model(IDS, prompt_ids=["long"] * 4, prompts=view.prompts)  # brings weights, and takes them away again
+    with bank.use(["long"]):
+        assert (bank.hits, bank.misses) == (1, 1)
     with pytest.raises(ValueError, match=r"`model` must hold its weights to save .*, but they are offloaded"):
         bank.save_compiled(tmp_path / "compiled")
 
