@@ -18,6 +18,7 @@ class Head:
     """The head that answers a task, instead of a language-modelling head."""
 
     name: str
+    """"sequence-classification", "token-classification" or "question-answering"."""
     labels: list[str] = field(default_factory=list)
     """The label of each output, in their order; empty for question answering."""
     stride: int = STRIDE

@@ -148,6 +148,30 @@ def test_a_prompt_without_its_head_is_refused(encoder: Path, tmp_path: Path) -> 
         assert "must hold the head sequence-classification, which" in error(command, *arguments)
 
 
+def test_rows_name_prompts_of_one_head(encoder: Path, tmp_path: Path) -> None:
+    base = checkpoint_with_head(tmp_path / "base", {0: "no", 1: "yes"})
+    for name in ("one", "two"):
+        options = [*QUICK, "--name", name, "--lr", "0.5" if name == "two" else "0.1"]
+        train(base, "sequence-classification", tmp_path / f"run-{name}", *options)
+        shutil.copytree(tmp_path / f"run-{name}" / name, tmp_path / "both" / name)
+    names = ["one", "two"] * 4
+    rows = [row | {"which": name} for row, name in zip(reviews(8), names, strict=True)]
+    data, output = write(tmp_path / "new.jsonl", rows), tmp_path / "a.jsonl"
+    common = ["-d", str(data), "--dtype", "float32"]
+    run("predict", "-p", str(tmp_path / "both"), *common, "--prompt-name-column", "which", "-o", str(output))
+    mixed = lines(output)
+    for name in ("one", "two"):
+        run("predict", "-p", str(tmp_path / "both" / name), *common, "-o", str(tmp_path / f"{name}.jsonl"))
+        for row, alone in zip(mixed, lines(tmp_path / f"{name}.jsonl"), strict=True):
+            same = row["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+            assert same == (row["which"] == name)
+    trained = ["--name", "three", "--head-learning-rate", "0.1", "--train-head"]
+    train(base, "sequence-classification", tmp_path / "run-three", *QUICK, *trained)
+    shutil.copytree(tmp_path / "run-three" / "three", tmp_path / "both" / "three")
+    message = error("predict", "-p", str(tmp_path / "both"), *common, "--prompt-name-column", "which")
+    assert "differs from the model's, which the prompts one" in message
+
+
 def test_rows_that_cannot_be_answered_get_an_error(encoder: Path, tmp_path: Path) -> None:
     train(encoder, "question-answering", tmp_path / "run", *QUICK)
     rows = [questions(1)[0], {"question": "who ?", "context": None}, {"question": "who ?"}]

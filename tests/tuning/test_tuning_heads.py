@@ -15,6 +15,7 @@ from transformers import AutoModel
 import softprompt_fast as spf
 from softprompt_fast.evaluation import evaluate, predict
 from softprompt_fast.hf import load_model_with_head
+from softprompt_fast.inference import PromptBank, SoftPromptPipeline
 from softprompt_fast.tasks import answering_task, sequence_task, tagging_task
 from softprompt_fast.tuning.best import BestPrompts
 from softprompt_fast.tuning.objective import HeadLoss
@@ -63,6 +64,18 @@ def test_a_new_head_is_trained_at_its_own_rate_and_a_frozen_one_stays(folder: Pa
         assert (result.trainable_parameters > 4 * 32) == trained
     assert changes[1e-2, False] == 0
     assert 1e-4 > changes[1e-5, True] > 0 and changes[1e-2, True] > 5e-3
+
+
+def test_a_pipeline_gives_the_answers_of_predict(folder: Path, tmp_path: Path) -> None:
+    task = sequence_task(reviews())
+    model, tokenizer = with_head(folder, task)
+    result = tune(model, tokenizer, task, reviews(), reviews(8), tmp_path, head_learning_rate=0.1, **COMMON)
+    expected = predict(model, tokenizer, task, reviews(8))
+    bank = PromptBank(load_model_with_head(str(folder), HEADS[0], task.labels, "float32", "cpu").model)
+    bank.add("prompt", result.folder)
+    for got, answer in zip(SoftPromptPipeline(bank, tokenizer).classify(reviews(8), "prompt"), expected, strict=True):
+        assert got["prediction"] == answer["prediction"]
+        assert got["scores"] == pytest.approx(answer["scores"], abs=1e-5)
 
 
 def test_a_head_is_the_same_whenever_it_is_loaded_and_in_float32(folder: Path) -> None:
