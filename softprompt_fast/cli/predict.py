@@ -152,8 +152,8 @@ def predict(
     settings: dict[str, Any] = {"batch_size": batch_size, "batch_tokens": batch_tokens}
     settings |= {"dtype": dtype, "device": device}
     if heads := tasks_with_heads(folders):
-        refuse_with_head(adapter, quantize)
         _check_heads(heads, folders, ensemble, engine, log, max_new_tokens)
+        refuse_with_head(adapter, quantize)
         names = names_of_rows(rows, prompt_name_column, list(folders))
         answer_all(rows, names, load_head_answers(folders, heads, model, force=force, **settings), output, resume)
         return
@@ -170,13 +170,11 @@ def predict(
     pipe = load_pipeline(prompt, model, force=force, task=task, **settings)
     if ensemble:
         members, how = ensemble_members(prompt, pipe.bank.names)
-        answer_all(
-            rows,
-            [None] * len(rows),
-            lambda part, _: pipe.classify(part, ensemble=members, combine=combine or how),
-            output,
-            resume,
-        )
+
+        def decide(part: Any, _: Any) -> Any:
+            return pipe.classify(part, ensemble=members, combine=combine or how)
+
+        answer_all(rows, [None] * len(rows), decide, output, resume)
         return
     names = names_of_rows(rows, prompt_name_column, pipe.bank.names)
     answers = None if log is None else AnswerLog(log, pipe, folders, texts=log_texts == "yes")

@@ -95,12 +95,10 @@ class PromptBank:
             raise ValueError(f"`storage` must be one of {', '.join(STORAGES)}, got {storage!r}")
         if budget < 0:
             raise ValueError(f"`budget` must be a number of bytes, got {budget}")
-        prompts = model.prompts if isinstance(model, SoftPromptModel) else None
-        base = model.base_model if isinstance(model, SoftPromptModel) else model
-        runner = model.runner if isinstance(model, SoftPromptModel) else None
+        wrapped = isinstance(model, SoftPromptModel)
+        prompts, base, runner = (model.prompts, model.base_model, model.runner) if wrapped else (None, model, None)
         graphs = runner is None or runner.graphs is not None
-        self.model = SoftPromptModel(base, check=check, cuda_graphs=graphs, train_head=False)
-        self.model.eval()
+        self.model = SoftPromptModel(base, check=check, cuda_graphs=graphs, train_head=False).eval()
         self.check = check
         self.storage = storage
         self.hits = self.misses = self.evictions = 0
@@ -126,13 +124,8 @@ class PromptBank:
             weight = vectors_like(base.get_input_embeddings())
             self.bytes_per_token = torch.Size(shape).numel() * weight.element_size()
             on_host = storage == "host" and weight.device.type != "cpu"
-            self._table = SlotTable(
-                shape,
-                weight.dtype,
-                "cpu" if storage == "host" else weight.device,
-                budget // self.bytes_per_token,
-                pin_memory=on_host,
-            )
+            place = "cpu" if storage == "host" else weight.device
+            self._table = SlotTable(shape, weight.dtype, place, budget // self.bytes_per_token, pin_memory=on_host)
             if budget < self.bytes_per_token:
                 self.uncompiled = f"the budget of {budget} bytes holds no virtual token ({self.bytes_per_token} bytes)"
         if prompts is not None:

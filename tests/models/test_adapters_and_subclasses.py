@@ -106,16 +106,8 @@ def test_a_subclass_of_a_classifier_reads_the_last_token() -> None:
         assert relative(logits[row], expected.logits[0]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (tf.LlamaModel, "LlamaModel has no language-modelling head"),
-        (tf.LlamaForTokenClassification, "LlamaForTokenClassification has no language-modelling head"),
-        (tf.LlamaForSequenceClassification, "LlamaForSequenceClassification has no language-modelling head"),
-    ],
-)
-def test_models_without_a_language_modelling_head_say_so(model: Any, reason: str) -> None:
-    tuned = with_prompts(model(tf.LlamaConfig(**LLAMA)).eval())
-    assert tuned.execution_report().reason == reason
+def test_models_without_a_head_say_so() -> None:
+    tuned = with_prompts(tf.LlamaModel(tf.LlamaConfig(**LLAMA)).eval())
+    assert tuned.execution_report().reason == "LlamaModel has no language-modelling head"
     ids, mask = batch()
     assert tuned(ids, mask, prompt_ids=ROWS)[0].isfinite().all()
