@@ -1,77 +1,83 @@
-"""Freezes parameters, and trains others, for as long as someone needs it."""
+"""Freezes parameters, and trains others, for as long as someone needs it.
+
+Several objects can use one model. Each claims what it needs of a parameter. What counts is, in this order: it is
+trained; it is kept as it is; it is frozen; nobody claims it, and it is as it was before.
+"""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
 
-
-class Frozen:
-    """A parameter that has no gradient while this object lives; it had one before."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-        parameter.requires_grad_(False)
-        weakref.finalize(self, parameter.requires_grad_, True).atexit = False
-
-
-class Trained:
-    """A parameter that nobody freezes while this object lives."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-
-    def give_gradient(self) -> None:
-        """Gives the parameter a gradient while this object lives."""
-        trained = self.parameter.requires_grad or id(self.parameter) in _frozen
-        self.parameter.requires_grad_(True)
-        if not trained:
-            weakref.finalize(self, self.parameter.requires_grad_, False).atexit = False
-
-
+FROZEN, KEPT, TRAINED = "frozen", "kept", "trained"
 _lock = threading.RLock()
-_frozen: weakref.WeakValueDictionary[int, Frozen] = weakref.WeakValueDictionary()
-"""By the identity of the parameter, which the value keeps alive."""
-_trained: weakref.WeakValueDictionary[int, Trained] = weakref.WeakValueDictionary()
 
 
-def keep_trainable(parameters: Iterable[nn.Parameter]) -> list[Trained]:
-    """Keeps :func:`freeze` from freezing parameters, until the last of those who asked for it drops its list."""
-    with _lock:
-        kept = []
-        for parameter in parameters:
-            trained = _trained.get(id(parameter)) or Trained(parameter)
-            _trained[id(parameter)] = trained
-            kept.append(trained)
-    return kept
+class _State:
+    """What is claimed of one parameter. The claims hold it, and it keeps the parameter alive."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.own = parameter.requires_grad
+        """Whether it has a gradient when nobody claims it."""
+        self.claims: Counter[str] = Counter()
+
+    def change(self, kind: str, by: int) -> None:
+        with _lock:
+            self.claims[kind] += by
+            if self.claims[TRAINED]:
+                self.parameter.requires_grad_(True)
+            elif self.claims[FROZEN] and not self.claims[KEPT]:
+                self.parameter.requires_grad_(False)
+            elif not self.claims[KEPT]:
+                self.parameter.requires_grad_(self.own)
 
 
-def freeze(parameters: Iterable[nn.Parameter]) -> list[Frozen]:
+_states: weakref.WeakValueDictionary[int, _State] = weakref.WeakValueDictionary()
+"""By the identity of the parameter."""
+
+
+class Claim:
+    """Claims a parameter while this object lives."""
+
+    def __init__(self, state: _State, kind: str) -> None:
+        self.parameter = state.parameter
+        self.own = state.own
+        """Whether the parameter has a gradient when nobody claims it."""
+        state.change(kind, 1)
+        weakref.finalize(self, state.change, kind, -1).atexit = False
+
+
+def freeze(parameters: Iterable[nn.Parameter]) -> list[Claim]:
     """Freezes parameters until the last of those who asked for it drops its list.
 
-    A parameter that the caller had frozen before is left to the caller. One that someone trains is not frozen.
+    A parameter that the caller had frozen before is left to the caller. One that someone trains is frozen afterwards.
     """
-    kept = []
     with _lock:
-        for parameter in parameters:
-            if id(parameter) in _trained:
-                continue
-            frozen = _frozen.get(id(parameter))
-            if frozen is None and parameter.requires_grad:
-                frozen = _frozen[id(parameter)] = Frozen(parameter)
-            parameter.requires_grad_(False)
-            if frozen is not None:
-                kept.append(frozen)
-    return kept
+        claimed = [each for each in parameters if each.requires_grad or id(each) in _states]
+        return _claims(claimed, FROZEN)
 
 
-def train(parameters: Iterable[nn.Parameter]) -> list[Trained]:
+def keep_trainable(parameters: Iterable[nn.Parameter]) -> list[Claim]:
+    """Keeps :func:`freeze` from freezing parameters, until the last of those who asked for it drops its list."""
+    return _claims(parameters, KEPT)
+
+
+def train(parameters: Iterable[nn.Parameter]) -> list[Claim]:
     """Gives parameters a gradient until the last of those who asked for it drops its list."""
+    return _claims(parameters, TRAINED)
+
+
+def _claims(parameters: Iterable[nn.Parameter], kind: str) -> list[Claim]:
     with _lock:
-        kept = keep_trainable(parameters)
-        for trained in kept:
-            trained.give_gradient()
-    return kept
+        claims = []
+        for parameter in parameters:
+            state = _states.get(id(parameter))
+            if state is None:
+                state = _states[id(parameter)] = _State(parameter)
+            claims.append(Claim(state, kind))
+        return claims

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..base.modules import evaluating
+from ..hf.adapters import adapter_parameters
 from ..models.fused_head import ARGUMENT, TakesFusedHead
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import FastSoftPrompt
@@ -25,7 +26,8 @@ def reference_model(tuned: Any, prompt: str | None = None) -> ReferenceModel:
     Raises:
         TypeError: another model.
         KeyError: there is no such prompt.
-        ValueError: a prompt of an accelerated model; TRL itself keeps a copy of its adapter.
+        ValueError: a prompt of an accelerated model; TRL itself keeps a copy of its adapter. Or adapters in the base
+            are trained: the reference would change with them.
     """
     if isinstance(tuned, Accelerated):
         if prompt is not None:
@@ -33,6 +35,11 @@ def reference_model(tuned: Any, prompt: str | None = None) -> ReferenceModel:
         tuned = acceleration_of(tuned).runner
     if not isinstance(tuned, SoftPromptModel):
         raise TypeError(f"`tuned` must be a SoftPromptModel or an accelerated PEFT model, got {type(tuned).__name__}")
+    if any(parameter.requires_grad for parameter in adapter_parameters(tuned.base_model)):
+        raise ValueError(
+            "`tuned` must not train adapters (LoRA and others) of its base, because the reference shares the base and "
+            "would change with them; give `ref_model` another model"
+        )
     bank = FastSoftPrompt(tuned.prompts.embedding_dim)
     if prompt is not None:
         tuned.prompts[prompt]  # an unknown name raises
@@ -66,6 +73,7 @@ class ReferenceModel(TakesFusedHead):
         tuned, bank = vars(self)["tuned"], vars(self)["bank"]
         if options.get(ARGUMENT):
             options["head"] = self.fused_head
+        bank.to(tuned.device)  # a trainer may have moved the model since
         with evaluating(tuned), evaluating(bank):
             return tuned(input_ids, attention_mask, prompts=bank, **options)
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..hf import architecture
 from ..hf.adapters import adapter_parameters
 from ..hf.embedding import own_embedding, vectors_like
-from ..hf.freezing import Frozen, Trained, freeze, keep_trainable, train
+from ..hf.freezing import Claim, freeze, keep_trainable, train
 from ..hf.heads import head_parameters
 from .fused_head import TakesFusedHead
 from .trained_head import trained_head
@@ -52,8 +52,8 @@ class ModelInterface(TakesFusedHead):
                 "is_trainable=True, before another object freezes the model"
             )
         self.base_model: Any = model
-        self._trained: list[Trained] = []
-        self._frozen: list[Frozen] | None = self._freeze()
+        self._trained: list[Claim] = []
+        self._frozen: list[Claim] | None = self._freeze()
         """None: :meth:`unload` was called."""
         self.model_tags: list[str] | None = None
         """Words for a model card, which trainers add."""
@@ -64,7 +64,7 @@ class ModelInterface(TakesFusedHead):
         self.register_state_dict_post_hook(_drop_frozen_weights)
         self.register_load_state_dict_post_hook(_allow_missing_base)
 
-    def _freeze(self) -> list[Frozen]:
+    def _freeze(self) -> list[Claim]:
         """Freezes all parameters that are not to be trained."""
         self._trained = self._keep_trained()
         return freeze(self.base_model.parameters())
@@ -112,7 +112,7 @@ class ModelInterface(TakesFusedHead):
         self._frozen, self._trained = None, []
         return self.base_model
 
-    def _keep_trained(self) -> list[Trained]:
+    def _keep_trained(self) -> list[Claim]:
         """What is trained in the base model: its head, and adapters."""
         trained = train(head_parameters(self.base_model, self.head_modules)) if self.trains_head else []
         return trained + (keep_trainable(adapter_parameters(self.base_model)) if self.train_adapters else [])
@@ -132,7 +132,7 @@ class ModelInterface(TakesFusedHead):
     def __getstate__(self) -> dict[str, Any]:
         if self._frozen is None:
             return self.__dict__.copy()
-        ours = {id(frozen.parameter) for frozen in self._frozen}
+        ours = {id(frozen.parameter) for frozen in self._frozen if frozen.own}
         names = [name for name, parameter in self.base_model.named_parameters() if id(parameter) in ours]
         return self.__dict__ | {"_frozen": names, "_trained": []}
 

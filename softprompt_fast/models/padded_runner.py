@@ -15,9 +15,10 @@ from ..hf.architecture import ForwardTraits, check_room, returning_mappings, wit
 from ..hf.embedding import looked_up
 from ..hf.frozen_linear import frozen_products
 from ..ops.assemble.batch import PromptedBatch
+from ..packed.spans import LOGITS, POSITIONS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
-from .spans import LOGITS, POSITIONS, span_loss, without_padding
+from .spans import span_loss, without_padding
 
 LossFunction = Callable[..., Tensor]
 # Fields of a model's output with one entry per input position, and fields that are tuples of such tensors.

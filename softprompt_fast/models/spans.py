@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.assemble.batch import PromptedBatch
-from ..tasks.encoding import IGNORED
-
-POSITIONS = ("start_positions", "end_positions")
-LOGITS = ("start_logits", "end_logits")
+from ..packed.spans import LOGITS, POSITIONS, end_loss
 
 
 def check_positions(options: dict[str, Any], rows: int) -> None:
@@ -34,22 +31,14 @@ def check_positions(options: dict[str, Any], rows: int) -> None:
 
 
 def span_loss(output: Any, batch: PromptedBatch, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """The mean loss of the two ends of each answer [B], columns of ``input_ids``; those outside a text are ignored.
-
-    Padding takes no part in the softmax, so that a row's loss does not depend on the length of others.
-    """
-    width = output[LOGITS[0]].shape[1]
-    mask = batch.attention_mask
-    padding = torch.zeros((), dtype=torch.bool, device=batch.token_slots.device) if mask is None else mask == 0
-    losses = []
-    for name, position in zip(LOGITS, positions, strict=True):
-        column = position.flatten().clamp(min=0)
-        inside = column < batch.token_slots.shape[1]
-        slot = batch.token_slots.gather(1, column.where(inside, 0)[:, None])[:, 0]
-        target = torch.where(inside & (slot >= 0), slot % width, IGNORED)
-        logits = output[name].masked_fill(padding, torch.finfo(output[name].dtype).min)
-        losses.append(F.cross_entropy(logits, target))
-    return (losses[0] + losses[1]) / 2
+    """The mean loss of the two ends of each answer [B], columns of ``input_ids``."""
+    shape = output[LOGITS[0]].shape
+    visible = batch.token_slots.new_ones(shape) if batch.attention_mask is None else batch.attention_mask
+    start, end = (
+        end_loss(output[name], visible != 0, position, batch.token_slots, batch.token_slots % shape[1])
+        for name, position in zip(LOGITS, positions, strict=True)
+    )
+    return (start + end) / 2
 
 
 def without_padding(logits: Tensor, batch: PromptedBatch, prompt_columns: int) -> Tensor:

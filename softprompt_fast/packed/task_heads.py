@@ -24,9 +24,7 @@ from .runner import (
     read_once,
     slots_of_columns,
 )
-
-POSITIONS = ("start_positions", "end_positions")
-SPANS = ("start_logits", "end_logits")
+from .spans import LOGITS, POSITIONS, end_loss
 
 
 class TaskHeadRunner(PackedRunner):
@@ -77,7 +75,7 @@ class TaskHeadRunner(PackedRunner):
         if loss_function is not None:
             raise ValueError("`loss_function` cannot be given because this model's labels are not tokens of a text")
         options = dict(options)
-        options.pop("num_items_in_batch", None)  # transformers' losses of these heads do not read it
+        options.pop("num_items_in_batch", None)  # most of transformers' losses of these heads do not read it
         positions = [options.pop(name, None) for name in POSITIONS]
         types = options.pop("token_type_ids", None)
         selection = bank.select(prompt_ids, len(input_ids))
@@ -124,7 +122,7 @@ class TaskHeadRunner(PackedRunner):
                 return _classifier_output(decoded), model.score(decoded.last_hidden_state[0, places])
             output = model(**inputs)
         if self._spans:
-            return output, torch.stack([output[name][0, places] for name in SPANS], -1)
+            return output, torch.stack([output[name][0, places] for name in LOGITS], -1)
         return output, output.logits[0, places]
 
     def logits_alone(
@@ -184,21 +182,17 @@ class TaskHeadRunner(PackedRunner):
             numbers: [B, X, 2] at the slots `seen` [B, X], of which the last `width` columns are the output's.
         """
         tokens = batch.token_slots.shape[1]
-        first = seen.shape[1] - tokens
+        places = torch.arange(seen.shape[1] - tokens, seen.shape[1], device=seen.device).expand(len(seen), -1)
         smallest = torch.finfo(numbers.dtype).min
         padding = F.pad(batch.token_slots < 0, (width - tokens, 0), value=False)
         # The column before a row's first token shows the prompt's last vector once more: it is no place of its own.
         texts = F.pad(batch.token_slots >= 0, (width - tokens, 0), value=False)
         own = torch.cat([seen[:, : seen.shape[1] - width] >= 0, texts], 1)
         losses = []
-        for end, (name, position) in enumerate(zip(SPANS, positions, strict=True)):
+        for end, (name, position) in enumerate(zip(LOGITS, positions, strict=True)):
             output[name] = numbers[:, -width:, end].masked_fill(padding, smallest) if width else numbers[:, :0, end]
             if position is not None:
-                column = position.flatten().clamp(min=0)
-                inside = column < tokens
-                real = inside & batch.token_slots.gather(1, column.where(inside, 0)[:, None])[:, 0].ge(0)
-                target = torch.where(real, column + first, IGNORED)
-                losses.append(F.cross_entropy(numbers[..., end].masked_fill(~own, smallest), target))
+                losses.append(end_loss(numbers[..., end], own, position, batch.token_slots, places))
         if len(losses) == 2:
             output["loss"] = (losses[0] + losses[1]) / 2
 

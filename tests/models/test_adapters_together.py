@@ -322,3 +322,21 @@ def test_a_checkpoint_of_trainer_holds_both(tmp_path: Path) -> None:
     assert check_generated(loaded) == check_generated(tuned.eval())
     with pytest.raises(ValueError, match=r"`model` must have the adapters that .* holds, but it has no 'base_model"):
         spf.SoftPromptModel.from_pretrained(build("llama"), checkpoint)
+
+
+def test_a_reference_that_would_be_trained_is_refused() -> None:
+    from softprompt_fast.interop import reference_model
+
+    reference_model(with_prompts(adapted()))
+    with pytest.raises(ValueError, match=r"`tuned` must not train adapters \(LoRA and others\) of its base"):
+        reference_model(with_prompts(adapted(), train_adapters=True))
+
+
+def test_an_adapter_is_frozen_again_when_nobody_trains_it_any_more() -> None:
+    base = adapted()
+    training = with_prompts(base, train_adapters=True)
+    other = with_prompts(base)
+    assert any(name.endswith("weight") and "lora" in name for name in trained(other))
+    training.unload()
+    del training
+    assert not any("lora" in name for name in trained(other))

@@ -197,14 +197,18 @@ def test_a_decoder_without_a_padding_token_classifies_batches() -> None:
     assert tuned.config.pad_token_id is None
 
 
-def test_answers_at_padding_or_outside_are_ignored_and_a_loss_needs_both_ends() -> None:
-    tuned = tuned_model("bert", head="QuestionAnswering")
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_answers_at_padding_or_outside_are_ignored_and_a_loss_needs_both_ends(name: str) -> None:
+    tuned = tuned_model(name, head="QuestionAnswering")
     ids, mask = rows("right")
     start, end = torch.tensor([1, 10, 2, 99]), torch.tensor([3, 2, 4, 3])
+    start_too = start.where(start != 99, -100)
     assert not mask[1, 10]
     output = tuned(ids, mask, prompt_ids=[None] * 4, start_positions=start, end_positions=end)
     first = F.cross_entropy(output.start_logits[[0, 2]], start[[0, 2]])
     assert relative(output.loss, (first + F.cross_entropy(output.end_logits, end)) / 2) < 1e-6
+    again = tuned(ids, mask, prompt_ids=[None] * 4, start_positions=start_too, end_positions=end)
+    assert torch.equal(again.loss, output.loss)
     assert output[0] is output.loss
     with pytest.raises(ValueError, match="must be given together, got `start_positions` alone"):
         tuned(ids, mask, prompt_ids=ROWS, start_positions=start)
