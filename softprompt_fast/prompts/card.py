@@ -28,9 +28,17 @@ PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 """The Hub's names of what models of PEFT's kinds do."""
+HUB_TASKS = {
+    "classification": "text-classification",
+    "generation": "text-generation",
+    "tagging": "token-classification",
+    "answering": "question-answering",
+}
+"""The Hub's names of the kinds of tasks."""
 
 
 def write_card(folder: PathLike[str] | str) -> bool:
@@ -114,10 +122,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     held_out = (facts.run.get("data") or {}).get("held_out") or {}
     files = ", ".join(held_out.get("files") or ()) or "held-out rows"
     kind = facts.task.kind if facts.task is not None else "generation"
-    task = "text-classification" if kind == "classification" else "text-generation"
     results = [
         EvalResult(
-            task_type=task,
+            task_type=HUB_TASKS[kind],
             dataset_type="custom",
             dataset_name=f"{files} ({facts.name})" if facts.subfolder is not None else files,
             dataset_split="held-out",
