@@ -201,3 +201,28 @@ def test_a_fingerprint_that_is_none_is_left_out(tmp_path: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     save_file(load_file(weights), weights, {"base_fingerprint": "x`\n# Heading"})
     assert "Heading" not in card_text(card_facts(folder))
+
+
+def test_the_form_that_peft_leaves_is_replaced_until_it_is_filled_in(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from support.peft_models import peft_model
+
+    peft_model("llama", kind="PromptTuning").save_pretrained(tmp_path / "theirs")
+    card = tmp_path / "theirs" / "README.md"
+    form = card.read_text()
+    version = re.search(r"- PEFT \S+", form)
+    assert version is not None
+    quantized = "The following `bitsandbytes` quantization config was used during training:\n- load_in_4bit: True\n\n"
+    filled = (
+        form.replace("- **License:** [More Information Needed]", "- **License:** MIT"),
+        form.replace("library_name: peft", "library_name: peft\nlicense: mit"),
+        form + "\nOurs.\n",
+        form + "\n- License: MIT\n",
+        form.replace(version[0], ""),
+    )
+    for text in filled:
+        card.write_text(text)
+        assert not write_card(card.parent) and card.read_text() == text
+    for text in (form, form.replace("### Framework", quantized + "### Framework")):
+        card.write_text(text)
+        assert write_card(card.parent) and is_ours(card.read_text())
