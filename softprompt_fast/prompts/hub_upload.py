@@ -147,7 +147,8 @@ def _stage_card(source: Path, target: Path, facts: CardFacts, names: dict[str, s
         text = card_text(facts)
     else:
         for path in sorted(names, key=len, reverse=True):  # a path may begin with another
-            text = re.sub(rf"(?<![\w.-]){re.escape(path)}(?![\w-])", lambda _, name=names[path]: name, text)
+            name = names[path].replace("\\", r"\\")
+            text = re.sub(rf"(?<![\w.-]){re.escape(path)}(?![\w-])", name, text)
     target.write_text(text, encoding="utf-8")
 
 
