@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..prompts.run_files import MAIN_SCORES
 from .intervals import mean_interval, perplexity, wilson_interval
 
 
@@ -72,10 +73,6 @@ class RowScores:
         hits = int(self.correct.sum())
         low, high = wilson_interval(hits, len(self.losses))
         return {"accuracy": hits / len(self.losses), "accuracy_low": low, "accuracy_high": high}
-
-
-MAIN_SCORES = ("span_f1", "exact_match", "accuracy")
-"""The score that counts for each kind of task; the first that a task has."""
 
 
 def main_score(scores: Mapping[str, float]) -> str | None:

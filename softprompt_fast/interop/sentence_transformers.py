@@ -9,19 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
+from ..base.errors import either
 from ..base.files import read_json, write_json
 from ..hf import architecture
+from ..hf.adapters import adapter_parameters
 from ..models.deep_prompt_model import DeepPromptModel
+from ..models.pooling import POOLINGS, pooled_text
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.peft_files import is_deep
 
 __all__ = ["SoftPromptEmbedder"]
 
-POOLINGS = ("mean", "last")
 PROMPT_FOLDER, BASE_FOLDER = "soft_prompt", "base_model"
 """Folders of a saved module. The base model is saved only if it has no name by which it is found again."""
 
@@ -36,11 +37,11 @@ class SoftPromptEmbedder(InputModule):
         model: with its prompts. The base model is best one without a head (``transformers.AutoModel``).
         tokenizer: the base model's.
         prompt: name of the prompt; None: the only one.
-        pooling: "mean" of the text's tokens, or "last": its last token, usual for decoders.
+        pooling: "mean" of the text's tokens, its "first" token, or its "last", usual for decoders.
         max_seq_length: longer texts lose their end. None: as many tokens as the model can read after the prompt.
 
     Raises:
-        TypeError: an encoder-decoder.
+        TypeError: an encoder-decoder, or adapters of PEFT in the base model.
         ValueError: an unknown pooling or prompt, or several prompts and no name.
     """
 
@@ -59,8 +60,13 @@ class SoftPromptEmbedder(InputModule):
         super().__init__()
         if architecture.is_encoder_decoder(model.base_model):
             raise TypeError(f"`model` must be an encoder or a decoder, got {type(model.base_model).__name__}")
+        if hasattr(model.base_model, "peft_config") or any(True for _ in adapter_parameters(model.base_model)):
+            raise TypeError(  # after `save` they would be missing
+                f"`model` must have a base model without adapters, got {type(model.base_model).__name__}; "
+                "merge them (merge_and_unload), save that model and load it"
+            )
         if pooling not in POOLINGS:
-            raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+            raise ValueError(f"`pooling` must be {either(POOLINGS)}, got {pooling!r}")
         names = list(model.prompts.names)
         if prompt is None and len(names) != 1:
             raise ValueError(f"`prompt` must name one of the model's prompts {names}, got None")
@@ -120,18 +126,17 @@ class SoftPromptEmbedder(InputModule):
         return features | {"token_embeddings": states, "sentence_embedding": self._pooled(states, mask)}
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
-        if self.pooling == "last":
-            places = torch.arange(mask.shape[1], device=mask.device)
-            last = (places * (mask != 0)).argmax(1)
-            return states[torch.arange(len(states), device=states.device), last]
-        weights = (mask != 0).to(torch.float32)[..., None]
-        mean = (states.float() * weights).sum(1) / weights.sum(1)
-        return mean.to(states.dtype)
+        return pooled_text(states.float(), mask, self.pooling).to(states.dtype)
 
     # --- files ---
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Writes the prompt, the tokenizer and the settings; the base model too if it has no name of its own."""
+        """Writes the prompt, the tokenizer and the settings; the base model too if it has no name of its own.
+
+        Raises:
+            TypeError: the base model's class is none of transformers.
+        """
+        _class_named(self.base_class)
         folder = Path(output_path)
         self.model.save_pretrained(folder / PROMPT_FOLDER, [self.prompt])
         self.save_tokenizer(str(folder))
@@ -157,7 +162,7 @@ class SoftPromptEmbedder(InputModule):
             FileNotFoundError: no such module.
             TypeError: the base model's class is none of transformers.
         """
-        import transformers
+        from transformers import AutoTokenizer
 
         where: dict[str, Any] = {
             "subfolder": subfolder,
@@ -171,16 +176,28 @@ class SoftPromptEmbedder(InputModule):
         config = read_json(folder / cls.config_file_name)
         if config is None:
             raise FileNotFoundError(f"{folder} must hold {cls.config_file_name}")
-        kind = getattr(transformers, config["base_class"], None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise TypeError(f"`base_class` must be a model of transformers, got {config['base_class']!r}")
+        kind = _class_named(config["base_class"])
         base = kind.from_pretrained(config["base_model"] or folder / BASE_FOLDER, **(model_kwargs or {}))
         prompt = folder / PROMPT_FOLDER
         kind_of_prompt = DeepPromptModel if is_deep(prompt / config["prompt"]) else SoftPromptModel
         return cls(
             kind_of_prompt.from_pretrained(base, prompt),
-            transformers.AutoTokenizer.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
             prompt=config["prompt"],
             pooling=config["pooling"],
             max_seq_length=config["max_seq_length"],
         )
+
+
+def _class_named(name: str) -> Any:
+    """The class of transformers' models of this name, by which a saved module finds its base model's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise TypeError(f"`base_class` must be a model of transformers, got {name!r}")
+    return kind

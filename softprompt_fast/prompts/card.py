@@ -24,19 +24,33 @@ logger = logging.getLogger("softprompt_fast")
 
 CARD_FILE = "README.md"
 MARK = re.compile(r"\n<!-- written by softprompt_fast, unchanged: ([0-9a-f]{16}) -->\n")
+METADATA = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+PEFT_KEYS = {"base_model", "library_name", "pipeline_tag", "tags"}
+PEFT_QUANTIZED = "The following `bitsandbytes` quantization config was used during training:"
+PEFT_LINE = re.compile(r"## Training procedure|### Framework versions|- PEFT \S+")
+"""What PEFT adds to the form of a card."""
 PIPELINES = {
     "CAUSAL_LM": "text-generation",
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 """The Hub's names of what models of PEFT's kinds do."""
+HUB_TASKS = {
+    "classification": "text-classification",
+    "generation": "text-generation",
+    "tagging": "token-classification",
+    "answering": "question-answering",
+}
+"""The Hub's names of the kinds of tasks."""
 
 
 def write_card(folder: PathLike[str] | str) -> bool:
     """Writes ``README.md`` into an adapter folder, from its files and those of its run beside it.
 
-    A card that was changed by hand, or that another program wrote, is kept, with one log line.
+    A card that was changed by hand, or that another program wrote, is kept, with one log line. The form that PEFT
+    leaves with each adapter is replaced if nobody filled it in.
 
     Returns:
         Whether the card was written.
@@ -46,7 +60,7 @@ def write_card(folder: PathLike[str] | str) -> bool:
     """
     folder = Path(folder)
     file = folder / CARD_FILE
-    if file.exists() and not is_ours(file.read_text(encoding="utf-8")):
+    if file.exists() and not is_generated(file.read_text(encoding="utf-8")):
         logger.warning("%s is kept, because it was changed or is not from here; delete it to get a new one", file)
         return False
     write_atomically(file, card_text(card_facts(folder)))
@@ -77,6 +91,26 @@ def is_ours(text: str) -> bool:
     """Whether a card was written here and nobody changed it since."""
     match = MARK.search(text)
     return match is not None and match.end() == len(text) and match[1] == _digest(text[: match.start()])
+
+
+def is_generated(text: str) -> bool:
+    """Whether no person wrote or changed a card: it is ours, or the form that PEFT leaves, not filled in."""
+    return is_ours(text) or _is_form(text)
+
+
+def _is_form(text: str) -> bool:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    found = METADATA.match(text)
+    keys = set(re.findall(r"^(\w+):", found[1], re.MULTILINE)) if found is not None else set()
+    lines = [line for line in (text[found.end() :] if found is not None else text).splitlines() if line.strip()]
+    if not keys <= PEFT_KEYS or not any(line.startswith("- PEFT ") for line in lines):
+        return False
+    form = set(ModelCard.from_template(ModelCardData()).text.splitlines())
+    added = [line for line in lines if line not in form and PEFT_LINE.fullmatch(line) is None]
+    if PEFT_QUANTIZED in added:
+        added = [line for line in added if line != PEFT_QUANTIZED and re.fullmatch(r"- \w+: .*", line) is None]
+    return not added
 
 
 def _marked(metadata: str, body: str) -> str:
@@ -114,10 +148,9 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     held_out = (facts.run.get("data") or {}).get("held_out") or {}
     files = ", ".join(held_out.get("files") or ()) or "held-out rows"
     kind = facts.task.kind if facts.task is not None else "generation"
-    task = "text-classification" if kind == "classification" else "text-generation"
     results = [
         EvalResult(
-            task_type=task,
+            task_type=HUB_TASKS[kind],
             dataset_type="custom",
             dataset_name=f"{files} ({facts.name})" if facts.subfolder is not None else files,
             dataset_split="held-out",

@@ -10,17 +10,21 @@ from typing import Any
 
 from ..hf.loading import SMOLLM2
 from ..tasks.task import TASK_FILE, Task
+from .head_files import head_shapes
 from .multitask_files import MULTITASK
 from .peft_files import (
     CARTRIDGE,
     CPT,
     DEEP,
     DEEP_TYPES,
+    NAME,
     P_TUNING,
     PLAIN,
     UPDATED,
+    WEIGHTS_FILE,
     read_base,
     read_config,
+    safe_name,
 )
 from .run_files import retention_facts, run_facts, version_facts
 
@@ -35,6 +39,7 @@ METHODS = {
 }
 """What the methods are called on the Hub."""
 HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FINGERPRINT = re.compile(r"[\w.-]+(:[\w-]+){2,3}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class CardFacts:
     base_is_local: bool
     """Whether others cannot find the base model by its name."""
     fingerprint: str | None
+    has_head: bool
+    """Whether trained weights of the model's head come with the prompt."""
+    outputs: int | None
+    """Labels of the model's head; None: it has none, or their number is not known."""
     task: Task | None
     run: dict[str, Any]
     retention: dict[str, Any]
@@ -82,26 +91,51 @@ def card_facts(folder: Path) -> CardFacts:
     """
     config = read_config(folder, None)
     stored, fingerprint = read_base(folder)
+    shapes = head_shapes(folder / WEIGHTS_FILE)
     task = Task.load(folder) if (folder / TASK_FILE).is_file() else None
     base = (task.model if task is not None else None) or stored
     return CardFacts(
-        name=task.prompt if task is not None else folder.resolve().name,
-        method=str(config.get("peft_type")),
+        name=_named(task.prompt if task is not None else folder.resolve().name, NAME),
+        method=safe_name(str(config.get("peft_type"))),
         tokens=int(config.get("num_virtual_tokens") or 0),
-        task_type=config.get("task_type"),
-        base=None if base is None else without_folders(base),
+        task_type=str(config.get("task_type")),
+        base=None if base is None else public_name(str(base)),
         base_is_local=base is None or base == SMOLLM2 or is_local(base),
-        fingerprint=fingerprint,
+        fingerprint=fingerprint if fingerprint is not None and FINGERPRINT.fullmatch(fingerprint) else None,
+        has_head=bool(shapes),
+        outputs=_outputs(task, shapes, config.get("token_dim")),
         task=task,
         run=run_facts(folder) or version_facts(folder),
         retention=retention_facts(folder),
-        source=f"path/to/{folder.resolve().name}",
+        source=f"path/to/{_named(folder.resolve().name, HUB_MODEL)}",
     )
 
 
 def is_local(model: str) -> bool:
     """Whether the name of a model is a path and not a name on the Hub."""
     return HUB_MODEL.fullmatch(model) is None or Path(model).exists()
+
+
+def public_name(model: str) -> str:
+    """The name of a base model without the folders of this machine, and without characters that a card could obey."""
+    if not is_local(model):
+        return model
+    return _named(PurePath(os.path.abspath(os.path.expanduser(model))).name, HUB_MODEL)
+
+
+def _named(text: str, allowed: re.Pattern[str]) -> str:
+    """A name as it is, or made safe: names come from files of others, and a card is text that is read and run."""
+    return text if allowed.fullmatch(text) else safe_name(text)
+
+
+def _outputs(task: Task | None, shapes: list[tuple[int, ...]], hidden: Any) -> int | None:
+    """The labels of a head, as its task says or as its weights do: one matrix does not give a hidden state."""
+    if task is not None:
+        return len(task.labels) if task.head is not None and task.labels else None
+    sizes = {shape[0] for shape in shapes if len(shape) == 2}
+    if len(sizes) > 1:
+        sizes -= {hidden}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def without_folders(value: Any) -> Any:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from typing import Any
+from urllib.parse import quote
 
 from ..base.machine import package_versions
 from ..base.version import __version__
 from ..tasks.task import Task
 from .card_facts import CardFacts, without_folders
 from .peft_files import UPDATED
+from .run_files import MAIN_SCORES
 
 LIBRARIES = ("torch", "transformers", "safetensors")
 AUTO_CLASSES = {
@@ -20,12 +23,10 @@ AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
 """transformers' class for each kind of model; others are loaded without a head."""
-SCORES = {
-    "accuracy": ("accuracy", "accuracy_low", "accuracy_high"),
-    "loss": ("loss", "loss_low", "loss_high"),
-    "perplexity": ("perplexity", None, None),
-}
-"""Scores of a run, and the ends of their 95 % intervals."""
+QUESTIONS = "QUESTION_ANS"
+"""Loaded by our function: transformers' class gives the decoder of a language model random weights."""
+SCORES = (*MAIN_SCORES, "f1", "loss", "perplexity")
+"""Scores of a run. Those with a 95 % interval have its ends in ``<name>_low`` and ``<name>_high``."""
 
 
 def card_body(facts: CardFacts) -> str:
@@ -46,9 +47,10 @@ def card_body(facts: CardFacts) -> str:
 
 def several_body(prompts: list[CardFacts], repository: str) -> str:
     """The card of a repository with several prompts, without its metadata."""
+    links = [f"{quote(one.subfolder or '')}/README.md" for one in prompts]
     rows = [
-        f"| [`{one.name}`]({one.subfolder}/README.md) | {one.method} | {one.tokens} | {_short_score(one)} |"
-        for one in prompts
+        f"| [`{one.name}`]({link}) | {one.method} | {one.tokens} | {_short_score(one)} |"
+        for one, link in zip(prompts, links, strict=True)
     ]
     table = "\n".join(["| prompt | method | virtual tokens | held-out score |", "|---|---|---|---|", *rows])
     title = f"# {repository.rpartition('/')[2]}"
@@ -58,9 +60,12 @@ def several_body(prompts: list[CardFacts], repository: str) -> str:
 
 def _heading(facts: CardFacts) -> str:
     what = "keys and values of every layer" if facts.deep else "vectors at the input"
+    weights = "The model's own weights are unchanged."
+    if facts.has_head:
+        weights = "Trained weights of the model's head come with it. The model's other weights are unchanged."
     return (
         f"# {facts.name}\n\nA soft prompt for {_base(facts)}. It holds {facts.tokens} trained virtual tokens: {what} "
-        f"({facts.method}). The model's own weights are unchanged. Made with softprompt_fast."
+        f"({facts.method}). {weights} Made with softprompt_fast."
     )
 
 
@@ -80,10 +85,23 @@ def _task(task: Task | None) -> str:
         "",
         _block(task.template),
     ]
-    if task.kind == "classification":
-        lines += ["", "These are the labels and the words that the model says for them:", ""]
-        lines += [_block(json.dumps(task.label_words, indent=2, ensure_ascii=False), "json")]
-    lines += ["", f"The answer's column is `{task.target_column}`. Texts may have {task.max_length} tokens."]
+    labels: Any = None
+    if task.head is not None and task.labels:
+        each = "word" if task.kind == "tagging" else "text"
+        lines += ["", f"The model's head gives each {each} one of these labels, which are its outputs in their order:"]
+        labels = task.labels
+    elif task.kind == "answering":
+        lines += ["", "The model's head marks the answer in the text of the last column."]
+    elif task.kind == "classification":
+        lines += ["", "These are the labels and the words that the model says for them:"]
+        labels = task.label_words
+    if labels is not None:
+        lines += ["", _block(json.dumps(labels, indent=2, ensure_ascii=False), "json")]
+    parts = "; longer ones are read in parts" if task.kind == "answering" else ""
+    lines += [
+        "",
+        f"The answer's column is {_inline(task.target_column)}. Texts may have {task.max_length} tokens{parts}.",
+    ]
     return "\n".join(lines)
 
 
@@ -109,7 +127,7 @@ def _scores(run: dict[str, Any]) -> str:
 
 def shown(scores: dict[str, Any], name: str) -> str:
     """A score with its interval, such as "0.912 (0.871 to 0.942)"."""
-    _, low, high = SCORES[name]
+    low, high = f"{name}_low", f"{name}_high"
     ends = f" ({scores[low]:.3f} to {scores[high]:.3f})" if low in scores and high in scores else ""
     return f"{scores[name]:.3f}{ends}"
 
@@ -143,7 +161,7 @@ def _data(run: dict[str, Any], retention: dict[str, Any]) -> str:
     for label, key in (("Training", "train"), ("Held out", "held_out")):
         one = (run.get("data") or {}).get(key)
         if one:
-            files = f", from {', '.join(f'`{file}`' for file in one['files'])}" if one["files"] else ""
+            files = f", from {', '.join(map(_inline, one['files']))}" if one["files"] else ""
             lines.append(f"* {label}: {one['rows']} rows{files}")
     if retention:
         lines = [f"* Training: {retention['training_queries']} queries without answers"]
@@ -152,34 +170,48 @@ def _data(run: dict[str, Any], retention: dict[str, Any]) -> str:
 
 
 def _use(facts: CardFacts) -> str:
-    auto = AUTO_CLASSES.get(facts.task_type or "", "AutoModel")
-    base = facts.base if facts.base is not None and not facts.base_is_local else "path/to/the/base/model"
+    imported, load = _loading(facts)
     kind = "DeepPromptModel" if facts.deep else "SoftPromptModel"
     ours = [
-        f"from transformers import {auto}",
+        imported,
         f"from softprompt_fast import {kind}",
         "",
-        f'model = {auto}.from_pretrained("{base}")',
-        f'tuned = {kind}.from_pretrained(model, "{facts.source}")',
+        load,
+        f"tuned = {kind}.from_pretrained(model, {_text(facts.source)})",
     ]
     whole = facts.source if facts.subfolder is None else f"{facts.source}#{facts.subfolder}"
     lines = ["## Use", "", _block("\n".join(ours), "python")]
     if facts.task is not None:
         lines += ["", "On the command line:", ""]
         lines += [
-            _block(f'softprompt-fast predict --prompt "{whole}" --data rows.jsonl --output answers.jsonl', "bash")
+            _block(
+                f"softprompt-fast predict --prompt {shlex.quote(whole)} --data rows.jsonl --output answers.jsonl",
+                "bash",
+            )
         ]
     if facts.method == UPDATED:
         return "\n".join([*lines, "", "PEFT cannot read this prompt, because it has a token update."])
-    inside = "" if facts.subfolder is None else f', subfolder="{facts.subfolder}"'
+    inside = "" if facts.subfolder is None else f", subfolder={_text(facts.subfolder)}"
     theirs = [
         "from peft import PeftModel",
-        f"from transformers import {auto}",
+        imported,
         "",
-        f'model = {auto}.from_pretrained("{base}")',
-        f'model = PeftModel.from_pretrained(model, "{facts.source}"{inside})',
+        load,
+        f"model = PeftModel.from_pretrained(model, {_text(facts.source)}{inside})",
     ]
     return "\n".join([*lines, "", "With PEFT:", "", _block("\n".join(theirs), "python")])
+
+
+def _loading(facts: CardFacts) -> tuple[str, str]:
+    """The code that imports what loads the base model, and the code that loads it."""
+    base = _text(facts.base if facts.base is not None and not facts.base_is_local else "path/to/the/base/model")
+    if facts.task_type == QUESTIONS:
+        return "from softprompt_fast.hf import load_model_with_head", (
+            f'model = load_model_with_head({base}, "question-answering").model'
+        )
+    auto = AUTO_CLASSES.get(facts.task_type or "", "AutoModel")
+    options = "" if facts.outputs is None else f", num_labels={facts.outputs}"
+    return f"from transformers import {auto}", f"model = {auto}.from_pretrained({base}{options})"
 
 
 def _limits(facts: CardFacts) -> str:
@@ -209,6 +241,19 @@ def _versions() -> str:
     versions = {"softprompt_fast": __version__, "python": platform.python_version()} | package_versions(LIBRARIES)
     known = [f"{name} {version}" for name, version in versions.items()]
     return f"## Versions\n\nThis card was written with {', '.join(known)}."
+
+
+def _text(value: str) -> str:
+    """A text in Python code."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _inline(text: str) -> str:
+    """Code within a line, whose fence the text cannot close."""
+    text, fence = " ".join(text.split()), "`"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def _block(text: str, language: str = "text") -> str:

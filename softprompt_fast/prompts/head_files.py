@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .tensor_files import read_header, read_tensor
+from .tensor_files import read_header, read_shape, read_tensor
 
 BASE = "base_model."
 MODULES = "modules_to_save"
@@ -26,6 +26,11 @@ def head_names(weights: Path) -> list[str]:
     if not weights.is_file():
         return []
     return [name.removeprefix(BASE) for name in read_header(weights)[0] if name.startswith(BASE)]
+
+
+def head_shapes(weights: Path) -> list[tuple[int, ...]]:
+    """The shapes of the tensors that :func:`head_names` names; raises as it does."""
+    return [read_shape(weights, BASE + name) for name in head_names(weights)]
 
 
 def read_head(weights: Path, names: Iterable[str]) -> dict[str, Tensor]:

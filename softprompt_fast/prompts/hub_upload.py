@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 import tempfile
 from os import PathLike
@@ -14,8 +16,8 @@ from ..base.hub import plain_errors
 from ..base.locations import located
 from ..tasks.task import TASK_FILE
 from .base_identity import one_base
-from .card import CARD_FILE, card_text, is_ours, several_text
-from .card_facts import CardFacts, card_facts, is_local, without_folders
+from .card import CARD_FILE, card_text, is_generated, is_ours, several_text
+from .card_facts import CardFacts, card_facts, is_local, public_name, without_folders
 from .multitask_files import split_task
 from .peft_files import CONFIG_FILE, WEIGHTS_FILE, prompts_by_name
 
@@ -26,6 +28,8 @@ logger = logging.getLogger("softprompt_fast")
 
 BASE_KEYS = {CONFIG_FILE: "base_model_name_or_path", TASK_FILE: "model"}
 """Where a prompt's files name its base model."""
+TOKENIZER, TOKENIZER_OPTIONS = "tokenizer_name_or_path", "tokenizer_kwargs"
+"""PEFT's fields of the tokenizer of a prompt that began as words. It is that of the base model."""
 
 
 def push_to_hub(
@@ -45,8 +49,8 @@ def push_to_hub(
     One prompt lies in the repository itself, so that PEFT finds it; several lie in a folder each. Uploaded are the
     adapter's two files, ``task.json`` and the model card. Data, checkpoints and profiles stay here.
 
-    A card that was changed by hand is kept: one in the folder is uploaded as it is, and one on the Hub is not replaced
-    by a card that was written here.
+    A card that was changed by hand is kept: one in the folder is uploaded, but for paths of the base model, and one on
+    the Hub is not replaced by a card that was written here. The form that PEFT leaves unfilled counts as no card.
 
     Args:
         folder: an adapter folder, a folder of them, or the name of a version in the registry.
@@ -117,14 +121,15 @@ def _stage(folders: list[Path], target: Path, repo_id: str, base_model: str | No
         own = target / (subfolder or "")
         own.mkdir(parents=True)
         shutil.copyfile(folder / WEIGHTS_FILE, own / WEIGHTS_FILE)
+        names: dict[str, str] = {}
         for file, key in BASE_KEYS.items():
             if (folder / file).is_file():
                 values = json.loads((folder / file).read_text())
-                values[key] = base_model or _public_name(values.get(key))
+                names |= _publish(values, key, base_model)
                 text = json.dumps(values, indent=2, sort_keys=file == CONFIG_FILE, ensure_ascii=False)
                 (own / file).write_text(text + "\n", encoding="utf-8")
         facts.append(card_facts(folder).pushed(repo_id, subfolder, base_model))
-        _stage_card(folder / CARD_FILE, own / CARD_FILE, facts[-1])
+        _stage_card(folder / CARD_FILE, own / CARD_FILE, facts[-1], names)
     if facts[0].base_is_local:
         logger.warning(
             "others cannot find the base model %r by this name: give the one it has on the Hub (`base_model`, "
@@ -135,24 +140,41 @@ def _stage(folders: list[Path], target: Path, repo_id: str, base_model: str | No
         (target / CARD_FILE).write_text(several_text(facts, repo_id), encoding="utf-8")
 
 
-def _stage_card(source: Path, target: Path, facts: CardFacts) -> None:
+def _stage_card(source: Path, target: Path, facts: CardFacts, names: dict[str, str]) -> None:
+    """Writes the card, or copies one that was changed by hand, with public names for paths of this machine."""
     text = source.read_text(encoding="utf-8") if source.is_file() else None
-    target.write_text(card_text(facts) if text is None or is_ours(text) else text, encoding="utf-8")
+    if text is None or is_generated(text):
+        text = card_text(facts)
+    else:
+        for path in sorted(names, key=len, reverse=True):  # a path may begin with another
+            name = names[path].replace("\\", r"\\")
+            text = re.sub(rf"(?<![\w.-]){re.escape(path)}(?![\w-])", name, text)
+    target.write_text(text, encoding="utf-8")
 
 
-def _public_name(model: Any) -> Any:
-    """The name of a base model without the folders of this machine."""
-    if not isinstance(model, str) or not is_local(model):
-        return model
-    return without_folders(str(Path(model).expanduser().resolve()))
+def _publish(values: dict[str, Any], key: str, base_model: str | None) -> dict[str, str]:
+    """Gives a file's values public names of the base model and its tokenizer; these names by the absolute paths."""
+    names = {}
+    for field in (key, TOKENIZER):
+        model = values.get(field)
+        if isinstance(model, str) and is_local(model):
+            values[field] = base_model or public_name(model)
+            path = Path(os.path.expanduser(model))
+            if path.is_absolute() and path.name:
+                names[model] = values[field]
+    if base_model is not None:
+        values[key] = base_model
+    if TOKENIZER_OPTIONS in values:
+        values[TOKENIZER_OPTIONS] = without_folders(values[TOKENIZER_OPTIONS])
+    return names
 
 
 def _replaceable(api: HfApi, repo_id: str, revision: str | None, scratch: Path) -> bool:
-    """Whether the repository has no card, or one that was written here and not changed since."""
+    """Whether the repository has no card, or one that no person wrote or changed."""
     from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
     try:
         file = api.hf_hub_download(repo_id, CARD_FILE, revision=revision, local_dir=scratch / "present")
     except (EntryNotFoundError, RevisionNotFoundError):
         return True
-    return is_ours(Path(file).read_text(encoding="utf-8"))
+    return is_generated(Path(file).read_text(encoding="utf-8"))

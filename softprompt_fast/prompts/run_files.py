@@ -16,6 +16,8 @@ RETENTION_FILE = "retention.json"
 """The file of ``compress`` beside the folders of its prompts."""
 RECORD_FILE = "version.json"
 """The record in the folder of a version of the registry."""
+MAIN_SCORES = ("span_f1", "exact_match", "accuracy")
+"""The score that counts for each kind of task; the first that a run has."""
 DIGEST = "weights_sha256"
 """Key of the digest of the weights that scores belong to: a prompt can be saved again with other values."""
 

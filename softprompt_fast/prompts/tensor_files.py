@@ -52,6 +52,12 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
         raise ValueError(f"{path} must be a safetensors file: {error}") from error
 
 
+def read_shape(path: Path, name: str) -> tuple[int, ...]:
+    """The shape of a tensor that a safetensors file holds; its numbers are not read."""
+    with safe_open(path, framework="pt") as file:
+        return tuple(file.get_slice(name).get_shape())
+
+
 def is_safetensors(start: bytes) -> bool:
     """Whether a file is one, by its first bytes: the length of its header, and a brace."""
     return int.from_bytes(start[:8], "little") <= HEADER_LIMIT and start[8:9] == b"{"

@@ -70,8 +70,10 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
     if outcome.main_process:
         _write_metrics(prepared, results)
     for job, result in zip(prepared.jobs, results, strict=True):
-        # A search records the profile of the prompt that it chooses; monitoring does not know heads.
-        if job.scorer is None and job.task.head is None:
+        if job.scorer is not None:  # a search records the profile and writes the card of the prompt that it chooses
+            continue
+        profile = None
+        if job.task.head is None:  # monitoring does not know heads
             profile = record_profile(
                 prepared.model,
                 prepared.tokenizer,
@@ -81,9 +83,10 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
                 source="held-out rows of the training run, which chose the checkpoint",
                 batch_size=prepared.settings.batch_size,
             )
-            if outcome.main_process:
+        if outcome.main_process:
+            if profile is not None:
                 profile.save(result.folder)
-                write_card(result.folder)
+            write_card(result.folder)
     return results
 
 

@@ -20,6 +20,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from softprompt_fast.interop.sentence_transformers import SoftPromptEmbedder
+from softprompt_fast.models.pooling import POOLINGS
 
 TEXTS = ["film great plot", "dull", "film very very dull plot film"]
 
@@ -50,11 +51,11 @@ def alone(module: SoftPromptEmbedder, text: str, pooling: str) -> Tensor:
     ids = torch.tensor([module.tokenizer(text)["input_ids"]])
     vectors = torch.cat([module.model.prompts["topics"][None], base.get_input_embeddings()(ids)], 1)
     states = base(inputs_embeds=vectors).last_hidden_state[0, 3:]
-    return states.mean(0) if pooling == "mean" else states[-1]
+    return states.mean(0) if pooling == "mean" else states[0 if pooling == "first" else -1]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(
     "name, kind",
     [("bert", "AutoModel"), ("roberta", "AutoModel"), ("modernbert", "AutoModel"), ("llama", "AutoModel"),
@@ -151,7 +152,7 @@ def test_a_base_without_a_name_moves_with_the_module(tmp_path: Path) -> None:
 
 
 def test_errors_name_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="`pooling` must be one of mean, last, got 'cls'"):
+    with pytest.raises(ValueError, match="`pooling` must be mean, first or last, got 'cls'"):
         embedder("bert", pooling="cls")
     with pytest.raises(ValueError, match="`prompt` must be one of topics, got 'x'"):
         embedder("bert", prompt="x")
@@ -165,3 +166,47 @@ def test_errors_name_what_is_wrong() -> None:
     seq2seq.add_prompt("p", 2)
     with pytest.raises(TypeError, match="`model` must be an encoder or a decoder, got T5ForConditionalGeneration"):
         SoftPromptEmbedder(seq2seq, module.tokenizer)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "added"])
+def test_a_base_with_adapters_is_refused_because_it_could_not_be_loaded(how: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base, lora = base_model("bert"), peft.LoraConfig(r=2, target_modules=["query"])
+    if how == "wrapped":
+        base = peft.get_peft_model(base, lora)
+    else:
+        base.add_adapter(lora)
+    tuned = spf.SoftPromptModel(base)
+    tuned.add_prompt("p", 2)
+    with pytest.raises(
+        TypeError, match=r"`model` must have a base model without adapters, got \w+; merge them"
+    ) as told:
+        SoftPromptEmbedder(tuned, tiny_tokenizer())
+    assert "\n" not in str(told.value)
+    if how == "wrapped":
+        base.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = spf.SoftPromptModel(transformers.AutoModel.from_pretrained(tmp_path / "merged"))
+        merged.add_prompt("p", 2)
+        model = SentenceTransformer(modules=[SoftPromptEmbedder(merged, tiny_tokenizer())])
+        model.save(str(tmp_path / "saved"))
+        expected = model.encode(TEXTS, convert_to_tensor=True)
+        assert torch.equal(load(tmp_path / "saved").encode(TEXTS, convert_to_tensor=True), expected)
+
+
+def test_a_class_that_could_not_be_loaded_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    class Own(transformers.BertModel):
+        pass
+
+    tuned = spf.SoftPromptModel(Own(ALL["bert"]()))
+    tuned.add_prompt("p", 2)
+    with pytest.raises(TypeError, match="`base_class` must be a model of transformers, got 'Own'"):
+        SoftPromptEmbedder(tuned, tiny_tokenizer()).save(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
+@torch.no_grad()
+def test_a_mean_in_half_precision_is_taken_in_float32() -> None:
+    module = embedder("bert")
+    states = torch.randn(2, 400, 32).bfloat16()
+    expected = states.float().mean(1).bfloat16()
+    assert torch.equal(module._pooled(states, torch.ones(2, 400, dtype=torch.int64)), expected)

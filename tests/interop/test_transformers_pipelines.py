@@ -43,8 +43,9 @@ def test_text_generation(name: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_text_classification(side: str) -> None:
-    tuned, tokenizer = tuned_and_tokenizer("llama", "SequenceClassification", side)
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta"])
+def test_text_classification(name: str, side: str) -> None:
+    tuned, tokenizer = tuned_and_tokenizer(name, "SequenceClassification", side)
     pipe = transformers.pipeline("text-classification", model=tuned, tokenizer=tokenizer)
     found = pipe(TEXTS, batch_size=3, top_k=None)
     for text, scores in zip(TEXTS, found, strict=True):

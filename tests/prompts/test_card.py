@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from support.tiny_models import build
 from support.tiny_reviews import reviews, tiny_tokenizer
 from support.tiny_text import compressed
 
 import softprompt_fast as spf
 from softprompt_fast.prompts import write_card
-from softprompt_fast.prompts.card import is_ours
-from softprompt_fast.prompts.card_facts import without_folders
+from softprompt_fast.prompts.card import card_text, is_ours, several_text
+from softprompt_fast.prompts.card_facts import card_facts, without_folders
+from softprompt_fast.prompts.card_text import card_body
 from softprompt_fast.tasks import Task, classification_task, load_rows
 from softprompt_fast.tuning import tune
 
@@ -142,3 +146,83 @@ def test_the_card_of_a_deep_prompt(tmp_path: Path) -> None:
 def test_a_card_names_no_folders_of_this_machine() -> None:
     values = {"init": "/home/me/prompts/a", "rank": 8, "text": "a\n/b", "list": ["/x/y", "z/y"], "home": "~/a/b"}
     assert without_folders(values) == {"init": "a", "rank": 8, "text": "a\n/b", "list": ["y", "z/y"], "home": "b"}
+
+
+def saved_with(folder: Path, name: str = "p", **changes: Any) -> Path:
+    """The folder of a prompt whose adapter_config.json somebody has written."""
+    model = spf.SoftPromptModel(build("llama"))
+    model.add_prompt("p", 3)
+    model.save_pretrained(folder / "saved")
+    saved = (folder / "saved" / "p").rename(folder / name)
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | changes))
+    return saved
+
+
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "peft_type", "task_type"])
+def test_the_configuration_of_others_writes_no_lines_of_the_card(key: str, tmp_path: Path) -> None:
+    plain = card_body(card_facts(saved_with(tmp_path / "a", **{key: "x"})))
+    foreign = "x`\n\n# Heading <img src=https://evil/x>\n```\n/home/me/x`\n"
+    facts = card_facts(saved_with(tmp_path / "b", **{key: foreign}))
+    text = card_body(facts)
+    assert len(text.splitlines()) == len(plain.splitlines())
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        line for line in plain.splitlines() if line.startswith("#")
+    ]
+    assert "<img" not in card_text(facts) and "/home/me" not in card_text(facts)
+
+
+def test_names_of_folders_and_columns_end_no_code(tmp_path: Path) -> None:
+    folder = saved_with(tmp_path, 'a") ; import os; os.system("`x`$(x)')
+    Task("generation", "{q}", "a` # b\n\n# c", prompt='p"\n# d').save(folder)
+    facts = card_facts(folder)
+    text = card_text(facts)
+    (code, _) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    assert len(calls) == 2 and "import os" not in code
+    assert "predict --prompt path/to/a-import-os-os-system-x-x --data" in text
+    assert "`` a` # b # c ``" in text and "# p-d\n" in text
+    assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1
+
+    inside = facts.pushed("me/many", folder.name, None)
+    text = card_text(inside)
+    codes = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    strings = [node.value for node in ast.walk(ast.parse(codes[1])) if isinstance(node, ast.Constant)]
+    assert folder.name in strings
+    (command,) = [line for line in text.splitlines() if line.startswith("softprompt-fast predict")]
+    assert shlex.split(command)[3] == f"me/many#{folder.name}"
+    assert "](a%22%29%20%3B%20import" in several_text([inside, inside], "me/many")
+
+
+def test_a_fingerprint_that_is_none_is_left_out(tmp_path: Path) -> None:
+    folder = saved_with(tmp_path)
+    known = card_facts(folder).fingerprint
+    assert known is not None and known in card_text(card_facts(folder))
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"base_fingerprint": "x`\n# Heading"})
+    assert "Heading" not in card_text(card_facts(folder))
+
+
+def test_the_form_that_peft_leaves_is_replaced_until_it_is_filled_in(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from support.peft_models import peft_model
+
+    peft_model("llama", kind="PromptTuning").save_pretrained(tmp_path / "theirs")
+    card = tmp_path / "theirs" / "README.md"
+    form = card.read_text()
+    version = re.search(r"- PEFT \S+", form)
+    assert version is not None
+    quantized = "The following `bitsandbytes` quantization config was used during training:\n- load_in_4bit: True\n\n"
+    filled = (
+        form.replace("- **License:** [More Information Needed]", "- **License:** MIT"),
+        form.replace("library_name: peft", "library_name: peft\nlicense: mit"),
+        form + "\nOurs.\n",
+        form + "\n- License: MIT\n",
+        form.replace(version[0], ""),
+    )
+    for text in filled:
+        card.write_text(text)
+        assert not write_card(card.parent) and card.read_text() == text
+    for text in (form, form.replace("### Framework", quantized + "### Framework")):
+        card.write_text(text)
+        assert write_card(card.parent) and is_ours(card.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from softprompt_fast.base.hub import HubName, parse
 from softprompt_fast.base.locations import located
 from softprompt_fast.inference import PromptBank
 from softprompt_fast.prompts import push_to_hub, read_prompt
+from softprompt_fast.prompts.card import is_ours
 from softprompt_fast.tasks import Task
 
 
@@ -197,6 +199,54 @@ def test_paths_of_this_machine_are_not_uploaded(
     text = b"".join(content for name, content in hub.files("me/local").items())
     assert str(model_folder.parent).encode() not in text
     assert json.loads(hub.files("me/local")["adapter_config.json"])["base_model_name_or_path"] == model_folder.name
+
+
+def saved_by_peft(folder: Path, base: Path) -> Path:
+    """A prompt that PEFT made of words of a tokenizer, with its path, and PEFT's card."""
+    peft = pytest.importorskip("peft")
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=2,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="film",
+        tokenizer_name_or_path=str(base),
+        tokenizer_kwargs={"cache_dir": str(base.parent / "cache")},
+    )
+    peft.get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("given", "name"), [("org/base", "org/base"), (None, "model")])
+def test_paths_of_a_prompt_from_peft_are_not_uploaded(
+    hub: HubStandIn, model_folder: Path, tmp_path: Path, given: str | None, name: str
+) -> None:
+    base = tmp_path / "model"
+    shutil.copytree(model_folder, base)
+    folder = saved_by_peft(tmp_path / "theirs", base)
+    assert str(base) in (folder / "README.md").read_text()
+    push_to_hub(folder, "me/theirs", base_model=given)
+    files = hub.files("me/theirs")
+    assert [file for file, content in files.items() if str(tmp_path).encode() in content] == []
+    config = json.loads(files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == config["tokenizer_name_or_path"] == name
+    assert config["tokenizer_kwargs"] == {"cache_dir": "cache"}
+    assert is_ours(files["README.md"].decode())
+
+    card = (folder / "README.md").read_text().replace("# Model Card for Model ID", "# Mine")
+    (folder / "README.md").write_text(card)
+    push_to_hub(folder, "me/mine", base_model=given)
+    assert hub.files("me/mine")["README.md"].decode() == card.replace(str(base), name)
+
+
+def test_a_tokenizer_of_another_name_is_kept(hub: HubStandIn, tmp_path: Path) -> None:
+    two_prompts().save_pretrained(tmp_path, ["movies"])
+    file = tmp_path / "movies" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_name_or_path": "org/words"}))
+    push_to_hub(tmp_path / "movies", "me/movies", base_model="org/base")
+    assert json.loads(hub.files("me/movies")["adapter_config.json"])["tokenizer_name_or_path"] == "org/words"
 
 
 def test_a_card_changed_by_hand_stays(hub: HubStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
