@@ -49,6 +49,13 @@ def head_state(model: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
     return {f"{name}.{key}": value for name in names for key, value in model.get_submodule(name).state_dict().items()}
 
 
+def path_inside(model: Any) -> str:
+    """What the names of a model's tensors begin with in the PEFT model around it; empty: there is none."""
+    inner = without_adapters(model)
+    path = next(name for name, module in model.named_modules() if module is inner)
+    return f"{path}." if path else ""
+
+
 def loadable_modules(model: Any) -> tuple[str, ...]:
     """The modules whose weights may come with a prompt: the head, and the pooler of a backbone that classifies rows."""
     names = head_modules(model)

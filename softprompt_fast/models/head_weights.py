@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hf.heads import head_state, loadable_modules
+from ..hf.heads import head_state, loadable_modules, path_inside
 from ..prompts.checkpoints import read_head_checkpoint
 from ..prompts.head_files import head_names, read_head
 from ..prompts.peft_files import weights_file
@@ -24,7 +24,9 @@ def stored_head(source: PathLike[str] | str, model: Any) -> dict[str, Tensor]:
     own = head_state(model, loadable_modules(model))
     weights = weights_file(source)
     head = read_head(weights, own.keys() & set(head_names(weights)))
-    head = head or {name: value for name, value in read_head_checkpoint(Path(source)).items() if name in own}
+    if not head:
+        saved = read_head_checkpoint(Path(source), path_inside(model))
+        head = {name: value for name, value in saved.items() if name in own}
     for name, value in head.items():
         if value.shape != own[name].shape:
             raise ValueError(

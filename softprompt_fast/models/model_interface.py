@@ -14,7 +14,7 @@ from ..hf import architecture
 from ..hf.adapters import adapter_parameters
 from ..hf.embedding import own_embedding, vectors_like
 from ..hf.freezing import Frozen, Trained, freeze, keep_trainable, train
-from ..hf.heads import head_parameters
+from ..hf.heads import head_parameters, head_state, path_inside
 from .fused_head import TakesFusedHead
 from .trained_head import trained_head
 
@@ -247,10 +247,13 @@ class ModelInterface(TakesFusedHead):
 
 
 def _drop_frozen_weights(module: ModelInterface, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Adapters and a head that are trained inside the base model stay."""
+    """Adapters and a head that are trained inside the base model stay, and a head that came with a prompt."""
     start = prefix + BASE_PREFIX
-    trained = {start + name for name, p in module.base_model.named_parameters() if p.requires_grad}
-    for key in [key for key in state if key.startswith(start) and key not in trained]:
+    kept = {start + name for name, p in module.base_model.named_parameters() if p.requires_grad}
+    if module.saves_head:
+        inside = start + path_inside(module.base_model)
+        kept |= {inside + name for name in head_state(module.base_model, module.head_modules)}
+    for key in [key for key in state if key.startswith(start) and key not in kept]:
         del state[key]
 
 
