@@ -16,6 +16,7 @@ from ..hf.embedding import own_embedding, vectors_like
 from ..hf.freezing import Frozen, Trained, freeze, keep_trainable, train
 from ..hf.heads import head_parameters, head_state, path_inside
 from .fused_head import TakesFusedHead
+from .head_users import head_changed, leave_head, use_head
 from .trained_head import trained_head
 
 logger = logging.getLogger("softprompt_fast")
@@ -52,6 +53,7 @@ class ModelInterface(TakesFusedHead):
                 "is_trainable=True, before another object freezes the model"
             )
         self.base_model: Any = model
+        use_head(model, self)
         self._trained: list[Trained] = []
         self._frozen: list[Frozen] | None = self._freeze()
         """None: :meth:`unload` was called."""
@@ -109,6 +111,7 @@ class ModelInterface(TakesFusedHead):
 
     def unload(self) -> Any:
         """Releases the parameters and returns the base model."""
+        leave_head(self.base_model, self)
         self._frozen, self._trained = None, []
         return self.base_model
 
@@ -134,11 +137,13 @@ class ModelInterface(TakesFusedHead):
             return self.__dict__.copy()
         ours = {id(frozen.parameter) for frozen in self._frozen}
         names = [name for name, parameter in self.base_model.named_parameters() if id(parameter) in ours]
-        return self.__dict__ | {"_frozen": names, "_trained": []}
+        return self.__dict__ | {"_frozen": names, "_trained": [], "_head_changed": head_changed(self.base_model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        changed = state.pop("_head_changed", False)
         super().__setstate__(state)
         if self._frozen is not None:
+            use_head(self.base_model, self, changed=changed)
             names = set(state["_frozen"])
             parameters = [parameter for name, parameter in self.base_model.named_parameters() if name in names]
             for parameter in parameters:

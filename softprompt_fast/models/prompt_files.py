@@ -125,13 +125,14 @@ class PromptFiles(ModelInterface):
                 :meth:`add_prompt` reads.
             name: None: the folder's name, with ``-`` for characters that a name cannot have.
             force: also load a prompt that was tuned on other weights than the model's, or with another head than that
-                of the model's other prompts, which then use this one.
+                of the model's other prompts, which then use this one. A prompt that has no head then uses theirs.
             revision: branch, tag or commit of a repository on the Hub.
             token: for a private repository; None: the one of the Hub's login.
 
         Raises:
             ValueError: the prompt was tuned on other weights, or for a model of another size; the folder holds several
-                tasks and none is named; its head is not that of the model's other prompts.
+                tasks and none is named; its head is not that of the model's other prompts, those of other objects over
+                the model included.
         """
         folder = located(folder, revision=revision, token=token)
         if folder.is_file():
@@ -140,7 +141,7 @@ class PromptFiles(ModelInterface):
         name = name or next(iter(prompts_by_name(folder)))
         head = stored_head(folder, self.base_model)
         if not force:
-            check_one_head(folder, head, self.base_model, list(self.prompts.names))
+            check_one_head(folder, head, self.base_model, self, list(self.prompts.names))
         if peft_type(folder) != UPDATED:
             self.prompts.add_prompt(name, init=self.read_prompt(folder, loaded=head))
             parameter = freeze_first(self.prompts, name, frozen_tokens(folder))
@@ -229,6 +230,8 @@ class PromptFiles(ModelInterface):
         if state is not None:
             head = stored_head(directory, model)
             adapters = tuned._stored_adapters(directory, head)
+            if not force:
+                check_one_head(directory, head, model, tuned, [])
             tuned.prompts.load_state_dict(state)
             tuned._take_head(head)
             tuned.load_state_dict(adapters, strict=False)
