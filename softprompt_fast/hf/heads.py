@@ -29,6 +29,19 @@ def head_modules(model: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def heads_of_peft(model: Any) -> tuple[str, ...]:
+    """The names of a model's head modules that PEFT trains by itself (``modules_to_save``), and would train now."""
+    model = without_adapters(model)
+    if model.get_output_embeddings() is not None or getattr(model, "base_model", model) is model:
+        return ()
+    saved = {name: getattr(child, "modules_to_save", None) for name, child in model.named_children()}
+    return tuple(
+        name
+        for name, copies in saved.items()
+        if copies is not None and any(p.requires_grad for p in copies.parameters())
+    )
+
+
 def is_fresh(model: Any, names: tuple[str, ...]) -> bool | None:
     """Whether weights of these modules are random because no checkpoint held them; None: that cannot be known."""
     model = without_adapters(model)

@@ -43,7 +43,7 @@ class ModelInterface(TakesFusedHead):
         super().__init__()
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
-        self.head_modules, self.trains_head = trained_head(model, train_head)
+        self.head_modules, self.trains_head = trained_head(model, train_head, train_adapters=train_adapters)
         self.saves_head = self.trains_head
         """Whether prompts are saved with the head: it is trained, or it came with a prompt."""
         self.train_adapters = train_adapters
