@@ -29,6 +29,19 @@ def head_modules(model: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
+def heads_of_peft(model: Any) -> tuple[str, ...]:
+    """The names of a model's head modules that PEFT trains by itself (``modules_to_save``), and would train now."""
+    model = without_adapters(model)
+    if model.get_output_embeddings() is not None or getattr(model, "base_model", model) is model:
+        return ()
+    saved = {name: getattr(child, "modules_to_save", None) for name, child in model.named_children()}
+    return tuple(
+        name
+        for name, copies in saved.items()
+        if copies is not None and any(p.requires_grad for p in copies.parameters())
+    )
+
+
 def is_fresh(model: Any, names: tuple[str, ...]) -> bool | None:
     """Whether weights of these modules are random because no checkpoint held them; None: that cannot be known."""
     model = without_adapters(model)
@@ -47,6 +60,13 @@ def head_state(model: Any, names: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors of the modules of these names, by their names in the model."""
     model = without_adapters(model)
     return {f"{name}.{key}": value for name in names for key, value in model.get_submodule(name).state_dict().items()}
+
+
+def path_inside(model: Any) -> str:
+    """What the names of a model's tensors begin with in the PEFT model around it; empty: there is none."""
+    inner = without_adapters(model)
+    path = next(name for name, module in model.named_modules() if module is inner)
+    return f"{path}." if path else ""
 
 
 def loadable_modules(model: Any) -> tuple[str, ...]:

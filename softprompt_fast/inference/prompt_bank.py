@@ -22,6 +22,7 @@ from ..compiled.compile import compile_prompts, layered, slot_shape
 from ..compiled.prompt_cache import weights_version
 from ..compiled.slots import SlotTable
 from ..hf.embedding import vectors_like
+from ..models.head_users import use_head
 from ..models.head_weights import check_one_head, install_head, stored_head
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import check_base
@@ -99,8 +100,8 @@ class PromptBank:
         prompts, base, runner = (model.prompts, model.base_model, model.runner) if wrapped else (None, model, None)
         graphs = runner is None or runner.graphs is not None
         self.model = SoftPromptModel(base, check=check, cuda_graphs=graphs, train_head=False).eval()
-        self.check = check
-        self.storage = storage
+        use_head(self.model.base_model, self)
+        self.check, self.storage = check, storage
         self.hits = self.misses = self.evictions = 0
         self.uncompiled: str | None = None
         """Why prompts are not compiled; None: they are."""
@@ -184,7 +185,7 @@ class PromptBank:
         """Adds a prompt: a tensor [P, D], a PEFT adapter folder (its ``task.json`` is read too) or a file.
 
         A deep prompt (PEFT's folder of a prefix or a cartridge, or numbers [P, L * 2 * H' * E]) is already compiled.
-        The model gets the head that was saved with a prompt. All prompts of a bank must have the same head.
+        The model gets the head that was saved with a prompt. All prompts of a model must have the same head, or none.
 
         Args:
             name: letters, digits, ``_`` and ``-``.
@@ -217,8 +218,7 @@ class PromptBank:
                 raise ValueError(f"prompt {name!r} is a deep prompt, which this model cannot run: {self.uncompiled}")
             head = stored_head(source, self.model.base_model)
             if not force:
-                others = [other for other in self.names if other != name]
-                check_one_head(source, head, self.model.base_model, others)
+                check_one_head(source, head, self.model.base_model, self, [n for n in self.names if n != name])
             if deep and shape is not None:
                 vectors, config = read_prefix(source, shape)
             else:

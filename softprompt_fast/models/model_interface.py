@@ -14,8 +14,9 @@ from ..hf import architecture
 from ..hf.adapters import adapter_parameters
 from ..hf.embedding import own_embedding, vectors_like
 from ..hf.freezing import Claim, freeze, keep_trainable, train
-from ..hf.heads import head_parameters
+from ..hf.heads import head_parameters, head_state, path_inside
 from .fused_head import TakesFusedHead
+from .head_users import head_changed, leave_head, use_head
 from .trained_head import trained_head
 
 logger = logging.getLogger("softprompt_fast")
@@ -42,7 +43,7 @@ class ModelInterface(TakesFusedHead):
         super().__init__()
         model = architecture.compiled_in_place(model)
         architecture.check_supported(model)
-        self.head_modules, self.trains_head = trained_head(model, train_head)
+        self.head_modules, self.trains_head = trained_head(model, train_head, train_adapters=train_adapters)
         self.saves_head = self.trains_head
         """Whether prompts are saved with the head: it is trained, or it came with a prompt."""
         self.train_adapters = train_adapters
@@ -52,6 +53,7 @@ class ModelInterface(TakesFusedHead):
                 "is_trainable=True, before another object freezes the model"
             )
         self.base_model: Any = model
+        use_head(model, self)
         self._trained: list[Claim] = []
         self._frozen: list[Claim] | None = self._freeze()
         """None: :meth:`unload` was called."""
@@ -109,6 +111,7 @@ class ModelInterface(TakesFusedHead):
 
     def unload(self) -> Any:
         """Releases the parameters and returns the base model."""
+        leave_head(self.base_model, self)
         self._frozen, self._trained = None, []
         return self.base_model
 
@@ -134,11 +137,13 @@ class ModelInterface(TakesFusedHead):
             return self.__dict__.copy()
         ours = {id(frozen.parameter) for frozen in self._frozen if frozen.own}
         names = [name for name, parameter in self.base_model.named_parameters() if id(parameter) in ours]
-        return self.__dict__ | {"_frozen": names, "_trained": []}
+        return self.__dict__ | {"_frozen": names, "_trained": [], "_head_changed": head_changed(self.base_model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        changed = state.pop("_head_changed", False)
         super().__setstate__(state)
         if self._frozen is not None:
+            use_head(self.base_model, self, changed=changed)
             names = set(state["_frozen"])
             parameters = [parameter for name, parameter in self.base_model.named_parameters() if name in names]
             for parameter in parameters:
@@ -247,10 +252,13 @@ class ModelInterface(TakesFusedHead):
 
 
 def _drop_frozen_weights(module: ModelInterface, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Adapters and a head that are trained inside the base model stay."""
+    """Adapters and a head that are trained inside the base model stay, and a head that came with a prompt."""
     start = prefix + BASE_PREFIX
-    trained = {start + name for name, p in module.base_model.named_parameters() if p.requires_grad}
-    for key in [key for key in state if key.startswith(start) and key not in trained]:
+    kept = {start + name for name, p in module.base_model.named_parameters() if p.requires_grad}
+    if module.saves_head:
+        inside = start + path_inside(module.base_model)
+        kept |= {inside + name for name in head_state(module.base_model, module.head_modules)}
+    for key in [key for key in state if key.startswith(start) and key not in kept]:
         del state[key]
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..base.errors import either
 from ..base.locations import located
+from ..hf.adapters import adapter_parameters
 from ..hf.architecture import check_supported, compiled_in_place
-from ..hf.heads import head_state
+from ..hf.heads import head_state, path_inside
 from ..prompts.base_identity import base_facts, check_base
 from ..prompts.card import update_card
 from ..prompts.checkpoints import prompt_names, read_checkpoint, read_trained_weights
@@ -124,13 +125,14 @@ class PromptFiles(ModelInterface):
                 :meth:`add_prompt` reads.
             name: None: the folder's name, with ``-`` for characters that a name cannot have.
             force: also load a prompt that was tuned on other weights than the model's, or with another head than that
-                of the model's other prompts, which then use this one.
+                of the model's other prompts, which then use this one. A prompt that has no head then uses theirs.
             revision: branch, tag or commit of a repository on the Hub.
             token: for a private repository; None: the one of the Hub's login.
 
         Raises:
             ValueError: the prompt was tuned on other weights, or for a model of another size; the folder holds several
-                tasks and none is named; its head is not that of the model's other prompts.
+                tasks and none is named; its head is not that of the model's other prompts, those of other objects over
+                the model included.
         """
         folder = located(folder, revision=revision, token=token)
         if folder.is_file():
@@ -139,7 +141,7 @@ class PromptFiles(ModelInterface):
         name = name or next(iter(prompts_by_name(folder)))
         head = stored_head(folder, self.base_model)
         if not force:
-            check_one_head(folder, head, self.base_model, list(self.prompts.names))
+            check_one_head(folder, head, self.base_model, self, list(self.prompts.names))
         if peft_type(folder) != UPDATED:
             self.prompts.add_prompt(name, init=self.read_prompt(folder, loaded=head))
             parameter = freeze_first(self.prompts, name, frozen_tokens(folder))
@@ -226,32 +228,45 @@ class PromptFiles(ModelInterface):
             options["train_head"] = True
         tuned = cls(model, **options)
         if state is not None:
-            tuned.prompts.load_state_dict(state)
             head = stored_head(directory, model)
+            adapters = tuned._stored_adapters(directory, head)
+            if not force:
+                check_one_head(directory, head, model, tuned, [])
+            tuned.prompts.load_state_dict(state)
             tuned._take_head(head)
-            tuned._load_trained_weights(directory, head)
+            tuned.load_state_dict(adapters, strict=False)
             for name in set(stored) - set(stored if names is None else names):
                 tuned.prompts.remove_prompt(name)
         for name, folder in chosen.items():
             tuned.load_prompt(folder, name, force=force)
         return tuned
 
-    def _load_trained_weights(self, checkpoint: Path, loaded: Collection[str]) -> None:
-        """Loads the weights that a checkpoint holds beside prompts.
+    def _stored_adapters(self, checkpoint: Path, head: Collection[str]) -> dict[str, Tensor]:
+        """The adapters that a checkpoint holds beside prompts and a head, by their names in ``state_dict``.
 
         Args:
-            loaded: names of tensors of the base model that were loaded before.
+            head: names of the head's tensors in the model.
+
+        Raises:
+            ValueError: the checkpoint holds other weights, or adapters that the model lacks.
         """
-        own = {key for key, _ in self.named_parameters()}
-        state = read_trained_weights(checkpoint)
-        state = {key: value for key, value in state.items() if key.removeprefix(BASE_PREFIX) not in loaded}
-        unknown = sorted(state.keys() - own)
-        if unknown:
-            raise ValueError(
-                f"`model` must have the adapters that {checkpoint} holds, but it has no {unknown[0]!r}; load or add "
-                "them first"
-            )
-        self.load_state_dict(state, strict=False)
+        adapters = {id(parameter) for parameter in adapter_parameters(self.base_model)}
+        own = {key: id(parameter) in adapters for key, parameter in self.named_parameters(remove_duplicate=False)}
+        start = BASE_PREFIX + path_inside(self.base_model)
+        loaded = {start + name for name in head}
+        state = {key: value for key, value in read_trained_weights(checkpoint).items() if key not in loaded}
+        for key in sorted(state):
+            if key not in own:
+                raise ValueError(
+                    f"`model` must have the adapters that {checkpoint} holds, but it has no {key!r}; load or add them "
+                    "first"
+                )
+            if not own[key]:
+                raise ValueError(
+                    f"{checkpoint} must hold prompts, adapters and the weights of a head, got {key!r}, a weight of the "
+                    "base model"
+                )
+        return state
 
 
 def checked_type(peft_type: str | None, kinds: Sequence[str]) -> str | None:

@@ -23,12 +23,16 @@ UNKNOWN = "-"
 """The part of a fingerprint that cannot be read, because its weights are quantised, sharded or not loaded."""
 
 
-def base_fingerprint(model: Any) -> str:
-    """``kind:embedding:layers`` of a transformers model, without its head and its head's pooler. It takes milliseconds.
+def base_fingerprint(model: Any, *, with_pooler: bool = False) -> str:
+    """``kind:embedding:layers`` of a transformers model, without its head and its pooler. It takes milliseconds.
 
     The last two are digests of the signs of some weights. Signs do not depend on the type of the numbers, so a model
     has the same fingerprint in float32, bfloat16 and float16. A part that cannot be read is ``-``. If adapters of PEFT
     run in the layers, their digest follows: ``kind:embedding:layers:adapters``.
+
+    Args:
+        with_pooler: as older versions did for models without a head. A pooler may be random at each loading, because
+            the checkpoint of a language model has none.
     """
     model = without_adapters(model)
     config = model.config.get_text_config()
@@ -36,14 +40,14 @@ def base_fingerprint(model: Any) -> str:
     embedding = own_embedding(model.get_input_embeddings()).weight
     backbone = getattr(model, "base_model", model)
     added = {id(parameter) for parameter in adapter_parameters(model)}
-    left_out = "pooler." if classifies_rows(model) else None
+    with_pooler = with_pooler and not classifies_rows(model)
     matrices = [
         parameter
         for name, parameter in backbone.named_parameters()
         if parameter is not embedding
         and parameter.dim() > 1
         and id(parameter) not in added
-        and (left_out is None or left_out not in name)
+        and (with_pooler or "pooler." not in name)
     ]
     rows = [embedding[row] for row in range(min(ROWS, len(embedding)))] if _readable(embedding) else []
     layers = [matrix.reshape(-1) for matrix in matrices] if all(map(_readable, matrices)) else []
@@ -91,7 +95,7 @@ def check_known_base(prompt: str, name: str | None, fingerprint: str | None, mod
     if fingerprint is None:
         return
     own = base_fingerprint(model)
-    if not same_base(fingerprint, own):
+    if not same_base(fingerprint, own) and not same_base(fingerprint, base_fingerprint(model, with_pooler=True)):
         same_weights = same_base(*(":".join(each.split(":")[:3]) for each in (fingerprint, own)))
         hint = ", which is the same without or with its adapters (--adapter)" if same_weights else ""
         raise ValueError(

@@ -43,10 +43,15 @@ def read_trained_weights(folder: PathLike[str] | str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(BANK_PREFIX)}
 
 
-def read_head_checkpoint(folder: PathLike[str] | str) -> dict[str, Tensor]:
-    """The weights of the model that a checkpoint holds, such as those of a head, by their names in the model."""
+def read_head_checkpoint(folder: PathLike[str] | str, path: str) -> dict[str, Tensor]:
+    """The weights of the model that a checkpoint holds, such as those of a head, by their names in the model.
+
+    Args:
+        path: what these names begin with in the model that was trained, such as PEFT's around it.
+    """
+    start = BASE + path
     state = read_trained_weights(folder)
-    return {key.removeprefix(BASE): value for key, value in state.items() if key.startswith(BASE)}
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
 
 
 def prompt_names(state: dict[str, Tensor]) -> list[str]:

@@ -109,6 +109,12 @@ def test_what_cannot_be_loaded(model_folder: Path, tmp_path: Path) -> None:
     peft.get_peft_model(build("llama"), prompt).save_pretrained(tmp_path / "prompt")
     with pytest.raises(ValueError, match="`adapter` must be LoRA or another adapter of layers, got a prompt in"):
         load_base_model(str(model_folder), "float32", "cpu", adapter=tmp_path / "prompt")
+    lora = peft.get_peft_model(build("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora", safe_serialization=False)
+    with pytest.raises(
+        ValueError, match=r"`adapter` must be a folder with adapter_model\.safetensors, got .* a pickle"
+    ):
+        load_base_model(str(model_folder), "float32", "cpu", adapter=tmp_path / "lora")
 
 
 def test_tuning_does_not_train_adapters(model_folder: Path, adapter: Path, tmp_path: Path) -> None:

@@ -203,7 +203,23 @@ def test_a_head_cannot_be_trained_where_there_is_none() -> None:
 def test_heads_that_peft_trains_are_left_to_it() -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(build("bert", head="TokenClassification"), peft.LoraConfig(task_type="TOKEN_CLS"))
-    assert spf.SoftPromptModel(model).head_modules == ()
+    assert spf.SoftPromptModel(model, train_adapters=True).head_modules == ()
+
+
+def test_a_head_that_peft_would_train_is_not_frozen_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    model = peft.get_peft_model(build("llama", head="SequenceClassification"), config)
+    tuned = spf.SoftPromptModel(model, train_adapters=True)
+    assert any("score" in name for name in trained(tuned))
+    tuned.unload()
+    spf.SoftPromptModel(model, train_head=False).unload()
+    assert not said(caplog)
+    with pytest.raises(ValueError, match=r"PEFT trains the head of .* \(score\) by itself: give train_adapters=True"):
+        spf.SoftPromptModel(model, train_head=True)
+    assert not trained(spf.SoftPromptModel(model))
+    (message,) = said(caplog)
+    assert "(score) is frozen, because it is part of PEFT's adapter: train_adapters=True trains both" in message
 
 
 def test_trainer_answers_questions(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from support.tiny_models import build
+from support.tiny_models import BERT, build
 from support.tiny_reviews import run, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -19,7 +19,14 @@ from softprompt_fast.inference.prompt_bank import PromptBank
 from softprompt_fast.models.deep_prompt_model import DeepPromptModel
 from softprompt_fast.models.soft_prompt_model import SoftPromptModel
 from softprompt_fast.prompts.base_identity import base_fingerprint, one_base, same_base
-from softprompt_fast.prompts.peft_files import CONFIG_FILE, prompts_by_name, read_base, safe_name, write_prompt
+from softprompt_fast.prompts.peft_files import (
+    CONFIG_FILE,
+    FINGERPRINT,
+    prompts_by_name,
+    read_base,
+    safe_name,
+    write_prompt,
+)
 from softprompt_fast.tasks.task import TASK_FILE, Task
 
 
@@ -53,6 +60,25 @@ def test_the_fingerprint_is_that_of_the_weights_in_any_type() -> None:
     assert not same_base(base_fingerprint(llama(layers=3)), mine)
     assert not same_base(base_fingerprint(llama(seed=1)), mine)
     assert same_base(mine.rpartition(":")[0] + ":-", mine)  # quantised layers cannot be compared
+
+
+def test_a_pooler_that_is_random_at_each_loading_does_not_matter(tmp_path: Path) -> None:
+    tf.BertForMaskedLM(tf.BertConfig(**BERT)).save_pretrained(tmp_path / "masked")
+    models = [tf.AutoModel.from_pretrained(tmp_path / "masked") for _ in range(2)]
+    assert not torch.equal(models[0].pooler.dense.weight, models[1].pooler.dense.weight)
+    folder = saved(tmp_path / "run", models[0])
+    loaded = SoftPromptModel.from_pretrained(models[1], folder)
+    assert loaded.prompts.names == ["p"]
+
+
+def test_a_prompt_of_an_older_version_fits_the_base_with_its_pooler(tmp_path: Path) -> None:
+    model, other = (tf.BertModel(tf.BertConfig(**BERT)) for _ in range(2))
+    older = base_fingerprint(model, with_pooler=True)
+    assert older != base_fingerprint(model)
+    write_prompt(tmp_path / "p", torch.zeros(3, 32), {FINGERPRINT: older})
+    SoftPromptModel(model).load_prompt(tmp_path / "p")
+    with pytest.raises(ValueError, match="the prompt's base model must be"):
+        SoftPromptModel(other).load_prompt(tmp_path / "p")
 
 
 @pytest.mark.parametrize("kind", [SoftPromptModel, DeepPromptModel])
