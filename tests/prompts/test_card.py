@@ -44,7 +44,12 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     _, folder = tuned_run(tmp_path, init_text=None)
     text = (folder / "README.md").read_text()
     data = ModelCard(text).data
-    assert data.library_name == "peft" and data.base_model == "org/base" and data.pipeline_tag == "text-generation"
+    named = data.to_dict()
+    assert [named[key] for key in ("library_name", "base_model", "pipeline_tag")] == [
+        "peft",
+        "org/base",
+        "text-generation",
+    ]
     assert {"soft-prompt", "prompt-tuning", "softprompt_fast", "base_model:adapter:org/base"} <= set(data.tags)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     after = metrics["after"]
