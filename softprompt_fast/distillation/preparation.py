@@ -22,7 +22,7 @@ from ..prompts.peft_files import is_prompt_folder
 from ..prompts.run_files import RETENTION_FILE
 from ..tasks.cuts import counting_cuts
 from ..tasks.examples import Examples, split_rows
-from ..tasks.rows import Rows, joined
+from ..tasks.rows import Rows, choose, joined
 from ..tasks.task import Task, generation_task
 from ..tasks.templates import field, parse
 from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
@@ -70,7 +70,7 @@ def prepare(
     text_column: str,
     template: str | None,
     chat: bool,
-    held_out: float,
+    held_out: float | Sequence[Mapping[str, Any]],
     name: str,
     base_name: str | None,
     max_drop: float,
@@ -107,13 +107,14 @@ def prepare(
     self_made: Examples = []
     start = time.perf_counter()
     if self_queries:
-        _check_room(base, source, [len(ids) for _, ids in query_starts(tokenizer, source)], LONGEST)
+        starts = query_starts(tokenizer, source).values()
+        _check_room(base, source, [len(ids) for openings in starts for _, ids in openings], LONGEST)
         console.print(f"the model makes {self_queries} queries from the text", highlight=False)
         with progress_bar(self_queries, console) as advance:
             self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
     query_seconds = time.perf_counter() - start
     rows = usable_queries(task, joined(given, self_made)) if self_made else given
-    train, test = split_rows(rows, held_out, settings.seed)
+    train, test = _split(task, rows, held_out, settings.seed)
     with counting_cuts():
         train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
     _check_room(base, source, [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
@@ -163,6 +164,20 @@ def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
             "there are no queries: give `queries` (--queries), or let the model make some with `self_queries` "
             "(--self-queries)"
         )
+
+
+def _split(
+    task: Task, rows: Examples, held_out: float | Sequence[Mapping[str, Any]], seed: int
+) -> tuple[Examples, Examples]:
+    """The queries to train on and those that measure retention; no text is on both sides."""
+    if isinstance(held_out, (int, float)):
+        return split_rows(rows, held_out, seed)
+    test = usable_queries(task, _as_rows(held_out))
+    known = {task.text(row) for row in test}
+    train = choose(rows, [i for i, row in enumerate(rows) if task.text(row) not in known])
+    if not train:
+        raise ValueError(f"`queries` must hold some that are not held out, got {len(rows)}, all of them in `held_out`")
+    return train, test
 
 
 def _check_model(base: Any) -> None:

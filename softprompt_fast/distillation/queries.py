@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,32 @@ from .teacher import CHUNK, Teacher
 
 logger = logging.getLogger("softprompt_fast")
 
-SEEDS = {
-    "question": "Write one question that the text above answers.",
-    "summary": "Write one request to summarise a part of the text above.",
-    "structure": "Write one request to put facts of the text above into a list or a table.",
-    "use case": "Write one message of somebody who needs the text above for a practical purpose.",
-    "creative": "Write one unusual, creative request about the text above.",
+SEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "question": (
+        "Write one question that the text above answers.",
+        ("What", "When", "Where", "Who", "Which", "How", "How many", "Why", "Is", "Can"),
+    ),
+    "summary": (
+        "Write one request to summarise a part of the text above.",
+        ("Summarise", "Explain", "Describe", "Give a short overview of"),
+    ),
+    "structure": (
+        "Write one request to put facts of the text above into a list or a table.",
+        ("List", "Make a list of", "Name", "Make a table of"),
+    ),
+    "use case": (
+        "Write one message of somebody who needs the text above for a practical purpose.",
+        ("I want to", "I have", "My", "Can I", "What should I do if"),
+    ),
+    "creative": (
+        "Write one unusual, creative request about the text above.",
+        ("Write a poem about", "Write a story about", "Invent", "Imagine"),
+    ),
 }
-"""What the model is asked for; Cartridges (arXiv 2506.06266) begins its conversations with these five kinds."""
+"""What the model is asked for, and the words with one of which its answer begins, because a small model would rather
+answer than ask. Cartridges (arXiv 2506.06266) begins its conversations with these five kinds."""
+PART = 256
+"""Longer texts are shown in parts of about this many tokens, one for each query, so that all of it is asked about."""
 EXAMPLE = "example"
 """Kind of a query that continues the text with the template's own words, as one more example of a few-shot block."""
 LONGEST = 48
@@ -39,6 +59,8 @@ SIMILAR = 0.8
 """Two queries are near-duplicates if so much of their words is common: the size of the intersection over the union."""
 MARKER = re.compile(r"^[\s\"'“”*#>-]*(?:\d+[.)]\s*)?(?:[A-Z]?[a-z]+ ?(?:\d+)?:\s+)?[\"'“]?")
 """Quotes, the number of a list and a label such as "Question: " at the beginning of a line."""
+QUESTION, SENTENCES = re.compile(r"[^?]*\?"), re.compile(r".*[.?!](?=\W|$)")
+"""The first question, and all complete sentences, of a line."""
 
 
 def read_text_lines(path: Path, column: str, encoding: str | None = None) -> Rows:
@@ -100,17 +122,27 @@ def make_queries(
         raise ValueError(f"self-made queries need a template with one column, got {', '.join(task.columns)}")
     (column,) = task.columns
     starts = query_starts(teacher.tokenizer, source)
+    kinds, parts = list(starts), teacher.add_parts(_parts(source))
     rows: Examples = []
     known: list[set[str]] = []
     drawn = 0
     while len(rows) < count and drawn < DRAWS * count:
-        asked = [starts[(drawn + i) % len(starts)] for i in range(CHUNK)]
-        answers = teacher.generate([ids for _, ids in asked], seed + drawn + 1, max_new_tokens=LONGEST, **SAMPLING)
+        draw = random.Random(f"{seed} {drawn}")
+        asked = [(kind, *draw.choice(starts[kind])) for kind in (kinds[(drawn + i) % len(kinds)] for i in range(CHUNK))]
+        shown = [draw.choice(parts) for _ in asked]
+        answers = teacher.generate(
+            [ids for *_, ids in asked],
+            seed + drawn + 1,
+            (teacher.model, shown),
+            max_new_tokens=LONGEST,
+            **SAMPLING,
+        )
         drawn += len(asked)
         before = len(rows)
-        for (kind, _), answer in zip(asked, answers, strict=True):
-            text = teacher.tokenizer.decode(answer, skip_special_tokens=True)
-            query = _one_query(text, words_after(source.template) if kind == EXAMPLE else "", labelled=kind != EXAMPLE)
+        for (kind, opening, _), answer in zip(asked, answers, strict=True):
+            said = [*token_ids(teacher.tokenizer, opening), *answer] if opening else answer
+            text = teacher.tokenizer.decode(said, skip_special_tokens=True)
+            query = _one_query(text, words_after(source.template) if kind == EXAMPLE else "", kind)
             words = set(normalise(query).split())
             if len(rows) < count and query and _usable(task, {column: query}) and _is_new(words, known):
                 known.append(words)
@@ -131,22 +163,38 @@ def encoded(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[
     return [encode_text(task, row, tokenizer) for row in rows]
 
 
-def query_starts(tokenizer: Any, source: SourceText) -> list[tuple[str, list[int]]]:
-    """The kinds of queries, and the token ids after which the model makes one."""
+def query_starts(tokenizer: Any, source: SourceText) -> dict[str, list[tuple[str, list[int]]]]:
+    """For each kind of query: its openings, and the token ids after which the model continues them."""
     example = words_before(source.template).rstrip(" ")
     if not source.is_chat and example.strip():
-        return [(EXAMPLE, token_ids(tokenizer, example))]
-    return [(kind, source.asking(tokenizer, words)) for kind, words in SEEDS.items()]
+        return {EXAMPLE: [("", token_ids(tokenizer, example))]}
+    return {
+        kind: [(opening, source.asking(tokenizer, words, opening)) for opening in openings]
+        for kind, (words, openings) in SEEDS.items()
+    }
 
 
-def _one_query(text: str, end: str, *, labelled: bool) -> str:
-    """The first line of the model's answer, up to the template's next words, without quotes and labels."""
+def _parts(source: SourceText) -> list[list[int]]:
+    """The text in parts of about :data:`PART` tokens, each after the opening of a chat; a block of examples is one."""
+    frame, rest = source.ids[: source.frame], source.ids[source.frame :]
+    if len(rest) <= PART or (not source.is_chat and words_before(source.template).strip()):
+        return [source.ids]
+    count = -(-len(rest) // PART)
+    bounds = [len(rest) * i // count for i in range(count + 1)]
+    return [frame + rest[start:end] for start, end in pairwise(bounds)]
+
+
+def _one_query(text: str, end: str, kind: str) -> str:
+    """The first line of what the model said, up to the template's next words; no quotes, labels and half sentences."""
     if end.strip() and (at := text.find(end.strip())) >= 0:
         text = text[:at]
     line = next((line for line in text.splitlines() if line.strip()), "")
-    if labelled:
+    if kind != EXAMPLE:
         line = MARKER.sub("", line, count=1)
-    return line.strip().strip("\"'“”*").strip()
+        whole = QUESTION.match(line) if kind == "question" else SENTENCES.match(line)
+        line = line if whole is None else whole.group()
+    line = line.strip().strip("\"'“”*").strip()
+    return "" if kind != EXAMPLE and line.endswith((":", ",")) else line
 
 
 def _usable(task: Task, row: dict[str, Any]) -> bool:

@@ -59,7 +59,7 @@ def compress(
     text_column: str = "text",
     template: str | None = None,
     chat: bool = False,
-    held_out: float = 0.2,
+    held_out: float | Sequence[Mapping[str, Any]] = 0.2,
     name: str = "prompt",
     base_name: str | None = None,
     max_drop: float = 0.01,
@@ -83,7 +83,8 @@ def compress(
         text_column: column of the query.
         template: how a query is rendered; None: the column's text.
         chat: the text is a system prompt and the query a user's turn of the tokenizer's chat template.
-        held_out: share (below 1) or number of queries that measure retention and are not trained on.
+        held_out: queries that measure retention and are not trained on: a share (below 1) or number of all queries, or
+            rows of their own.
         name: of the prompt; with several numbers of tokens, their names are ``name-N``.
         base_name: name of the model in ``task.json``; None: the model's own.
         max_drop: the recommended number of tokens is the smallest whose agreement is at most this much below the best.

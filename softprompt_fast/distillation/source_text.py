@@ -35,9 +35,10 @@ class SourceText:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def asking(self, tokenizer: Any, words: str) -> list[int]:
-        """Token ids with which a user asks for something after the text."""
-        return token_ids(tokenizer, f"{self.between}{words}{self.after}" if self.is_chat else f"\n\n{words}\n")
+    def asking(self, tokenizer: Any, words: str, opening: str = "") -> list[int]:
+        """Token ids with which a user asks for something after the text, and those of the answer's first words."""
+        asked = f"{self.between}{words}{self.after}" if self.is_chat else f"\n\n{words}\n"
+        return token_ids(tokenizer, asked + opening)
 
 
 def read_source(tokenizer: Any, text: str, template: str, *, chat: bool) -> SourceText:

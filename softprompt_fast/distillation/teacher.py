@@ -66,9 +66,7 @@ class Teacher:
     ) -> None:
         self.model = SoftPromptModel(model)
         self.tokenizer, self.settings, self.cache = tokenizer, settings, cache
-        table = embedding_table(model.get_input_embeddings())
-        ids = torch.tensor(list(text_ids), device=table.weight.device)
-        self.model.add_prompt(TEXT, init=table(ids).detach().float())
+        self._add(TEXT, text_ids)
         self._ends = end_token_ids(model, tokenizer.eos_token_id) or []
         sampled = settings.continuation == "sampled"
         self._facts = {
@@ -101,6 +99,19 @@ class Teacher:
                 progress(len(chunk))
         return found
 
+    def add_parts(self, parts: Sequence[Sequence[int]]) -> list[str]:
+        """Prompts of the teacher's model for parts [T] of the text; their names."""
+        names = [f"part-{i}" for i in range(len(parts))]
+        for name, ids in zip(names, parts, strict=True):
+            if name not in self.model.prompts:
+                self._add(name, ids)
+        return names
+
+    def _add(self, name: str, ids: Sequence[int]) -> None:
+        table = embedding_table(self.model.get_input_embeddings())
+        vectors = table(torch.tensor(list(ids), device=table.weight.device))
+        self.model.add_prompt(name, init=vectors.detach().float())
+
     def logits(self, targets: Sequence[Target]) -> Tensor:
         """[M, V] at all places of the continuations, row by row."""
         return logits_of(self.model, TEXT, targets)
@@ -109,17 +120,17 @@ class Teacher:
         self,
         queries: Sequence[list[int]],
         seed: int | None = None,
-        student: tuple[SoftPromptModel, str] | None = None,
+        speaker: tuple[SoftPromptModel, str | Sequence[str]] | None = None,
         **options: Any,
     ) -> list[list[int]]:
         """New tokens after each query [T], up to the end token.
 
         Args:
             seed: tokens are drawn with this seed; None: the most probable ones are taken.
-            student: a model and its prompt that speak instead of the teacher.
+            speaker: a model and its prompt, or one for each query, that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
-        model, prompt = (self.model, TEXT) if student is None else student
+        model, prompt = (self.model, TEXT) if speaker is None else speaker
         draws = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "num_beams": 1, **draws, **options}
         if self._ends:

@@ -24,7 +24,8 @@ UNREADABLE = "readable text"
 def split_rows(rows: Examples, held_out: float | int, seed: int = 0) -> tuple[Examples, Examples]:
     """Shuffles rows with a seed and holds out a share (below 1) or a number of them; returns the others and those."""
     rows = as_rows(rows)
-    count = round(len(rows) * held_out) if held_out < 1 else int(held_out)
+    fits = 0 < held_out < max(1, len(rows))
+    count = (round(len(rows) * held_out) if held_out < 1 else int(held_out)) if fits else 0
     if not 0 < count < len(rows):
         raise ValueError(f"`held_out` must leave rows on both sides of {len(rows)}, got {held_out}")
     order = list(range(len(rows)))

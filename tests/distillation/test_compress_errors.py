@@ -71,7 +71,7 @@ def test_one_line_says_what_is_wrong(options: dict[str, Any], message: str, tmp_
 
 
 def test_a_text_that_leaves_no_room_for_self_made_queries(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"got 108 tokens, 45 too many"):
+    with pytest.raises(ValueError, match=r"got 108 tokens, 49 too many"):
         compressed(tmp_path, text=TEXT * 3, queries=None, self_queries=5)
 
 

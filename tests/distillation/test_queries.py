@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from support.tiny_models import VOCABULARY, build
 from support.tiny_reviews import WORDS, tiny_tokenizer
@@ -48,12 +49,16 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, answers: list[str]
     """Lets the model say these texts in turn; returns what it read."""
     read: list[list[list[int]]] = []
 
-    def generate(self: Teacher, asked: list[list[int]], seed: int | None = None, **options: Any) -> list[list[int]]:
+    def generate(
+        self: Teacher, asked: list[list[int]], seed: int | None = None, speaker: Any = None, **options: Any
+    ) -> list[list[int]]:
         read.append(asked)
         start = sum(map(len, read[:-1]))
         return [tokenizer(answers[(start + i) % len(answers)]).input_ids for i in range(len(asked))]
 
     monkeypatch.setattr(Teacher, "generate", generate)
+    without = {kind: (asked, ("",)) for kind, (asked, _) in SEEDS.items()}
+    monkeypatch.setattr(module, "SEEDS", without)
     return read
 
 
@@ -87,10 +92,41 @@ def test_labels_quotes_and_numbers_of_an_answer_are_left_out() -> None:
         "\n\n* Name the plot.\nAnd more": "Name the plot.",
         "Write: a poem": "a poem",
         "Make it: short": "Make it: short",
+        "Say it. And then": "Say it.",
+        "Here is a list:": "",
         "  ": "",
     }
-    assert {text: module._one_query(text, "", labelled=True) for text in cases} == cases
-    assert module._one_query(" a: b\n", "", labelled=False) == "a: b"
+    assert {text: module._one_query(text, "", "summary") for text in cases} == cases
+    assert module._one_query("When is it? Is it? At", "", "question") == "When is it?"
+    assert module._one_query(" a: b\n", "", "example") == "a: b"
+
+
+def test_a_query_begins_with_the_words_that_the_model_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = chat_tokenizer()
+    read = scripted(monkeypatch, tokenizer, ["film", "plot", "fine"])
+    monkeypatch.setattr(module, "SEEDS", {"question": ("very", ("dull", "great"))})
+    rows = prepared(tokenizer, tmp_path, chat=True, self_queries=3).self_made
+    assert {row["text"].split()[0] for row in rows} <= {"dull", "great"}
+    assert {tokenizer.decode(ids).split()[-1] for ids in read[0]} == {"dull", "great"}
+
+
+def test_a_long_text_is_shown_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART", 15)
+    seen = []
+    original = Teacher.generate
+
+    def generate(self: Teacher, asked: Any, seed: Any, speaker: Any, **options: Any) -> Any:
+        seen.extend(speaker[1])
+        return original(self, asked, seed, speaker, **options)
+
+    monkeypatch.setattr(Teacher, "generate", generate)
+    tokenizer = tiny_tokenizer(*EVERY_WORD)
+    teacher = prepared(tokenizer, tmp_path).teacher
+    parts = [teacher.model.prompts[name] for name in ("part-0", "part-1", "part-2")]
+    assert set(seen) == {"part-0", "part-1", "part-2"}
+    assert torch.equal(torch.cat(parts), teacher.model.prompts["text"])
 
 
 def test_a_chat_asks_in_the_users_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
