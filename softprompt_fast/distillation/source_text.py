@@ -38,7 +38,7 @@ class SourceText:
     def asking(self, tokenizer: Any, words: str, opening: str = "") -> list[int]:
         """Token ids with which a user asks for something after the text, and those of the answer's first words."""
         asked = f"{self.between}{words}{self.after}" if self.is_chat else f"\n\n{words}\n"
-        return token_ids(tokenizer, asked + opening)
+        return token_ids(tokenizer, asked) + (token_ids(tokenizer, opening) if opening else [])
 
 
 def read_source(tokenizer: Any, text: str, template: str, *, chat: bool) -> SourceText:
