@@ -37,7 +37,12 @@ from .layout import PackedLayout, RowGroup
 from .self_check import tolerance
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from .runner import PackedRunner
+    from .task_heads import Decoder
+
+    Runner: TypeAlias = "PackedRunner | Decoder"
 
 logger = logging.getLogger("softprompt_fast")
 GRAIN = 16
@@ -130,7 +135,7 @@ class _Ticket:
 class StepGraph:
     """The forward pass, and with `gradient` the backward pass, of batches of the same :class:`Sizes`."""
 
-    def __init__(self, runner: PackedRunner, sizes: Sizes, like: Tensor) -> None:
+    def __init__(self, runner: Runner, sizes: Sizes, like: Tensor) -> None:
         """`like` [1, K, D] has the dtype and device of the vectors."""
         self.sizes = sizes
         self.embeds = torch.zeros(1, sizes.slots, like.shape[2], dtype=like.dtype, device=like.device)
@@ -265,7 +270,7 @@ class StepGraphs(ModelGraphs[StepGraph]):
         """States of the model, with and without a gradient, whose first graph gave what the model gives."""
 
     def run(
-        self, runner: PackedRunner, batch: PackedInputs, read: Tensor, options: dict[str, Any]
+        self, runner: Runner, batch: PackedInputs, read: Tensor, options: dict[str, Any]
     ) -> tuple[Any, Tensor] | None:
         """As :meth:`PackedRunner.run`; None: this batch runs as usual."""
         if self.stopped is not None or not self._fits(runner, batch, read, options):
@@ -279,7 +284,7 @@ class StepGraphs(ModelGraphs[StepGraph]):
         finally:
             self.lock.release()
 
-    def _fits(self, runner: PackedRunner, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> bool:
+    def _fits(self, runner: Runner, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> bool:
         layout, device = batch.layout, batch.inputs_embeds.device
         config = runner.model.config.get_text_config()
         return (
@@ -294,7 +299,7 @@ class StepGraphs(ModelGraphs[StepGraph]):
             and backend.ops_for(device) is not None
         )
 
-    def _run(self, runner: PackedRunner, batch: PackedInputs, read: Tensor) -> tuple[Any, Tensor] | None:
+    def _run(self, runner: Runner, batch: PackedInputs, read: Tensor) -> tuple[Any, Tensor] | None:
         embeds = batch.inputs_embeds
         if not self._is_current(runner.model, embeds.device):
             return None
@@ -331,7 +336,7 @@ class StepGraphs(ModelGraphs[StepGraph]):
             self._open = weakref.ref(ticket)
         return graph.output_type(), logits
 
-    def _new_graph(self, runner: PackedRunner, sizes: Sizes, batch: tuple[Tensor, ...]) -> StepGraph | None:
+    def _new_graph(self, runner: Runner, sizes: Sizes, batch: tuple[Tensor, ...]) -> StepGraph | None:
         """A graph that holds this batch."""
 
         def make(pool: Any, stream: Any) -> StepGraph:

@@ -287,7 +287,7 @@ class PackedRunner:
         layout = batch.layout
         check_room([0], [max(layout.prompts.keys, layout.rows.keys)], self.context_length)
         layout.attention = self.make_ready()
-        replayed = None if self.graphs is None else self.graphs.run(self, batch, read, options)
+        replayed = self._replayed(batch, read, options)
         if replayed is not None:
             return replayed
         try:
@@ -297,6 +297,10 @@ class PackedRunner:
                 raise
         return self.run_once(batch, read, options)  # another attention was set, or memory was short
 
+    def _replayed(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
+        """The same, from a CUDA graph; None: this batch runs as usual."""
+        return None if self.graphs is None else self.graphs.run(self, batch, read, options)
+
     def _freed_memory(self, error: Exception) -> bool:
         """Whether a batch that did not fit into memory may now, because the graphs' memory is free."""
         if not isinstance(error, torch.OutOfMemoryError) or self.graphs is None or not self.graphs.forget():
@@ -304,11 +308,21 @@ class PackedRunner:
         torch.cuda.empty_cache()
         return True
 
-    def run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
-        """:meth:`run` by the model itself, with the attention that is installed now."""
+    def run_once(
+        self,
+        batch: PackedInputs,
+        read: Tensor,
+        options: dict[str, Any],
+        numbers_at: Callable[..., tuple[Any, Tensor]] | None = None,
+    ) -> tuple[Any, Tensor]:
+        """:meth:`run` by the model itself, with the attention that is installed now.
+
+        Args:
+            numbers_at: gives other numbers than logits; None: :meth:`logits_at`.
+        """
         layout = batch.layout
         layout.calls = 0
-        output, logits = self.logits_at(
+        output, logits = (numbers_at or self.logits_at)(
             read,
             inputs_embeds=batch.inputs_embeds,
             position_ids=batch.position_ids + self.first_position,

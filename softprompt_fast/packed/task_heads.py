@@ -14,7 +14,8 @@ from ..hf.architecture import returning_mappings
 from ..hf.frozen_linear import frozen_products
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
-from .batch import SharedBatch
+from .batch import PackedInputs, SharedBatch
+from .cuda_graphs import StepGraphs
 from .runner import (
     PACKED_OPTIONS,
     PackedRunner,
@@ -46,8 +47,11 @@ class TaskHeadRunner(PackedRunner):
         self._classifies = architecture.is_named(self.model, "ForSequenceClassification")
         self._spans = set(POSITIONS) <= self._parameters
         needed = ("score", self.model.base_model_prefix)
+        self._decoder: Decoder | None = None
         if self._classifies and any(getattr(self.model, name, None) is None for name in needed):
             self.unsupported = self.unsupported or "its head is not a layer `score` after the decoder"
+        elif self._classifies and cuda_graphs and self.unsupported is None:
+            self.graphs, self._decoder = StepGraphs(), Decoder(self)
 
     def forward(
         self,
@@ -118,12 +122,26 @@ class TaskHeadRunner(PackedRunner):
         slots = inputs["inputs_embeds"].shape[1]
         with returning_mappings(model.config), frozen_products(model, slots):
             if self._classifies:
-                decoded = getattr(model, model.base_model_prefix)(**inputs)
-                return _classifier_output(decoded), model.score(decoded.last_hidden_state[0, places])
+                output, states = self.states_at(places, **inputs)
+                return output, model.score(states)
             output = model(**inputs)
         if self._spans:
             return output, torch.stack([output[name][0, places] for name in LOGITS], -1)
         return output, output.logits[0, places]
+
+    def states_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
+        """The output of a model that classifies rows, and the decoder's states [M, D] at `places` [M]."""
+        inputs["use_cache"] = False
+        slots = inputs["inputs_embeds"].shape[1]
+        with returning_mappings(self.model.config), frozen_products(self.model, slots):
+            decoded = getattr(self.model, self.model.base_model_prefix)(**inputs)
+        return _classifier_output(decoded), decoded.last_hidden_state[0, places]
+
+    def _replayed(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
+        if self.graphs is None or self._decoder is None:
+            return None
+        replayed = self.graphs.run(self._decoder, batch, read, options)
+        return None if replayed is None else (replayed[0], self.model.score(replayed[1]))
 
     def logits_alone(
         self,
@@ -195,6 +213,21 @@ class TaskHeadRunner(PackedRunner):
                 losses.append(end_loss(numbers[..., end], own, position, batch.token_slots, places))
         if len(losses) == 2:
             output["loss"] = (losses[0] + losses[1]) / 2
+
+
+class Decoder:
+    """The decoder below a head that classifies rows, as CUDA graphs see it. A head is trained, so it stays out."""
+
+    def __init__(self, runner: TaskHeadRunner) -> None:
+        self._runner = runner
+        self.check, self.slack, self.make_ready = runner.check, runner.slack, runner.make_ready
+
+    @property
+    def model(self) -> Any:
+        return getattr(self._runner.model, self._runner.model.base_model_prefix)
+
+    def run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
+        return self._runner.run_once(batch, read, options, self._runner.states_at)
 
 
 def _prompt_slots(batch: SharedBatch, prefixes: Sequence[tuple[int, int]]) -> Tensor:

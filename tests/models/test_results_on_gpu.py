@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.devices import DEVICE, ON_GPU
+from support.devices import DEVICE, NEEDS_STREAMS, ON_GPU
 from support.peft_models import batch as peft_batch
 from support.peft_models import losses, peft_model
 from support.rows_alone import PROMPTS, ROWS, relative
@@ -16,6 +16,7 @@ from support.tiny_text import compressed
 from torch import Tensor
 
 import softprompt_fast as spf
+from softprompt_fast.packed.cuda_graphs import EAGER_BATCHES
 
 pytestmark = ON_GPU
 TOLERANCE = 1e-4
@@ -66,6 +67,28 @@ def test_a_head(name: str, execution: str, head: str) -> None:
     for one, other in zip(results(tuned, inputs, DEVICE), expected, strict=True):
         assert relative(one, other) < TOLERANCE
     assert tuned.execution_report().execution == execution
+
+
+@NEEDS_STREAMS
+def test_a_classifier_trains_with_graphs_as_without() -> None:
+    found = []
+    for cuda_graphs in (True, False):
+        torch.manual_seed(0)
+        model = build("llama", head="SequenceClassification").to(DEVICE, torch.bfloat16)
+        tuned = spf.SoftPromptModel(model, cuda_graphs=cuda_graphs).to(DEVICE)
+        prompt = tuned.add_prompt("p", init=torch.randn(5, tuned.prompts.embedding_dim) * 0.5)
+        head = model.score.weight.requires_grad_()
+        ids, mask = (x.to(DEVICE) for x in batch())
+        gradients = []
+        for i in range(EAGER_BATCHES + 3):
+            tuned.zero_grad()
+            tuned((ids + i) % 50, mask, labels=torch.tensor([0, 1, 1, 0], device=DEVICE)).loss.backward()
+            gradients.append((prompt.grad.float().clone(), head.grad.float().clone()))
+        found.append(gradients)
+        assert not cuda_graphs or len(tuned.runner.graphs) == 1, tuned.runner.graphs.stopped
+    for some, others in zip(*found, strict=True):
+        for one, other in zip(some, others, strict=True):
+            assert ((one - other).norm() / other.norm()).item() < 0.05
 
 
 def test_a_model_with_lora() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -13,56 +12,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.played_graphs import PlayedGraph, played_graphs
 from support.rows_alone import ROWS, relative, tuned_model
 from support.tiny_models import DECODERS, batch, build, changes_mask, own_attention
-from support.varlen_stand_in import path_of_a_gpu
 from torch import Tensor
 
 import softprompt_fast as spf
-from softprompt_fast import hf
 from softprompt_fast.ops.segment_attention.ragged import host_plan
 from softprompt_fast.packed import cuda_graphs
-from softprompt_fast.packed.cuda_graphs import EAGER_BATCHES, GRAIN, LEAST_STEP, Sizes, StepGraph
+from softprompt_fast.packed.cuda_graphs import EAGER_BATCHES, GRAIN, LEAST_STEP, Sizes
 
 SHARED = [name for name in DECODERS if not own_attention(name) and not changes_mask(name)]
 
 
-class PlayedGraph(StepGraph):
-    """The passes of a graph, in Python. What lies between them is lost when another graph is replayed."""
-
-    latest: PlayedGraph | None = None
-    replays = 0
-
-    def capture(self, pool: Any, stream: Any) -> None:
-        leaf, logits = self.forward_pass()
-        self.logits, self.logits_gradient = logits.detach().clone(), torch.zeros_like(logits)
-        self.gradient = torch.zeros_like(leaf)
-        self._forward = SimpleNamespace(replay=self._play_forward)
-        self._backward = SimpleNamespace(replay=self._play_backward)
-
-    def _play_forward(self) -> None:
-        PlayedGraph.replays += 1
-        PlayedGraph.latest = self
-        with torch.inference_mode(False):
-            self._passed = self.forward_pass()
-            self.logits.copy_(self._passed[1].detach())
-
-    def _play_backward(self) -> None:
-        assert PlayedGraph.latest is self
-        self.gradient.copy_(self.backward_pass(*self._passed, self.logits_gradient))
-
-
 @pytest.fixture
 def graphs() -> Iterator[type[PlayedGraph]]:
-    PlayedGraph.replays = 0
-    with (
-        path_of_a_gpu(),
-        mock.patch.object(cuda_graphs, "on_gpu", lambda device: True),
-        mock.patch.object(hf.cuda_graphs, "new_pool", lambda: None),
-        mock.patch.object(cuda_graphs, "most_memory", lambda device: 1e9),
-        mock.patch.object(cuda_graphs.StepGraphs, "graph_type", PlayedGraph),
-    ):
-        yield PlayedGraph
+    with played_graphs() as found:
+        yield found
 
 
 def tuned(name: str = "llama", *, gpu: bool = True) -> tuple[spf.SoftPromptModel, spf.SoftPromptModel]:
