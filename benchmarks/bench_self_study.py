@@ -1,18 +1,19 @@
-"""Training of keys and values: the recipe of PEFT's self-study example for cartridges, and ``compress``.
+"""Training of keys and values: PEFT's recipe of self-study for cartridges, and ``compress``.
 
     python benchmarks/bench_self_study.py --csv benchmarks/results/self_study_cpu.csv
     python benchmarks/bench_self_study.py --steps 6 --queries 16 --held-out 8 --tokens 64
 
 The recipe is that of ``examples/cartridge_self_study`` of PEFT 0.21.2: transformers' Trainer, one row in a step, 1e-3
-with linear decay. In each step the model reads text, query and continuation without an adapter, then query and
-continuation after the cartridge; the loss is the cross entropy of the 20 most probable tokens at all places of the row.
-`compress` learns the same number of steps with the same rate, schedule, initial values and rows in the same order, from
-probabilities that the teacher has given once, at the places of the continuation. The two take turns in one process: one
-step of PEFT, one of ours. One more row is `compress` with its own defaults on as many queries.
+with linear decay. In each step the model reads text, query and continuation without the adapter, then query and
+continuation after the cartridge. The loss is the cross entropy of the teacher's 20 most probable tokens at all places
+of the row.
 
-Both have a copy of the model. The queries and the teacher's continuations are the same, and the same code measures all
-results: `training_kl` is the divergence of the teacher's classes on all training queries, `kl` that of the whole
-vocabulary on held-out ones.
+``compress`` learns from probabilities that the teacher has given once, at the places of the continuation. Steps, rate,
+schedule, initial values and rows, in their order, are the recipe's. Both have a copy of the model and take turns in one
+process: one step of PEFT, one of ours. One more row is ``compress`` with its own defaults on as many queries.
+
+The same code measures all prompts. `training_kl` is the loss of ``compress`` on all training queries, `kl` the
+divergence over the whole vocabulary on held-out ones.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from support.tiny_text import TEMPLATE, TEXT, logits_after_text, queries
 
 from softprompt_fast.models import DeepPromptModel
 
+peft = pytest.importorskip("peft")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ABOUT = {"text": TEXT, "template": TEMPLATE, "chat": False}
 STEPS, TOKENS = 32, 6
@@ -22,7 +23,6 @@ STEPS, TOKENS = 32, 6
 
 @pytest.fixture(scope="module")
 def bench() -> Any:
-    pytest.importorskip("peft").CartridgeConfig  # noqa: B018
     sys.path.insert(0, str(BENCHMARKS))
     try:
         return importlib.import_module("bench_self_study")
@@ -30,7 +30,12 @@ def bench() -> Any:
         sys.path.remove(str(BENCHMARKS))
 
 
-def test_rows_of_both(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def cartridge_of(model: Any) -> Any:
+    config = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_frozen_tokens=1)
+    return peft.get_peft_model(model, config)
+
+
+def test_both_learn_the_same_rows_and_come_closer_to_the_teacher(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     learnt: dict[str, list[list[int]]] = {"theirs": [], "ours": []}
     compute, step_loss = bench.RecipeTrainer.compute_loss, bench.batch_loss
 
@@ -50,24 +55,20 @@ def test_rows_of_both(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     every = queries(20)
     rows = bench.study(build("llama"), build("llama"), tiny_tokenizer(), ABOUT, every[:14], every[14:], plan)
     assert learnt["ours"] == learnt["theirs"] and len(learnt["ours"]) == STEPS
-    start, peft, same, own = rows
+    start, recipe, same, own = rows
     assert [row["training"] for row in rows] == [bench.START, bench.PEFT, bench.SAME, bench.OWN]
-    assert start["training_kl"] > max(peft["training_kl"], same["training_kl"], own["training_kl"])
-    assert peft["peft_over_this"] == 1.0 and peft["step_s"] > 0 and same["step_s"] > 0
-    assert same["peft_over_this"] == pytest.approx(peft["step_s"] / same["step_s"], rel=0.1)
+    assert start["training_kl"] > max(recipe["training_kl"], same["training_kl"], own["training_kl"])
+    assert recipe["peft_over_this"] == 1.0 and recipe["step_s"] > 0 and same["step_s"] > 0
+    assert same["peft_over_this"] == pytest.approx(recipe["step_s"] / same["step_s"], rel=0.1)
     assert (own["batch"], own["steps"], own["rate"]) == (14, 2, 5e-3)
     assert {(row["queries"], row["held_out"]) for row in rows} == {(14, 6)}
 
 
 def test_the_recipe_loss_is_the_cross_entropy_of_the_most_probable_tokens(bench: Any, tmp_path: Path) -> None:
-    import peft
-
     text, query, continuation = [5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16]
     base = build("llama")
     expected_teacher = logits_after_text(base, text, query[:1], query[1:] + continuation).log_softmax(-1)
-    cartridge = peft.get_peft_model(
-        base, peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_frozen_tokens=1)
-    )
+    cartridge = cartridge_of(base)
     bench.start_from_text(cartridge, text)
     # Four keys and values of the text are what the plain model has after the text's first four tokens.
     student = logits_after_text(base, text[:4], query[:1], query[1:] + continuation).log_softmax(-1)
@@ -92,11 +93,7 @@ def test_another_start_is_refused(bench: Any) -> None:
     class Prepared:
         student = DeepPromptModel(build("llama"))
 
-    import peft
-
-    cartridge = peft.get_peft_model(
-        build("llama"), peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, num_frozen_tokens=1)
-    )
+    cartridge = cartridge_of(build("llama"))
     values = bench.start_from_text(cartridge, [5, 6, 7, 8, 9])
     target = bench.Target([12, 13], [14, 15], torch.empty(0), torch.empty(0))
     Prepared.student.add_prompt(bench.START, init=values)
