@@ -41,7 +41,7 @@ from softprompt_fast.distillation.preparation import Prepared, prepare
 from softprompt_fast.distillation.retention import Contestant, measure_retention
 from softprompt_fast.distillation.teacher import Target, logits_of
 from softprompt_fast.distillation.training import batch_loss
-from softprompt_fast.hf import load_base_model
+from softprompt_fast.hf import SMOLLM2, load_base_model
 
 FROZEN, TOP_K, RATE, MAX_GRAD_NORM = 1, 20, 1e-3, 1.0
 """The recipe's settings; the last one is Trainer's default."""
@@ -79,6 +79,8 @@ def main() -> None:
     arguments = parser.parse_args()
     ours, tokenizer = load_base_model(arguments.model, arguments.dtype, arguments.device)
     theirs = copy.deepcopy(ours)
+    if arguments.model == SMOLLM2:  # its weights are de-quantised when loaded; Trainer reads this flag and would refuse
+        theirs.is_quantized, theirs.hf_quantizer = False, None
     train, held_out = given_queries(arguments.text, arguments.held_out)
     new_tokens = NEW_TOKENS[arguments.text]
     plan = Plan(arguments.steps, arguments.tokens, arguments.seed, new_tokens, arguments.device)
@@ -279,12 +281,12 @@ def recipe_rows(text_ids: Sequence[int], targets: Sequence[Target]) -> list[Row]
     return [{"row": row, "whole": [*text_ids, *answer], "answer": answer} for row, answer in enumerate(answers)]
 
 
-def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row]) -> dict[str, Any]:
     """The recipe's batch of one row, so nothing is padded."""
     (row,) = rows
     tensors = {name: torch.tensor([row[name]]) for name in ("whole", "answer")}
     masks = {f"{name}_mask": torch.ones_like(ids) for name, ids in tensors.items()}
-    return {**tensors, **masks, "row": torch.tensor([row["row"]])}
+    return {**tensors, **masks, "row": row["row"]}
 
 
 class RecipeTrainer(Trainer):
@@ -300,8 +302,8 @@ class RecipeTrainer(Trainer):
         self.row = -1
         """The row of the last step."""
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
-        self.row = int(inputs["row"])
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        self.row = inputs["row"]
         with torch.no_grad(), model.disable_adapter():
             whole = model(input_ids=inputs["whole"], attention_mask=inputs["whole_mask"], use_cache=False).logits
         student = model(input_ids=inputs["answer"], attention_mask=inputs["answer_mask"], use_cache=False).logits
