@@ -196,7 +196,7 @@ def _check(
     settings: DistillationSettings,
 ) -> None:
     check_queries(queries, self_queries)
-    if not 0 <= beside < max(1, len(documents)):
+    if not 0 <= beside < max(2, len(documents)):
         raise ValueError(f"`beside` must be 0 to {len(documents) - 1}, the number of other documents, got {beside}")
     if settings.divergence != "forward":
         raise ValueError(f"`divergence` must be forward for several documents, got {settings.divergence}")
