@@ -21,6 +21,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .interpret import interpret
+from .join import join
 from .monitor import monitor
 from .output import EXIT_STATUS, console
 from .predict import predict
@@ -55,7 +56,9 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         compress: (
             f"softprompt-fast compress -m {MODEL} --text system.txt --chat --queries queries.jsonl --tokens 4,16,64",
             f"softprompt-fast compress -m {MODEL} --text manual.txt --self-queries 200 --tokens 64 --form kv",
+            f"softprompt-fast compress -m {MODEL} --text a.txt --text b.txt --queries queries.jsonl --tokens 64",
         ),
+        join: ("softprompt-fast join compressed/a compressed/b -o joined",),
     },
     "Use": {
         evaluate: (

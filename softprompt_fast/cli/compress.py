@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..base.extras import require
-from ..distillation.settings import TEACHER, DistillationSettings
+from ..distillation.settings import TEACHER, TRAINING, DistillationSettings
 from .data import DataOptions
 from .options import DATA, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
 from .output import console, draw_figure
@@ -17,9 +17,29 @@ from .output import console, draw_figure
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
 
-TextFile = Annotated[
-    Path,
-    typer.Option("--text", "-t", help="File of the text: a system prompt, a block of examples, or documents."),
+TextFiles = Annotated[
+    list[Path],
+    typer.Option(
+        "--text",
+        "-t",
+        help="File of the text: a system prompt, a block of examples, or documents. Several files (--text a.txt "
+        "--text b.txt) are documents, each of which becomes a prompt with the file's name.",
+    ),
+]
+DocumentColumn = Annotated[
+    str,
+    typer.Option(
+        help="Several documents: column with the name of a query's document.", rich_help_panel=DATA
+    ),
+]
+Beside = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Several documents: number of others that stand beside a query's own in training, so that prompts can be "
+        "joined.",
+        rich_help_panel=TRAINING,
+    ),
 ]
 Chat = Annotated[
     bool,
@@ -88,7 +108,7 @@ TeacherCache = Annotated[
 @with_options("data_options_of", DataOptions)
 def compress(
     model: Model,
-    text: TextFile,
+    text: TextFiles,
     data_options_of: Callable[..., DataOptions],
     settings_of: Callable[..., DistillationSettings],
     output: Output = Path("compressed"),
@@ -96,9 +116,11 @@ def compress(
     queries: Queries = None,
     self_queries: SelfQueries = 0,
     text_column: TextColumn = "text",
+    document_column: DocumentColumn = "document",
     template: Template = None,
     held_out: HeldOut = "0.2",
     tokens: Tokens = "16",
+    beside: Beside = 1,
     max_drop: MaxDrop = 0.01,
     name: PromptName = "prompt",
     teacher_cache: TeacherCache = None,
@@ -112,6 +134,7 @@ def compress(
     if figure is not None:
         require("train", "matplotlib", purpose="--figure")
     counts = _counts(tokens)
+    from ..distillation.documents import compress_documents
     from ..distillation.figure import retention_figure
     from ..distillation.preparation import check_queries, prompt_names
     from ..distillation.queries import read_text_lines
@@ -122,9 +145,16 @@ def compress(
 
     names = prompt_names(name, counts, settings)
     check_queries([queries] if queries is not None else [], self_queries)
-    words = decode(read_bytes(text, str(text)), str(text), data_options.encoding)
-    if not words.strip():
-        raise ValueError(f"{text} must hold words, got an empty text")
+    texts = {}
+    for path in text:
+        words = decode(read_bytes(path, str(path)), str(path), data_options.encoding)
+        if not words.strip():
+            raise ValueError(f"{path} must hold words, got an empty text")
+        if path.stem in texts:
+            raise ValueError(f"--text must name files of different names, got {path.stem} twice")
+        texts[path.stem] = words
+    if len(texts) > 1 and (len(counts) > 1 or figure is not None or name != "prompt"):
+        raise ValueError("several --text files cannot be combined with several --tokens, --figure or --name")
 
     def read(name: str) -> Examples:
         if Path(name).suffix.lower() == ".txt":
@@ -134,24 +164,25 @@ def compress(
     rows: Examples = [] if queries is None else read(queries)
     measured = number if (number := _number(held_out)) is not None else read(held_out)
     base, tokenizer = load_base_model(model, dtype, device, console=console)
+    common: dict[str, Any] = {
+        "self_queries": self_queries,
+        "text_column": text_column,
+        "template": None if template is None else unescaped(template),
+        "chat": chat,
+        "held_out": measured,
+        "base_name": model,
+        "cache": teacher_cache,
+        "settings": settings,
+        "console": console,
+    }
+    if len(texts) > 1:
+        options = common | {"tokens": counts[0], "beside": beside, "document_column": document_column}
+        compress_documents(base, tokenizer, texts, output, rows, **options)
+        console.print(f"use several: softprompt-fast join {output}/... --output joined", highlight=False)
+        return
+    (words,) = texts.values()
     result = compress_text(
-        base,
-        tokenizer,
-        words,
-        output,
-        rows,
-        tokens=list(names),
-        self_queries=self_queries,
-        text_column=text_column,
-        template=None if template is None else unescaped(template),
-        chat=chat,
-        held_out=measured,
-        name=name,
-        base_name=model,
-        max_drop=max_drop,
-        cache=teacher_cache,
-        settings=settings,
-        console=console,
+        base, tokenizer, words, output, rows, tokens=list(names), name=name, max_drop=max_drop, **common
     )
     draw_figure(lambda: retention_figure(result), figure)
     console.print(

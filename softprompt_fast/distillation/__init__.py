@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from ..base.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from .documents import DocumentCompression, DocumentPrompt, compress_documents
     from .figure import retention_figure
+    from .joining import join_prompts
     from .result import CompressedPrompt, Compression
     from .retention import Retention
     from .run import compress
@@ -17,10 +19,25 @@ else:
             "CompressedPrompt": ".result",
             "Compression": ".result",
             "DistillationSettings": ".settings",
+            "DocumentCompression": ".documents",
+            "DocumentPrompt": ".documents",
             "Retention": ".retention",
             "compress": ".run",
+            "compress_documents": ".documents",
+            "join_prompts": ".joining",
             "retention_figure": ".figure",
         },
     )
 
-__all__ = ["CompressedPrompt", "Compression", "DistillationSettings", "Retention", "compress", "retention_figure"]
+__all__ = [
+    "CompressedPrompt",
+    "Compression",
+    "DistillationSettings",
+    "DocumentCompression",
+    "DocumentPrompt",
+    "Retention",
+    "compress",
+    "compress_documents",
+    "join_prompts",
+    "retention_figure",
+]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -83,41 +84,32 @@ def prepare(
     check_queries(queries, self_queries)
     if not max_drop >= 0:
         raise ValueError(f"`max_drop` must be 0 or more, got {max_drop}")
-    _check_model(base)
+    check_model(base)
     for file in (*names.values(), RETENTION_FILE):
         if (output / file).exists():
             raise FileExistsError(f"{output / file} already exists; choose another output folder")
     source = read_source(tokenizer, text, field(text_column) if template is None else template, chat=chat)
     if max(names) >= len(source):
         raise ValueError(f"`tokens` must be below the text's {len(source)} tokens, got {max(names)}")
-    columns = [column for _, column in parse(source.template)]
-    task = generation_task(
-        output_column=next(column for column in ANSWER_COLUMNS if column not in columns),
-        template=source.template,
-        max_length=settings.max_length,
-        model=base_name or getattr(base, "name_or_path", None) or None,
-        prompt=name,
-        special_tokens=False,
-    )
-    given = usable_queries(task, _as_rows(queries)) if queries else []
-    _check_room(base, source, [len(ids) for ids in encoded(task, given, tokenizer)], settings.new_tokens)
+    task = replace(task_of(base, source.template, settings, base_name), prompt=name)
+    given = usable_queries(task, as_examples(queries)) if queries else []
+    check_room(base, len(source), [len(ids) for ids in encoded(task, given, tokenizer)], settings.new_tokens)
     student = _student(base, names, settings)
-    folder = cache_directory() / "distillation" if cache is None else cache
-    teacher = Teacher(base, tokenizer, source.ids, settings, folder)
+    teacher = Teacher(base, tokenizer, source.ids, settings, cache_folder(cache))
     self_made: Examples = []
     start = time.perf_counter()
     if self_queries:
         starts = query_starts(tokenizer, source).values()
-        _check_room(base, source, [len(ids) for openings in starts for _, ids in openings], LONGEST)
+        check_room(base, len(source), [len(ids) for openings in starts for _, ids in openings], LONGEST)
         console.print(f"the model makes {self_queries} queries from the text", highlight=False)
         with progress_bar(self_queries, console) as advance:
             self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
     query_seconds = time.perf_counter() - start
     rows = usable_queries(task, joined(given, self_made)) if self_made else given
-    train, test = _split(task, rows, held_out, settings.seed)
+    train, test = split_queries(task, rows, held_out, settings.seed)
     with counting_cuts():
         train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
-    _check_room(base, source, [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
+    check_room(base, len(source), [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
     return Prepared(
         base,
         source,
@@ -133,6 +125,32 @@ def prepare(
         settings,
         console,
     )
+
+
+def task_of(base: Any, template: str, settings: DistillationSettings, base_name: str | None) -> Task:
+    """The task of a compressed text: queries as the template renders them, and a column of answers."""
+    columns = [column for _, column in parse(template)]
+    return generation_task(
+        output_column=next(column for column in ANSWER_COLUMNS if column not in columns),
+        template=template,
+        max_length=settings.max_length,
+        model=base_name or getattr(base, "name_or_path", None) or None,
+        special_tokens=False,
+    )
+
+
+def cache_folder(cache: PathLike[str] | str | None) -> Path:
+    """Where the teacher's answers are kept."""
+    return cache_directory() / "distillation" if cache is None else Path(cache)
+
+
+def new_student(base: Any, settings: DistillationSettings) -> SoftPromptModel:
+    """A model without prompts.
+
+    Raises:
+        TypeError: the model cannot run keys and values.
+    """
+    return (DeepPromptModel if settings.form == "kv" else SoftPromptModel)(base)
 
 
 def prompt_names(name: str, tokens: int | Sequence[int], settings: DistillationSettings) -> dict[int, str]:
@@ -166,13 +184,13 @@ def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
         )
 
 
-def _split(
+def split_queries(
     task: Task, rows: Examples, held_out: float | Sequence[Mapping[str, Any]], seed: int
 ) -> tuple[Examples, Examples]:
     """The queries to train on and those that measure retention; no text is on both sides."""
     if isinstance(held_out, (int, float)):
         return split_rows(rows, held_out, seed)
-    test = usable_queries(task, _as_rows(held_out))
+    test = usable_queries(task, as_examples(held_out))
     known = {task.text(row) for row in test}
     train = choose(rows, [i for i, row in enumerate(rows) if task.text(row) not in known])
     if not train:
@@ -180,7 +198,7 @@ def _split(
     return train, test
 
 
-def _check_model(base: Any) -> None:
+def check_model(base: Any) -> None:
     if not is_causal(base) or not getattr(base, "can_generate", lambda: False)():
         raise TypeError(
             f"{type(base).__name__} cannot continue queries, so it cannot be a teacher; `model` must be a decoder with "
@@ -195,7 +213,7 @@ def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -
         TypeError: the model cannot run keys and values.
         ValueError: `init` is a prompt of another shape.
     """
-    student = (DeepPromptModel if settings.form == "kv" else SoftPromptModel)(base)
+    student = new_student(base, settings)
     if settings.init not in ("auto", *INITS):
         if len(names) > 1:
             raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several `tokens`, got {settings.init}")
@@ -211,16 +229,16 @@ def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -
     return student
 
 
-def _check_room(base: Any, source: SourceText, queries: Sequence[int], new_tokens: int) -> None:
+def check_room(base: Any, text: int, queries: Sequence[int], new_tokens: int) -> None:
     """Refuses a text that does not fit into the model's context with the longest query and its continuation."""
     limit, longest = context_length(base), max(queries, default=1)
-    more = 0 if limit is None else len(source) + longest + new_tokens - limit
+    more = 0 if limit is None else text + longest + new_tokens - limit
     if more > 0:
         raise ValueError(
             f"the text must fit into the model's context of {limit} tokens with the longest query ({longest}) and its "
-            f"continuation ({new_tokens}), got {len(source)} tokens, {more} too many"
+            f"continuation ({new_tokens}), got {text} tokens, {more} too many"
         )
 
 
-def _as_rows(queries: Sequence[Mapping[str, Any]]) -> Examples:
+def as_examples(queries: Sequence[Mapping[str, Any]]) -> Examples:
     return queries if isinstance(queries, Rows) else [dict(row) for row in queries]

@@ -23,7 +23,7 @@ class Contestant:
     tokens: int
     """Positions that it takes in the context."""
     model: SoftPromptModel
-    prompt: str | None
+    prompt: str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)

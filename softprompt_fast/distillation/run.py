@@ -29,7 +29,7 @@ from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
 from .settings import INITS, DistillationSettings
 from .teacher import TEXT, Target
-from .training import TrainingRun, batch_loss, batches, train_prompt
+from .training import TrainingRun, batch_loss, batches, train_prompts
 
 QUERIES_FILE = "queries.jsonl"
 INIT_BATCHES = 2
@@ -165,7 +165,7 @@ def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -
     init, losses = str(settings.init), dict[str, float]()
     if prompt not in prepared.student.prompts:
         init, losses = _choose_init(prepared, prompt, count, targets)
-    run = train_prompt(prepared.student, prompt, targets, prepared.teacher, settings, prepared.console)
+    run = train_prompts(prepared.student, [prompt], targets, prepared.teacher, settings, prepared.console)
     return _Trained(prompt, count, init, losses, run)
 
 

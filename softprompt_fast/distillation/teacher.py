@@ -50,6 +50,8 @@ class Target:
     """[N, K] the most probable tokens at each place, the most probable first."""
     log_probabilities: Tensor
     """[N, K + 1] float32, theirs, and last that of all other tokens together."""
+    front: tuple[str, ...] | None = None
+    """Names of the student's prompts in front of the query, one after the other; None: the one prompt of the text."""
 
 
 class Teacher:
@@ -205,7 +207,7 @@ def _generation_settings(model: Any) -> dict[str, str]:
     return {name: repr(value) for name, value in sorted(changed.items()) if name != "transformers_version"}
 
 
-def logits_of(model: SoftPromptModel, prompt: str | None, targets: Sequence[Target]) -> Tensor:
+def logits_of(model: SoftPromptModel, prompt: str | tuple[str, ...] | None, targets: Sequence[Target]) -> Tensor:
     """[M, V], a model's logits at all places of the teacher's continuations, row by row; no gradient."""
     names = [prompt] * len(targets)
     backend = ModelBackend(model, names)

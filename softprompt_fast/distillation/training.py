@@ -36,7 +36,11 @@ class TrainingRun:
 def batch_loss(
     student: SoftPromptModel, prompt: str, targets: Sequence[Target], temperature: float, *, reverse: bool = False
 ) -> Tensor:
-    """The mean divergence of teacher and student per token of a batch, a scalar."""
+    """The mean divergence of teacher and student per token of a batch, a scalar.
+
+    Args:
+        prompt: of the targets that do not name theirs.
+    """
     features = [
         {
             "input_ids": target.query + target.continuation,
@@ -49,7 +53,7 @@ def batch_loss(
         batch["input_ids"].to(student.device),
         batch["attention_mask"].to(student.device),
         batch["labels"].to(student.device),
-        prompt,
+        [target.front or prompt for target in targets],
         lengths=batch["lengths"],
         num_targets=batch["num_targets"],
         return_logits=False,
@@ -74,21 +78,26 @@ def batches(targets: Sequence[Target], settings: DistillationSettings) -> Iterat
         epoch += 1
 
 
-def train_prompt(
+def train_prompts(
     student: SoftPromptModel,
-    prompt: str,
+    prompts: Sequence[str],
     targets: Sequence[Target],
-    teacher: Teacher,
+    teacher: Teacher | None,
     settings: DistillationSettings,
     console: Console,
 ) -> TrainingRun:
-    """Trains a prompt of the student in place. The teacher runs only for a reverse divergence.
+    """Trains prompts of the student in place.
+
+    Args:
+        prompts: the first is that of the targets that do not name theirs.
+        teacher: None: a forward divergence does not need it.
 
     Raises:
         ValueError: the loss is not finite any more.
     """
-    parameter = freeze_first(student.prompts, prompt, int(settings.keep_first))
-    optimizer = torch.optim.AdamW([parameter], lr=settings.rate, weight_decay=0.0)
+    parameters = [freeze_first(student.prompts, name, int(settings.keep_first)) for name in prompts]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
+    prompt, shown = prompts[0], ", ".join(prompts)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_rate(done, settings.steps))
     losses: list[float] = []
     start = time.perf_counter()
@@ -97,11 +106,12 @@ def train_prompt(
         if settings.divergence != "reverse":
             parts.append(batch_loss(student, prompt, batch, settings.temperature))
         if settings.divergence != "forward":
+            assert teacher is not None
             drawn = teacher.judged(student, prompt, [one.query for one in batch], settings.seed + step)
             parts.append(batch_loss(student, prompt, drawn, settings.temperature, reverse=True))
         loss = torch.stack(parts).mean()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([parameter], settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         losses.append(loss.item())
         if not torch.isfinite(loss) or not torch.isfinite(norm):
             raise ValueError(
@@ -114,7 +124,7 @@ def train_prompt(
         if step % max(1, settings.steps // LINES) == 0:
             seconds = time.perf_counter() - start
             console.print(
-                f"{prompt}: step {step}/{settings.steps}, loss {losses[-1]:.3f}, {seconds:.0f} s", highlight=False
+                f"{shown}: step {step}/{settings.steps}, loss {losses[-1]:.3f}, {seconds:.0f} s", highlight=False
             )
     return TrainingRun(losses, time.perf_counter() - start)
 

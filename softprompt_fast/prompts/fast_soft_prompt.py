@@ -28,7 +28,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,127}")
 UPDATE_A, UPDATE_B = "update_a_", "update_b_"
 """Begin the names of a token update's factors."""
 
-PromptIds = str | Sequence["str | int | None"] | Tensor | None
+PromptIds = str | Sequence["str | int | tuple[str | int, ...] | None"] | Tensor | None
 
 
 class FastSoftPrompt(nn.Module):
@@ -282,7 +282,8 @@ class FastSoftPrompt(nn.Module):
             attention_mask: [B, T] of 1 and 0, or None.
             embedding: the model's input embedding module, or its weight [V, D].
             prompt_ids: the prompt of each row: one name for all, a list of names (None: no prompt), a list or tensor
-                of positions in :attr:`names` (-1: no prompt). None: the only prompt of the bank.
+                of positions in :attr:`names` (-1: no prompt). A tuple in the list: these prompts, one after the other.
+                None: the only prompt of the bank.
             labels: [B, T]
             padding_side: None: the bank's own.
             options: ``layout``, ``mask_format``, ``lengths`` and other arguments of :func:`assemble`.
@@ -296,7 +297,7 @@ class FastSoftPrompt(nn.Module):
         ids: list[int] | Tensor | None
         if isinstance(prompt_ids, Tensor) and (prompt_ids.device.type != "cpu" or torch.compiler.is_compiling()):
             # The host does not know the ids without waiting: all prompts are passed, and slots for the longest.
-            selection, ids = self._selection(self._names, []), prompt_ids
+            selection, ids = self._selection([[name] for name in self._names], []), prompt_ids
             options.setdefault("max_prompt_length", max([0, *self.lengths.values()]))
         else:
             selection = self.select(prompt_ids, input_ids.shape[0])
@@ -326,40 +327,54 @@ class FastSoftPrompt(nn.Module):
             ValueError: not one prompt per row.
         """
         ids = self._positions(prompt_ids, rows)
-        for row, n in enumerate(ids):
-            if not -1 <= n < len(self):
-                raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
-        used = list(dict.fromkeys(n for n in ids if n >= 0))
-        place = {n: i for i, n in enumerate(used)} | {-1: -1}
-        return self._selection([self._names[n] for n in used], [place[n] for n in ids])
+        for row, own in enumerate(ids):
+            for n in own:
+                if not 0 <= n < len(self):
+                    raise IndexError(f"`prompt_ids` must be -1 to {len(self) - 1}, got {n} for row {row}")
+        used = list(dict.fromkeys(own for own in ids if own))
+        place = {own: i for i, own in enumerate(used)} | {(): -1}
+        return self._selection([[self._names[n] for n in own] for own in used], [place[own] for own in ids])
 
-    def _positions(self, prompt_ids: PromptIds, rows: int) -> list[int]:
-        """The position in :attr:`names` of each row's prompt; -1: no prompt."""
+    def _positions(self, prompt_ids: PromptIds, rows: int) -> list[tuple[int, ...]]:
+        """The positions in :attr:`names` of each row's prompts; (): no prompt."""
         if prompt_ids is None:
             if len(self) > 1:
                 raise ValueError(f"`prompt_ids` must be given because the bank has {len(self)} prompts: {self.names}")
-            return [0 if self._names else -1] * rows
+            return [(0,) if self._names else ()] * rows
         if isinstance(prompt_ids, Tensor):
             if prompt_ids.dim() != 1 or prompt_ids.is_floating_point():
                 shape = f"{prompt_ids.dtype} {list(prompt_ids.shape)}"
                 raise ValueError(f"`prompt_ids` must be [B] integers, got {shape}")
-            return prompt_ids.tolist()  # type: ignore[no-any-return]
+            return [(n,) if n != -1 else () for n in prompt_ids.tolist()]
         if isinstance(prompt_ids, str):
             prompt_ids = [prompt_ids] * rows
         if len(prompt_ids) != rows:
             raise ValueError(f"`prompt_ids` must name a prompt for each of the {rows} rows, got {len(prompt_ids)}")
-        positions = []
-        for value in prompt_ids:
-            if isinstance(value, str):
-                self._check_known(value)
-                positions.append(self._names.index(value))
-            else:
-                positions.append(-1 if value is None else int(value))
-        return positions
+        return [
+            tuple(
+                self._position(one)
+                for one in (value if isinstance(value, (tuple, list)) else (value,))
+                if one not in (None, -1)
+            )
+            for value in prompt_ids
+        ]
 
-    def _selection(self, names: Sequence[str], ids: list[int]) -> Selection:
-        updates = [self.token_update(name) for name in names]
-        return Selection([self[name] for name in names], ids, [*updates], self.embedding_dim)
+    def _position(self, value: str | int | None) -> int:
+        if isinstance(value, str):
+            self._check_known(value)
+            return self._names.index(value)
+        return -1 if value is None else int(value)
+
+    def _selection(self, names: Sequence[Sequence[str]], ids: list[int]) -> Selection:
+        """Names of the prompts that stand one after the other in each place."""
+        updates: list[tuple[Tensor, Tensor] | None] = []
+        for own in names:
+            found = [update for update in map(self.token_update, own) if update is not None]
+            if found and len(own) > 1:
+                raise ValueError(f"`prompt_ids` must not join prompts with token updates, got {', '.join(own)}")
+            updates.append(found[0] if found else None)
+        prompts = [self[own[0]] if len(own) == 1 else torch.cat([self[name] for name in own]) for own in names]
+        return Selection(prompts, ids, updates, self.embedding_dim)
 
     # --- saving ---
 

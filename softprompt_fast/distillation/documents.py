@@ -1,0 +1,362 @@
+"""``compress_documents``: several documents, each a prompt of its own, trained so that they can be joined."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..base.files import write_json
+from ..base.modules import evaluating
+from ..base.progress import progress_bar
+from ..hf.embedding import embedding_table
+from ..models.soft_prompt_model import SoftPromptModel
+from ..prompts.card import write_card
+from ..tasks.examples import Examples
+from ..tasks.task import Task
+from ..tasks.templates import field
+from .arrangements import OPENING, Arrangement, Documents, Teachers, beside_others, read_documents
+from .initial_values import values_from_text
+from .joining import Composition
+from .preparation import (
+    as_examples,
+    cache_folder,
+    check_model,
+    check_queries,
+    check_room,
+    new_student,
+    split_queries,
+    task_of,
+)
+from .queries import encoded, make_queries, usable_queries
+from .retention import NOTHING, Contestant, Retention, measure_retention
+from .settings import INITS, DistillationSettings
+from .teacher import Target
+from .training import batch_loss, batches, train_prompts
+
+DOCUMENTS_FILE = "documents.json"
+"""The report of :func:`compress_documents`, beside the folders of its prompts."""
+CUT, TRAINED = "documents cut", "trained"
+INIT_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class DocumentPrompt:
+    """The prompt of one document."""
+
+    folder: Path
+    tokens: int
+    document_tokens: int
+
+
+@dataclass(frozen=True)
+class DocumentCompression:
+    """The result of :func:`compress_documents`."""
+
+    prompts: dict[str, DocumentPrompt]
+    """By the names of the documents."""
+    alone: list[Retention]
+    """With a query's document in front: nothing, the document cut to the same length, the trained prompt."""
+    together: list[Retention]
+    """The same with other documents beside it, against the teacher that reads all of them."""
+    beside: int
+    """Number of other documents beside a query's own in training."""
+    measured_beside: int
+    """Number of other documents beside a query's own in ``together``."""
+    init: str
+    loss: float
+    """Mean training loss of the last tenth of the steps."""
+    training_seconds: float
+    teacher_seconds: float
+    training_queries: int
+    held_out_queries: int
+    settings: DistillationSettings
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers; folders as texts."""
+        values = asdict(self)
+        for prompt in values["prompts"].values():
+            prompt["folder"] = str(prompt["folder"])
+        values["settings"]["init"] = str(values["settings"]["init"])
+        return values
+
+
+def compress_documents(
+    model: Any,
+    tokenizer: Any,
+    documents: Mapping[str, str],
+    output: PathLike[str] | str,
+    queries: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    tokens: int = 64,
+    beside: int = 1,
+    self_queries: int = 0,
+    document_column: str = "document",
+    text_column: str = "text",
+    template: str | None = None,
+    chat: bool = False,
+    held_out: float | Sequence[Mapping[str, Any]] = 0.2,
+    base_name: str | None = None,
+    cache: PathLike[str] | str | None = None,
+    settings: DistillationSettings | None = None,
+    console: Console | None = None,
+    **changes: Any,
+) -> DocumentCompression:
+    """Compresses each document into a prompt, so that prompts of several documents work one after the other.
+
+    Prompts that were trained apart disturb each other when they are joined (arXiv 2606.04557). Here a query is trained
+    on twice: after its document alone, and after its document with `beside` others, drawn with the seed, in any order.
+    The teacher reads the same documents in the same order. :func:`join_prompts` makes one prompt of several.
+
+    Args:
+        model: a decoder of transformers with a language-modelling head.
+        documents: texts by name. The names are those of the prompts.
+        output: folder for the prompts and ``documents.json``.
+        queries: rows with the template's columns, and in `document_column` the name of the document they are about.
+        tokens: N, of each document.
+        beside: number of other documents beside a query's own in training; 0: each is trained alone.
+        self_queries: number of queries that the model makes itself from each document.
+        text_column, template, chat, held_out, base_name, cache, settings, console: as for :func:`compress`.
+        changes: fields of :class:`DistillationSettings` to replace. The divergence must be forward.
+
+    Returns:
+        The prompts and what they retain, alone and with one document more.
+
+    Raises:
+        ValueError: naming the argument, the rule and the value; before the teacher runs.
+        TypeError: the model is no decoder that generates text, or cannot run keys and values (``form="kv"``).
+        FileExistsError: a folder of a prompt already exists.
+    """
+    console = Console(stderr=True) if console is None else console
+    settings = replace(DistillationSettings() if settings is None else settings, **changes)
+    base, output = model.base_model if isinstance(model, SoftPromptModel) else model, Path(output)
+    _check(documents, queries, self_queries, beside, settings)
+    check_model(base)
+    for name in (*documents, OPENING, DOCUMENTS_FILE):
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} already exists; choose another output folder")
+    with evaluating(base):
+        read = read_documents(tokenizer, documents, field(text_column) if template is None else template, chat=chat)
+        _check_tokens(tokens, read)
+        task = task_of(base, read.source.template, settings, base_name)
+        teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
+        student = new_student(base, settings)
+        rows = _known(task, queries or [], read, document_column)
+        rows = rows + _made(teachers, read, task, self_queries, document_column, settings)
+        train, test = split_queries(task, rows, held_out, settings.seed)
+        about, most = _About(read, tokenizer, task, document_column), max(1, beside)
+        _known(task, test, read, document_column)
+        check_room(base, about.longest(most), about.lengths([*train, *test]), settings.new_tokens)
+        asked = about.alone(train) + (about.beside(train, beside, settings.seed) if beside else [])
+        held = [about.alone(test), about.beside(test, most, seed=0)]
+        count = len(asked) + 2 * len(test)
+        console.print(f"the teacher answers {count} queries after the documents, or reads its cache", highlight=False)
+        start = time.perf_counter()
+        with progress_bar(count, console) as advance:
+            targets = [target for some in teachers.targets(asked, advance).values() for target in some]
+            measured = [teachers.targets(some, advance) for some in held]
+        teacher_seconds = time.perf_counter() - start
+        init = _add_prompts(student, read, tokens, targets, settings)
+        run = train_prompts(student, read.names, targets, None, settings, console)
+        models = _contestants(base, student, read, tokens)
+        last = run.losses[-max(1, len(run.losses) // 10) :]
+        result = DocumentCompression(
+            prompts={name: DocumentPrompt(output / name, tokens, len(ids)) for name, ids in read.pieces.items()},
+            alone=_retention(teachers, read, models, measured[0], settings),
+            together=_retention(teachers, read, models, measured[1], settings),
+            beside=beside,
+            measured_beside=most,
+            init=init,
+            loss=sum(last) / len(last),
+            training_seconds=run.seconds,
+            teacher_seconds=teacher_seconds,
+            training_queries=len(train),
+            held_out_queries=len(test),
+            settings=settings,
+        )
+        _save(result, student, read, task, output)
+    print_documents(result, console)
+    return result
+
+
+def _check(
+    documents: Mapping[str, str],
+    queries: Sequence[Any] | None,
+    self_queries: int,
+    beside: int,
+    settings: DistillationSettings,
+) -> None:
+    check_queries(queries, self_queries)
+    if not 0 <= beside < max(2, len(documents)):
+        raise ValueError(f"`beside` must be 0 to {len(documents) - 1}, the number of other documents, got {beside}")
+    if settings.divergence != "forward":
+        raise ValueError(f"`divergence` must be forward for several documents, got {settings.divergence}")
+    if settings.init not in ("auto", *INITS):
+        raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several documents, got {settings.init}")
+
+
+def _check_tokens(tokens: int, read: Documents) -> None:
+    name, ids = min(read.pieces.items(), key=lambda item: len(item[1]))
+    if not 1 <= tokens < len(ids):
+        raise ValueError(f"`tokens` must be 1 to {len(ids) - 1}, below the {len(ids)} of {name!r}, got {tokens}")
+
+
+def _known(task: Task, rows: Sequence[Mapping[str, Any]], read: Documents, column: str) -> Examples:
+    """The queries with text, each of which names a document."""
+    usable = usable_queries(task, as_examples(rows)) if rows else []
+    for row in usable:
+        if row.get(column) not in read.pieces:
+            raise ValueError(f"column {column!r} must be one of {', '.join(read.names)}, got {row.get(column)!r}")
+    return usable
+
+
+def _made(
+    teachers: Teachers, read: Documents, task: Task, count: int, column: str, settings: DistillationSettings
+) -> Examples:
+    """Queries that the model makes from each document."""
+    made: Examples = []
+    for name in read.names if count else ():
+        source = replace(read.source, ids=read.ids((name,)))
+        made += [
+            row | {column: name} for row in make_queries(teachers[(name,)], source, task, count, seed=settings.seed)
+        ]
+    return made
+
+
+class _About:
+    """Queries and the documents in front of them."""
+
+    def __init__(self, read: Documents, tokenizer: Any, task: Task, column: str) -> None:
+        self.read, self.tokenizer, self.task, self.column = read, tokenizer, task, column
+
+    def alone(self, rows: Examples) -> list[tuple[Arrangement, list[int]]]:
+        ids = encoded(self.task, rows, self.tokenizer)
+        return [((row[self.column],), query) for row, query in zip(rows, ids, strict=True)]
+
+    def beside(self, rows: Examples, count: int, seed: int) -> list[tuple[Arrangement, list[int]]]:
+        """With `count` other documents."""
+        draw = random.Random(seed)
+        return [
+            (beside_others(self.read.names, document, count, draw), query) for (document,), query in self.alone(rows)
+        ]
+
+    def lengths(self, rows: Examples) -> list[int]:
+        return [len(query) for _, query in self.alone(rows)]
+
+    def longest(self, beside: int) -> int:
+        """Tokens of the longest arrangement."""
+        lengths = sorted((len(ids) for ids in self.read.pieces.values()), reverse=True)
+        return len(self.read.opening) + sum(lengths[: beside + 1])
+
+
+@torch.no_grad()
+def _add_prompts(
+    student: SoftPromptModel, read: Documents, tokens: int, targets: list[Target], settings: DistillationSettings
+) -> str:
+    """Adds the opening, which is not trained, and each document's prompt; returns the kind of its initial values."""
+    if read.opening:
+        table = embedding_table(student.get_input_embeddings())
+        vectors = table(torch.tensor(read.opening, device=table.weight.device)).float()
+        student.add_prompt(OPENING, init=vectors).requires_grad_(False)
+    kinds = [str(settings.init)]
+    if settings.init == "auto":
+        kinds = [kind for kind in INITS if not (settings.keep_first and kind == "pooled")]
+    values = {
+        kind: {name: values_from_text(student, ids, tokens, kind) for name, ids in read.pieces.items()}
+        for kind in kinds
+    }
+    for name, init in values[kinds[0]].items():
+        student.add_prompt(name, init=init)
+
+    def fill(kind: str) -> None:
+        for name, init in values[kind].items():
+            student.prompts[name].copy_(init)
+
+    losses = {}
+    some = [batch for _, batch in zip(range(INIT_BATCHES), batches(targets, settings), strict=False)]
+    for kind in kinds if len(kinds) > 1 else ():
+        fill(kind)
+        losses[kind] = sum(batch_loss(student, OPENING, batch, settings.temperature).item() for batch in some)
+    best = min(losses, key=lambda kind: losses[kind], default=kinds[0])
+    fill(best)
+    return best
+
+
+def _contestants(base: Any, student: SoftPromptModel, read: Documents, tokens: int) -> dict[str, SoftPromptModel]:
+    """Models whose prompts stand in front of the queries, by their label."""
+    plain = SoftPromptModel(base)
+    table = embedding_table(plain.get_input_embeddings())
+    texts = {name: ids[:tokens] for name, ids in read.pieces.items()}
+    for name, ids in (texts | ({OPENING: read.opening} if read.opening else {})).items():
+        plain.add_prompt(name, init=table(torch.tensor(ids, device=table.weight.device)).detach().float())
+    return {CUT: plain, TRAINED: student}
+
+
+def _retention(
+    teachers: Teachers,
+    read: Documents,
+    models: Mapping[str, SoftPromptModel],
+    targets: Mapping[Arrangement, list[Target]],
+    settings: DistillationSettings,
+) -> list[Retention]:
+    """Of each model over all arrangements: means over places and, of the first tokens, over queries."""
+    parts = []
+    for arrangement, some in targets.items():
+        nothing, front = read.front(()), read.front(arrangement)
+        fronts = [(NOTHING, models[CUT], nothing), *((label, model, front) for label, model in models.items())]
+        contestants = [
+            Contestant(label, sum(len(model.prompts[name]) for name in names), model, names)
+            for label, model, names in fronts
+        ]
+        parts.append(measure_retention(teachers[arrangement], contestants, some, settings))
+    places = [sum(len(target.continuation) for target in some) for some in targets.values()]
+    queries = [len(some) for some in targets.values()]
+
+    def mean(values: Sequence[float], weights: Sequence[int]) -> float:
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+    return [
+        replace(
+            own[0],
+            agreement=mean([one.agreement for one in own], places),
+            kl=mean([one.kl for one in own], places),
+            first_token=mean([one.first_token for one in own], queries),
+        )
+        for own in zip(*parts, strict=True)
+    ]
+
+
+def _save(result: DocumentCompression, student: SoftPromptModel, read: Documents, task: Task, output: Path) -> None:
+    opening = OPENING if read.opening else None
+    student.save_pretrained(output, [*([OPENING] if opening else []), *read.names])
+    composition = Composition(uuid.uuid4().hex, tuple(read.names), result.beside, opening)
+    for name in read.names:
+        replace(task, prompt=name).save(output / name)
+        composition.save(output / name)
+        write_card(output / name)
+    write_json(output / DOCUMENTS_FILE, result.to_json())
+
+
+def print_documents(result: DocumentCompression, console: Console) -> None:
+    """What the prompts retain, alone and together."""
+    others = f"{result.measured_beside} other{'' if result.measured_beside == 1 else 's'} beside it"
+    for title, retention in (("its document alone", result.alone), (others, result.together)):
+        table = Table(title=f"Retention on {result.held_out_queries} held-out queries, {title}", title_justify="left")
+        table.add_column("in front of a query")
+        for heading in ("tokens", "same token", "KL per token", "same first token"):
+            table.add_column(heading, justify="right")
+        for one in retention:
+            numbers = (str(one.tokens), f"{one.agreement:.3f}", f"{one.kl:.3f}", f"{one.first_token:.3f}")
+            table.add_row(one.label, *numbers, style="bold" if one.label == TRAINED else None)
+        console.print(table)
+    if not result.beside:
+        console.print("Each prompt was trained alone: joined, they disturb each other.", highlight=False)
