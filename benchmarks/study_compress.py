@@ -1,18 +1,17 @@
 """Compression of an instruction with fifteen examples, or of documents: one CSV row for each prompt.
 
     python benchmarks/study_compress.py --csv benchmarks/results/compress_cpu.csv --queries 192 768 --steps 200
-    python benchmarks/study_compress.py --csv compress.csv --text documents --forms kv --queries 136 --self-made 2000
+    python benchmarks/study_compress.py --csv compress.csv --text documents --forms kv --queries 700
 
 ``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. Its queries are movie reviews, cut to 160
-characters, without their labels; the same ones are held out in all runs. ``documents`` are the four of ``texts`` as one
-system prompt, about 2,000 tokens, with questions about them; ``--self-made`` adds questions that the model makes.
-``--make-queries FILE`` only makes queries, and ``--queries-file`` reads such files. The teacher answers once; every run
+characters, without their labels. ``--self-made`` adds examples that the model makes. ``documents`` are the four of
+``texts`` one after the other, about 2,000 tokens. Their queries are questions about them, then requests that the model
+made (``texts/self_made.jsonl``). The same 64 queries are held out in all runs. The teacher answers once; every run
 reads its cache. `seconds` are those of the training, with whatever else the machine did at the time.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from common import append_rows, argument_parser, environment
+from study_documents import DOCUMENTS, TEXTS, queries
+from study_documents import TEMPLATE as QUESTION
 
 INSTRUCTION = (
     "You are a careful film editor. Read each review and answer in one word with the sentiment of the review, negative "
@@ -47,8 +48,7 @@ TEMPLATE = "Review: {text}\nSentiment:"
 TEXT = INSTRUCTION + "".join(f"Review: {text}\nSentiment: {answer}\n\n" for text, answer in EXAMPLES)
 FORMS = {"embeddings": 16, "kv": 64}
 """Tokens of each form."""
-TEXTS = Path(__file__).parent / "texts"
-NEW_TOKENS = {"instruction": 12, "documents": 32}
+NEW_TOKENS = {"instruction": 12, "documents": 24}
 """Longest answer of the teacher."""
 INTEGERS = ("batch_size", "new_tokens", "top_k", "seed", "steps")
 
@@ -64,9 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="*", type=int, default=[200])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--queries", nargs="*", type=int, default=[768], help="given ones")
-    parser.add_argument("--self-made", type=int, default=0, help="queries of --queries-file to add, or to make")
-    parser.add_argument("--queries-file", nargs="*", type=Path, default=[], help="jsonl of self-made queries")
-    parser.add_argument("--make-queries", type=Path, help="write this many self-made queries there, and stop")
+    parser.add_argument("--self-made", type=int, default=0, help="queries that the model makes, beside the given ones")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as batch_size=32")
     arguments = parser.parse_args()
@@ -74,15 +72,12 @@ def main() -> None:
     from softprompt_fast.hf import load_base_model
 
     model, tokenizer = load_base_model(arguments.model, arguments.dtype, arguments.device)
-    if arguments.make_queries:
-        make(model, tokenizer, arguments)
-        return
     references = True
     for seed in arguments.seeds:
         for form in arguments.forms:
-            for queries in arguments.queries:
+            for count in arguments.queries:
                 for steps in arguments.steps:
-                    rows = run(model, tokenizer, form, queries, steps, seed, arguments)
+                    rows = run(model, tokenizer, form, count, steps, seed, arguments)
                     append_rows(arguments.csv, rows if references else rows[-1:])
                     references = False
 
@@ -90,20 +85,18 @@ def main() -> None:
 def text_of(name: str) -> dict[str, Any]:
     """The arguments of ``compress`` that are the same for all runs with a text."""
     if name == "instruction":
-        return {"text": TEXT, "template": TEMPLATE, "chat": False}
-    documents = [path.read_text().strip() for path in sorted(TEXTS.glob("*.txt"))]
-    return {"text": "\n\n".join(documents), "template": None, "chat": True}
+        return {"text": TEXT, "template": TEMPLATE}
+    documents = [(TEXTS / f"{document}.txt").read_text().strip() for document in DOCUMENTS]
+    return {"text": "".join(f"{text}\n\n" for text in documents), "template": QUESTION}
 
 
 def given_queries(name: str, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Queries to train on, and those that are held out, the same ones for each seed."""
-    if name == "instruction":
-        from softprompt_fast.demo import sentiment_rows
+    if name == "documents":
+        return queries(held_out)
+    from softprompt_fast.demo import sentiment_rows
 
-        texts = list(dict.fromkeys(row["text"][:160] for row in sentiment_rows("movies")))
-    else:
-        lines = (TEXTS / "questions.jsonl").read_text().splitlines()
-        texts = [json.loads(line)["text"] for line in lines]
+    texts = list(dict.fromkeys(row["text"][:160] for row in sentiment_rows("movies")))
     random.Random(0).shuffle(texts)
     rows = [{"text": text} for text in texts]
     return rows[held_out:], rows[:held_out]
@@ -119,31 +112,14 @@ def settings_of(arguments: Any, **changes: Any) -> Any:
     return DistillationSettings(**given | changes)
 
 
-def make(model: Any, tokenizer: Any, arguments: Any) -> None:
-    """Writes queries that the model makes from the text."""
-    from softprompt_fast.distillation.queries import make_queries
-    from softprompt_fast.distillation.source_text import read_source
-    from softprompt_fast.distillation.teacher import Teacher
-    from softprompt_fast.tasks.task import generation_task
-
-    about = text_of(arguments.text)
-    source = read_source(tokenizer, about["text"], about["template"] or "{text}", chat=about["chat"])
-    task = generation_task(output_column="answer", template=source.template, special_tokens=False)
-    settings = settings_of(arguments)
-    teacher = Teacher(model, tokenizer, source.ids, settings, None)
-    rows = make_queries(teacher, source, task, arguments.self_made, seed=settings.seed)
-    arguments.make_queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def run(
-    model: Any, tokenizer: Any, form: str, queries: int, steps: int, seed: int, arguments: Any
+    model: Any, tokenizer: Any, form: str, count: int, steps: int, seed: int, arguments: Any
 ) -> list[dict[str, Any]]:
     """The rows of one compression: what it is compared with, and the prompt."""
     from softprompt_fast.distillation import compress
 
     train, held_out = given_queries(arguments.text, arguments.held_out)
-    train = train[:queries]
-    made = [json.loads(line) for path in arguments.queries_file for line in path.read_text().splitlines()]
+    train = train[:count]
     settings = settings_of(arguments, form=form, steps=steps, seed=seed)
     about = text_of(arguments.text)
     with tempfile.TemporaryDirectory() as folder:
@@ -152,10 +128,10 @@ def run(
             tokenizer,
             about.pop("text"),
             folder,
-            [*train, *({"text": row["text"]} for row in made[: arguments.self_made])],
+            train,
             tokens=FORMS[form],
             held_out=held_out,
-            self_queries=0 if made else arguments.self_made,
+            self_queries=arguments.self_made,
             settings=settings,
             **about,
         )
