@@ -49,7 +49,7 @@ def inline_svg(figure: Any, title: str) -> str:
     import matplotlib
 
     stream = io.StringIO()
-    settings = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}
+    settings: Any = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}
     with matplotlib.rc_context(settings):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = stream.getvalue()

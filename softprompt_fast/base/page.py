@@ -73,9 +73,7 @@ def document(title: str, body: Iterable[str]) -> str:
     )
 
 
-def table(
-    heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, strong: frozenset[int] = frozenset()
-) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str | Cell]], *, strong: frozenset[int] = frozenset()) -> str:
     """A table; on narrow screens each row becomes a box.
 
     Args:

@@ -11,8 +11,8 @@ import typer
 from ..base.extras import require
 from ..distillation.settings import TEACHER, DistillationSettings
 from .data import DataOptions
-from .options import DATA, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
-from .output import console, draw_figure
+from .options import DATA, OUTPUT, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
+from .output import check_outputs, console, draw_figure
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
@@ -75,6 +75,10 @@ MaxDrop = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the prompts and the report.")]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", help="HTML page with tables and figures; it needs no other file.", rich_help_panel=OUTPUT),
+]
 TeacherCache = Annotated[
     Path | None,
     typer.Option(
@@ -103,16 +107,20 @@ def compress(
     name: PromptName = "prompt",
     teacher_cache: TeacherCache = None,
     figure: Figure = None,
+    report: Page = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
     data_options = data_options_of()
     settings = settings_of()
-    if figure is not None:
-        require("train", "matplotlib", purpose="--figure")
+    for option, path in (("--figure", figure), ("--report", report)):
+        if path is not None:
+            require("train", "matplotlib", purpose=option)
+    check_outputs([path for path in (figure, report) if path is not None], [text])
     counts = _counts(tokens)
     from ..distillation.figure import retention_figure
+    from ..distillation.page import write_page
     from ..distillation.preparation import check_queries, prompt_names
     from ..distillation.queries import read_text_lines
     from ..distillation.run import compress as compress_text
@@ -154,6 +162,8 @@ def compress(
         console=console,
     )
     draw_figure(lambda: retention_figure(result), figure)
+    if report is not None:
+        console.print(f"wrote {write_page(result, report)}", highlight=False, soft_wrap=True)
     console.print(
         f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ...",
         highlight=False,

@@ -6,6 +6,7 @@ from ..base.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .figure import retention_figure
+    from .page import write_page
     from .result import CompressedPrompt, Compression
     from .retention import Retention
     from .run import compress
@@ -20,7 +21,16 @@ else:
             "Retention": ".retention",
             "compress": ".run",
             "retention_figure": ".figure",
+            "write_page": ".page",
         },
     )
 
-__all__ = ["CompressedPrompt", "Compression", "DistillationSettings", "Retention", "compress", "retention_figure"]
+__all__ = [
+    "CompressedPrompt",
+    "Compression",
+    "DistillationSettings",
+    "Retention",
+    "compress",
+    "retention_figure",
+    "write_page",
+]

@@ -62,6 +62,8 @@ class Compression:
     """The same where a server keeps the whole text's keys and values."""
     training_queries: int
     held_out_queries: int
+    free_queries: int
+    """Held-out queries after which free continuations were compared."""
     teacher_seconds: float
     max_drop: float
     settings: DistillationSettings

@@ -120,14 +120,14 @@ class Teacher:
         self,
         queries: Sequence[list[int]],
         seed: int | None = None,
-        speaker: tuple[SoftPromptModel, str | Sequence[str]] | None = None,
+        speaker: tuple[SoftPromptModel, str | Sequence[str | None]] | None = None,
         **options: Any,
     ) -> list[list[int]]:
         """New tokens after each query [T], up to the end token.
 
         Args:
             seed: tokens are drawn with this seed; None: the most probable ones are taken.
-            speaker: a model and its prompt, or one for each query, that speak instead of the teacher.
+            speaker: a model and its prompt, or one (None: no prompt) for each query, that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
         model, prompt = (self.model, TEXT) if speaker is None else speaker
