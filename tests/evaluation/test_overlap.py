@@ -34,8 +34,7 @@ def test_by_hand(reference: str, text: str, expected: float) -> None:
 def test_as_the_rouge_score_package() -> None:
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
     draw = random.Random(0)
+    words = ["the", "a", "film", "plot", "is", "very,", "Dull", "Great."]
     for _ in range(50):
-        one, other = (
-            " ".join(draw.choices(["the", "a", "film", "plot", "is", "very,", "Dull", "Great."], k=n)) for n in (9, 6)
-        )
+        one, other = (" ".join(draw.choices(words, k=n)) for n in (9, 6))
         assert rouge_l(one, other) == pytest.approx(scorer.score(one, other)["rougeL"].fmeasure)
