@@ -51,11 +51,12 @@ def html_page(result: Compression) -> str:
     sentence = recommendation(result) if len(prompts) > 1 else f"{result.recommended.tokens} tokens"
     kept = result.recommended.retention
     summary = f"{sentence}: the same token as with the whole text at {kept.agreement:.1%} of the places"
+    kind = "few" if result.retains_nothing else "fine"
     caption = "Agreement and divergence against the number of tokens"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="quiet">{result.training_queries} queries for training, {result.held_out_queries} held out</p>',
-        f'<div class="status fine">{escape(summary[0].upper() + summary[1:])}</div>',
+        f'<div class="status {kind}">{escape(summary[0].upper() + summary[1:])}</div>',
         bullets(result.notes),
         *_section(retention_table(result)),
         f'<div class="figures wide">{figure(inline_svg(retention_figure(result), caption), caption)}</div>',

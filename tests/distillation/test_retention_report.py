@@ -178,6 +178,9 @@ def test_the_page_holds_each_number(result: Compression, tmp_path: Path) -> None
         assert one.rouge_l is not None and one.same_text is not None
         for value in (one.agreement, one.kl, one.first_token, one.rouge_l, one.same_text, *one.scores.values()):
             assert f"{value:.3f}" in reader.cells
+    assert '<div class="status fine">' in page
+    nothing = replace(result.recommended, retention=replace(result.recommended.retention, kl=9.0))
+    assert '<div class="status few">' in html_page(replace(result, recommended=nothing))
     assert all(note in page for note in result.notes) and "same_first_word" in page
     names = [*vars(result.settings), "max_drop"]
     assert set(names) <= set(reader.cells) and str(result.settings.rate) in reader.cells
