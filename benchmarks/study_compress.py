@@ -50,7 +50,7 @@ FORMS = {"embeddings": 16, "kv": 64}
 """Tokens of each form."""
 NEW_TOKENS = {"instruction": 12, "documents": 24}
 """Longest answer of the teacher."""
-INTEGERS = ("batch_size", "new_tokens", "top_k", "seed", "steps")
+INTEGERS = ("batch_size", "free_continuations", "new_tokens", "top_k", "seed", "steps")
 
 
 def main() -> None:
@@ -105,7 +105,8 @@ def given_queries(name: str, held_out: int) -> tuple[list[dict[str, Any]], list[
 def settings_of(arguments: Any, **changes: Any) -> Any:
     from softprompt_fast.distillation import DistillationSettings
 
-    given: dict[str, Any] = {"new_tokens": NEW_TOKENS[arguments.text]}
+    # The CSV has no column of free continuations.
+    given: dict[str, Any] = {"new_tokens": NEW_TOKENS[arguments.text], "free_continuations": 0}
     for pair in arguments.set:
         name, _, value = pair.partition("=")
         given[name] = int(value) if name in INTEGERS else float(value) if name == "learning_rate" else value

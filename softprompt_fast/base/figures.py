@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
+from html import escape
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,30 @@ def save_figure(figure: Any, path: PathLike[str] | str) -> Path:
     with matplotlib.rc_context({"svg.hashsalt": "softprompt_fast", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     return path
+
+
+def inline_svg(figure: Any, title: str) -> str:
+    """An svg element for a page, which refers to nothing outside itself. Black becomes the page's text colour.
+
+    Args:
+        title: read to those who do not see the figure. Figures of one page need different titles, because their ids
+            begin with them.
+    """
+    import matplotlib
+
+    stream = io.StringIO()
+    settings: Any = {"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}
+    with matplotlib.rc_context(settings):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r"\b(fill|stroke): #000000", r"\1: currentColor", text)
+    prefix = re.sub(r"\W+", "-", title)
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r"(url\(#|href=\"#)", rf"\g<1>{prefix}-", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def bars(

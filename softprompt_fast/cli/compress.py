@@ -11,8 +11,8 @@ import typer
 from ..base.extras import require
 from ..distillation.settings import TEACHER, TRAINING, DistillationSettings
 from .data import DataOptions
-from .options import DATA, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
-from .output import console, draw_figure
+from .options import DATA, OUTPUT, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
+from .output import check_outputs, console, draw_figure
 
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
@@ -28,9 +28,7 @@ TextFiles = Annotated[
 ]
 DocumentColumn = Annotated[
     str,
-    typer.Option(
-        help="Several documents: column with the name of a query's document.", rich_help_panel=DATA
-    ),
+    typer.Option(help="Several documents: column with the name of a query's document.", rich_help_panel=DATA),
 ]
 Beside = Annotated[
     int,
@@ -95,6 +93,10 @@ MaxDrop = Annotated[
     ),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the prompts and the report.")]
+Page = Annotated[
+    Path | None,
+    typer.Option("--report", help="HTML page with tables and figures; it needs no other file.", rich_help_panel=OUTPUT),
+]
 TeacherCache = Annotated[
     Path | None,
     typer.Option(
@@ -125,36 +127,32 @@ def compress(
     name: PromptName = "prompt",
     teacher_cache: TeacherCache = None,
     figure: Figure = None,
+    report: Page = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
     """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
     data_options = data_options_of()
     settings = settings_of()
-    if figure is not None:
-        require("train", "matplotlib", purpose="--figure")
+    for option, path in (("--figure", figure), ("--report", report)):
+        if path is not None:
+            require("train", "matplotlib", purpose=option)
+    check_outputs([path for path in (figure, report) if path is not None], text)
     counts = _counts(tokens)
     from ..distillation.documents import compress_documents
     from ..distillation.figure import retention_figure
+    from ..distillation.page import write_page
     from ..distillation.preparation import check_queries, prompt_names
     from ..distillation.queries import read_text_lines
     from ..distillation.run import compress as compress_text
     from ..hf.loading import load_base_model
-    from ..tasks.decoding import decode, read_bytes
     from ..tasks.templates import unescaped
 
     names = prompt_names(name, counts, settings)
     check_queries([queries] if queries is not None else [], self_queries)
-    texts = {}
-    for path in text:
-        words = decode(read_bytes(path, str(path)), str(path), data_options.encoding)
-        if not words.strip():
-            raise ValueError(f"{path} must hold words, got an empty text")
-        if path.stem in texts:
-            raise ValueError(f"--text must name files of different names, got {path.stem} twice")
-        texts[path.stem] = words
-    if len(texts) > 1 and (len(counts) > 1 or figure is not None or name != "prompt"):
-        raise ValueError("several --text files cannot be combined with several --tokens, --figure or --name")
+    texts = _texts(text, data_options.encoding)
+    if len(texts) > 1 and (len(counts) > 1 or figure or report or name != "prompt"):
+        raise ValueError("several --text files cannot be combined with several --tokens, --figure, --report or --name")
 
     def read(name: str) -> Examples:
         if Path(name).suffix.lower() == ".txt":
@@ -185,11 +183,27 @@ def compress(
         base, tokenizer, words, output, rows, tokens=list(names), name=name, max_drop=max_drop, **common
     )
     draw_figure(lambda: retention_figure(result), figure)
+    if report is not None:
+        console.print(f"wrote {write_page(result, report)}", highlight=False, soft_wrap=True)
     console.print(
         f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ...",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _texts(files: list[Path], encoding: str | None) -> dict[str, str]:
+    """The texts by the names of their files."""
+    from ..tasks.decoding import decode, read_bytes
+
+    texts: dict[str, str] = {}
+    for path in files:
+        if path.stem in texts:
+            raise ValueError(f"--text must name files of different names, got {path.stem} twice")
+        texts[path.stem] = decode(read_bytes(path, str(path)), str(path), encoding)
+        if not texts[path.stem].strip():
+            raise ValueError(f"{path} must hold words, got an empty text")
+    return texts
 
 
 def _number(text: str) -> float | None:

@@ -1,9 +1,7 @@
-"""Figures of a comparison, as files and as svg for a page."""
+"""Figures of a comparison."""
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,20 +39,6 @@ def overview_figure(comparison: Comparison) -> Any:
     for at, (title, values, label) in enumerate(_costs(shown)):
         _bars(figure.add_subplot(grid[1 + at // 2, at % 2]), shown, values, title, label)
     return figure
-
-
-def inline_svg(figure: Any, title: str) -> str:
-    """An svg element for a page; it refers to nothing outside itself."""
-    import matplotlib
-
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": f"softprompt_fast {title}", "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
 def _scores(panel: Any, shown: Sequence[MethodSummary], metric: str) -> None:

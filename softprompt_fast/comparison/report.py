@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..base.figures import inline_svg
 from ..evaluation.intervals import perplexity
 from ..evaluation.scores import rank
 from . import words
-from .drawing import cost_figure, inline_svg, scores_figure
+from .drawing import cost_figure, scores_figure
 from .result import Comparison, ComparisonSetup
 from .settings import DEFAULTS, LOOP, RATE_SOURCES, TRAINED
 from .summary import MethodSummary

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .documents import DocumentCompression, DocumentPrompt, compress_documents
     from .figure import retention_figure
     from .joining import join_prompts
+    from .page import write_page
     from .result import CompressedPrompt, Compression
     from .retention import Retention
     from .run import compress
@@ -26,6 +27,7 @@ else:
             "compress_documents": ".documents",
             "join_prompts": ".joining",
             "retention_figure": ".figure",
+            "write_page": ".page",
         },
     )
 
@@ -40,4 +42,5 @@ __all__ = [
     "compress_documents",
     "join_prompts",
     "retention_figure",
+    "write_page",
 ]

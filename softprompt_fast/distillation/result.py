@@ -62,6 +62,8 @@ class Compression:
     """The same where a server keeps the whole text's keys and values."""
     training_queries: int
     held_out_queries: int
+    free_queries: int
+    """Held-out queries after which free continuations were compared."""
     teacher_seconds: float
     max_drop: float
     settings: DistillationSettings
@@ -78,6 +80,12 @@ class Compression:
         write_json(folder / RETENTION_FILE, self.to_json())
 
     @property
+    def retains_nothing(self) -> bool:
+        """Whether the model without the text is as close to the teacher as the recommended prompt."""
+        nothing = next(one for one in self.references if one.label == NOTHING)
+        return self.recommended.retention.kl >= nothing.kl
+
+    @property
     def notes(self) -> list[str]:
         """What to know before a prompt is used."""
         notes = []
@@ -86,8 +94,7 @@ class Compression:
                 f"The text has {self.text_tokens} tokens. Below {PREFIX_CACHE}, a server with a prefix cache answers "
                 "about as fast with the whole text."
             )
-        nothing = next(one for one in self.references if one.label == NOTHING)
-        if self.recommended.retention.kl >= nothing.kl:
+        if self.retains_nothing:
             notes.append(
                 "The prompt retains nothing: the model without the text is as close. Train on more queries or steps."
             )

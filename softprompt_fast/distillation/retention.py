@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,6 +38,12 @@ class Retention:
     """Mean divergence of the next token's distribution from the teacher's, over the whole vocabulary, in nats."""
     first_token: float
     """Share of the queries whose answer begins with the teacher's most probable token."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L F1 of what it says and what the teacher says, both continuing freely; None: not measured."""
+    same_text: float | None = None
+    """Share of the queries after which both say exactly the same; None: not measured."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """The score of the caller's function by its name; none if it gave none."""
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from ..hf.embedding import embedding_table
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
 from ..prompts.run_files import weights_digest
+from .continuations import FreeContinuations, Scorer, check_scorer, free_continuations
 from .cost import bank_of, first_token_seconds
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
@@ -64,6 +65,7 @@ def compress(
     base_name: str | None = None,
     max_drop: float = 0.01,
     cache: PathLike[str] | str | None = None,
+    scorer: Scorer | None = None,
     settings: DistillationSettings | None = None,
     console: Console | None = None,
     **changes: Any,
@@ -89,6 +91,9 @@ def compress(
         base_name: name of the model in ``task.json``; None: the model's own.
         max_drop: the recommended number of tokens is the smallest whose agreement is at most this much below the best.
         cache: folder in which the teacher's answers are kept; None: in the cache directory of this package.
+        scorer: another score of free continuations: a function of the teacher's texts and of as many texts of a
+            student that returns a number. It is reported under its name. It is first called before the training, with
+            the teacher's own texts as the student's.
         settings: None: the defaults.
         changes: fields of :class:`DistillationSettings` to replace.
 
@@ -97,11 +102,13 @@ def compress(
 
     Raises:
         ValueError: naming the argument, the rule and the value; before the teacher runs.
-        TypeError: the model is no decoder that generates text, or cannot run keys and values (``form="kv"``).
+        TypeError: the model is no decoder that generates text, or cannot run keys and values (``form="kv"``); or
+            ``scorer`` is no function that returns a number.
         FileExistsError: a folder of a prompt already exists.
     """
     console = Console(stderr=True) if console is None else console
     settings = replace(DistillationSettings() if settings is None else settings, **changes)
+    check_scorer(scorer, settings)
     base = model.base_model if isinstance(model, SoftPromptModel) else model
     with evaluating(base):
         prepared = prepare(
@@ -128,17 +135,17 @@ def compress(
             write_atomically(prepared.output / QUERIES_FILE, lines)
         train, held_out_targets, answer_seconds = _teach(prepared)
         teacher_seconds = prepared.query_seconds + answer_seconds
+        free = free_continuations(prepared.teacher, held_out_targets, settings, scorer)
+        whole = Retention(WHOLE, len(prepared.source), agreement=1.0, kl=0.0, first_token=1.0)
+        whole = free.whole(whole)  # before the training, so that an error of the scorer costs no training
         student = prepared.student
         trained = []
         for count, prompt in prepared.names.items():
             trained.append(_train(prepared, prompt, count, train))
             student.save_pretrained(prepared.output, [prompt])
             replace(prepared.task, prompt=prompt).save(prepared.output / prompt)
-        console.print(f"measuring retention on {len(held_out_targets)} held-out queries", highlight=False)
-        contestants = _contestants(prepared)
-        whole = Retention(WHOLE, len(prepared.source), agreement=1.0, kl=0.0, first_token=1.0)
-        retention = [whole, *measure_retention(prepared.teacher, contestants, held_out_targets, settings)]
-        result = _result(prepared, trained, retention, len(train), teacher_seconds, max_drop)
+        retention = [whole, *_measure(prepared, held_out_targets, free)]
+        result = _result(prepared, trained, retention, len(train), len(free.queries), teacher_seconds, max_drop)
         result.write(prepared.output)
         for one in result.prompts:
             write_card(one.folder)
@@ -193,6 +200,22 @@ def _choose_init(prepared: Prepared, prompt: str, count: int, targets: list[Targ
     return best, losses
 
 
+def _measure(prepared: Prepared, targets: list[Target], free: FreeContinuations) -> list[Retention]:
+    """The retention of each contestant, with what it says freely."""
+    console, contestants = prepared.console, _contestants(prepared)
+    console.print(f"measuring retention on {len(targets)} held-out queries", highlight=False)
+    found = measure_retention(prepared.teacher, contestants, targets, prepared.settings)
+    if not free.queries:
+        return found
+    console.print(f"{len(contestants)} candidates continue {len(free.queries)} queries freely", highlight=False)
+    compared = []
+    with progress_bar(len(contestants) * len(free.queries), console) as advance:
+        for contestant, retention in zip(contestants, found, strict=True):
+            compared.append(free.of(contestant, retention))
+            advance(len(free.queries))
+    return compared
+
+
 def _contestants(prepared: Prepared) -> list[Contestant]:
     """Nothing, the text cut and pooled to each number of tokens, then the trained prompts."""
     source = prepared.source
@@ -218,6 +241,7 @@ def _result(
     trained: list[_Trained],
     retention: list[Retention],
     training_queries: int,
+    free_queries: int,
     teacher_seconds: float,
     max_drop: float,
 ) -> Compression:
@@ -256,6 +280,7 @@ def _result(
         compiled_first_token_seconds=kept,
         training_queries=training_queries,
         held_out_queries=len(prepared.held_out),
+        free_queries=free_queries,
         teacher_seconds=teacher_seconds,
         max_drop=max_drop,
         settings=prepared.settings,

@@ -7,6 +7,7 @@ from os import PathLike
 
 from ..base.fields import (
     INTEGER,
+    NOT_NEGATIVE_INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
     YES_OR_NO,
@@ -15,7 +16,7 @@ from ..base.fields import (
     one_of,
 )
 
-PROMPT, TEACHER, TRAINING = "Prompt", "Teacher", "Training"
+PROMPT, TEACHER, TRAINING, OUTPUT = "Prompt", "Teacher", "Training", "Output"
 FORMS = ("embeddings", "kv")
 INITS = ("text", "sampled", "pooled")
 """Initial values that are made from the text; see ``initial_values.py``."""
@@ -119,6 +120,15 @@ class DistillationSettings:
         default=0,
         metadata=described(
             "Seed of the held-out queries, of the order of queries, and of what is drawn.", INTEGER, group=TRAINING
+        ),
+    )
+    free_continuations: int = field(
+        default=32,
+        metadata=described(
+            "Most held-out queries after which the report compares what each prompt says freely with what the teacher "
+            "says; 0: none.",
+            NOT_NEGATIVE_INTEGER,
+            group=OUTPUT,
         ),
     )
 

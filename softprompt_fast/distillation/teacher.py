@@ -23,6 +23,7 @@ from ..hf.embedding import embedding_table
 from ..hf.generation_options import end_token_ids
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import base_fingerprint
+from ..prompts.fast_soft_prompt import PromptIds
 from ..tasks.collation import pad_token_id, padded
 from .divergence import class_log_probabilities, kl_divergence
 from .settings import DistillationSettings
@@ -122,14 +123,14 @@ class Teacher:
         self,
         queries: Sequence[list[int]],
         seed: int | None = None,
-        speaker: tuple[SoftPromptModel, str | Sequence[str]] | None = None,
+        speaker: tuple[SoftPromptModel, PromptIds] | None = None,
         **options: Any,
     ) -> list[list[int]]:
         """New tokens after each query [T], up to the end token.
 
         Args:
             seed: tokens are drawn with this seed; None: the most probable ones are taken.
-            speaker: a model and its prompt, or one for each query, that speak instead of the teacher.
+            speaker: a model and its prompt, or one (None: no prompt) for each query, that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
         model, prompt = (self.model, TEXT) if speaker is None else speaker

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from ..base.figures import BLUE, GREY, RED, clean, new_figure
+from ..base.figures import BLUE, GREY, RED, clean, inline_svg, new_figure
 from .report import DriftTest, Shape, statistics_of
 
 WIDTH, HEIGHT = 4.4, 2.7
@@ -69,12 +68,6 @@ def history_figure(name: str, reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _svg(figure: Any, panel: Any, title: str) -> str:
-    import matplotlib
-
     panel.tick_params(labelsize=SMALL)
     panel.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return inline_svg(figure, title)

@@ -142,16 +142,22 @@ def _retention(measured: dict[str, Any]) -> str:
     if not measured:
         return ""
     rows = {"same token": "agreement", "same first token": "first_token", "KL divergence per token (nats)": "kl"}
+    values = {label: measured[key] for label, key in rows.items()}
+    free = measured.get("rouge_l") is not None  # retention.json of earlier versions has none
+    if free:
+        values |= {"ROUGE-L F1": measured["rouge_l"], "same text": measured["same_text"]}
+        values |= {_inline(str(name)): value for name, value in (measured.get("scores") or {}).items()}
+    both = f" Both continued {measured['free_queries']} of them freely (ROUGE-L and below)." if free else ""
     return "\n".join(
         [
             "## Retention",
             "",
             f"The prompt replaces a text of {measured['text_tokens']} tokens. On {measured['held_out_queries']} "
-            "held-out queries the model with the prompt was compared with the model with the whole text.",
+            f"held-out queries the model with the prompt was compared with the model with the whole text.{both}",
             "",
             "| | |",
             "|---|---|",
-            *[f"| {label} | {measured[key]:.3f} |" for label, key in rows.items()],
+            *[f"| {label} | {value:.3f} |" for label, value in values.items()],
         ]
     )
 

@@ -46,6 +46,7 @@ def retention_facts(folder: Path) -> dict[str, Any]:
     for one in report.get("prompts") or ():
         if Path(one["folder"]).name == name and one.get(DIGEST) == weights_digest(folder):
             whole = {key: report[key] for key in ("text_tokens", "training_queries", "held_out_queries", "settings")}
+            whole["free_queries"] = report.get("free_queries", 0)
             return whole | one["retention"] | {"init": one["init"]}
     return {}
 

@@ -8,15 +8,18 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
+import torch
 import typer
 from support.tiny_models import VOCABULARY, build
 from support.tiny_reviews import WORDS, run, tiny_tokenizer
 from support.tiny_text import CHAT_TEMPLATE, TEXT, TURNS, queries
 from typer.testing import CliRunner
 
+from softprompt_fast import SoftPromptModel
 from softprompt_fast.cli.app import app
 from softprompt_fast.distillation.settings import DistillationSettings
 
@@ -70,17 +73,38 @@ def test_the_tutorial_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert len(answers) == 3 and all(isinstance(answer["generated"], str) for answer in answers)
     run(*[word.replace("short", "self") for word in self_made], "--steps", "2", "--tokens", "4", "--dtype", "float32")
     assert len((folder / "self" / "queries.jsonl").read_text().splitlines()) == 10
-    (code,) = tutorial("python")
+    code, page, scorer, embeddings = tutorial("python")
     names: dict[str, Any] = {}
     exec(code.replace('"short"', '"python"').replace("chat=True", 'chat=True, steps=2, init="text"'), names)
     assert [prompt.tokens for prompt in names["result"].prompts] == [2, 4]
+    exec(page, names)
+    assert f"text of {names['result'].text_tokens} tokens" in (folder / "retention.html").read_text()
+    exec(scorer, names)
+    assert names["same_numbers"](["1 a", "2"], ["1 b", "3"]) == 0.5
+    copyfile(folder / "python" / "prompt-4" / "adapter_model.safetensors", folder / "short-16.safetensors")
+    exec(embeddings.replace("short/", "python/"), names)
+    check_embeddings(names)
     assert len(list((folder / "cache" / "distillation").iterdir())) > 1
+
+
+@torch.no_grad()
+def check_embeddings(names: dict[str, Any]) -> None:
+    """What a server reads gives the logits of the prompt's own model."""
+    given = names["prompt_embeds"]
+    assert len(given) == 4 + names["ids"].shape[1] and not given.requires_grad
+    tuned = SoftPromptModel.from_pretrained(names["model"], "python/prompt-4")
+    expected = tuned.next_token_logits(names["ids"], prompt_ids="prompt-4")
+    torch.testing.assert_close(names["model"](inputs_embeds=given[None]).logits[:, -1], expected)
 
 
 def test_a_text_file_of_queries_and_keys_and_values(folder: Path) -> None:
     (folder / "lines.txt").write_text("".join(f"{row['text']}\n" for row in queries()))
     command = ["compress", "-m", "model", "--text", "system.txt", "-q", "lines.txt", "--template", r"{text}\nLabel :"]
-    run(*command, "-n", "3", "--form", "kv", "--steps", "2", "-o", "out", "--name", "mine", "--dtype", "float32")
+    run(*command, "-n", "3", "--form", "kv", "--steps", "2", "-o", "out", "--name", "mine", "--dtype", "float32",
+        "--free-continuations", "2", "--report", "out/retention.html")  # fmt: skip
+    found = json.loads((folder / "out" / "retention.json").read_text())
+    assert found["free_queries"] == 2 and 0 <= found["prompts"][0]["retention"]["rouge_l"] <= 1
+    assert "free continuations of 2" in (folder / "out" / "retention.html").read_text()
     task = json.loads((folder / "out" / "mine" / "task.json").read_text())
     assert task["template"] == "{text}\nLabel :" and task["model"] == "model" and task["prompt"] == "mine"
     assert json.loads((folder / "out" / "mine" / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
@@ -97,6 +121,8 @@ def test_bad_input_is_refused_before_the_model_is_loaded(folder: Path, monkeypat
     assert error_of(*given, "--tokens", "0") == "`tokens` must be integers of at least 1, got 0"
     assert "--init" in error_of(*given, "--keep-first", "--init", "pooled")
     assert error_of("--text", "empty.txt", "-q", "queries.jsonl") == "empty.txt must hold words, got an empty text"
+    assert "each output must be a file of its own" in error_of(*given, "--report", "system.txt")
+    assert "--free-continuations must be an integer from 0" in error_of(*given, "--free-continuations", "-1")
     assert "no.txt" in error_of("--text", "no.txt", "-q", "queries.jsonl")
     assert "no.jsonl" in error_of("--text", "system.txt", "-q", "no.jsonl")
     assert error_of("--text", "system.txt", "-q", "empty.txt") == "empty.txt must hold a query on each line, got none"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 from rich.console import Console
 from support.monitoring_cases import drawn, profile_of
+from support.pages import check_alone
 
 from softprompt_fast.monitoring import Monitor, Report
 from softprompt_fast.monitoring.page import html_page
@@ -24,31 +24,11 @@ def report(count: int = 100, shift: float = 0.0) -> Report:
     return Monitor(PROFILE).update(drawn(count, 1, shift=shift, labels=LABELS)).report()
 
 
-class Reader(HTMLParser):
-    """Collects tags, ids and text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.ids += [value for name, value in attrs if name == "id" and value]
-        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href") and value]
-
-
 def test_the_page_needs_no_other_file() -> None:
     page = html_page(report(shift=1.0))
-    reader = Reader()
-    reader.feed(page)
-    assert "script" not in reader.tags and "link" not in reader.tags and "b" not in reader.tags
-    assert all(link.startswith("#") for link in reader.links)
-    assert len(reader.ids) == len(set(reader.ids))
-    used = set(re.findall(r"url\(#([^)]+)\)", page)) | {link[1:] for link in reader.links}
-    assert used <= set(reader.ids)
-    assert reader.tags.count("svg") == 6 and "Drift in" in page and "viewport" in page
+    reader = check_alone(page)
+    assert reader.used and "b" not in reader.tags
+    assert reader.tags.count("svg") == 6 and "Drift in" in page
 
 
 def test_the_page_draws_the_history() -> None:

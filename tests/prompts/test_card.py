@@ -132,6 +132,8 @@ def test_the_card_of_a_compression(tmp_path: Path) -> None:
     text = (result.recommended.folder / "README.md").read_text()
     measured = result.recommended.retention
     assert "## Retention" in text and f"| same token | {measured.agreement:.3f} |" in text
+    assert f"| ROUGE-L F1 | {measured.rouge_l:.3f} |" in text and f"| same text | {measured.same_text:.3f} |" in text
+    assert "Both continued 5 of them freely" in text
     (found,) = ModelCard(text).data.eval_results
     assert found.metric_type == "agreement" and found.metric_value == measured.agreement
 
