@@ -33,7 +33,8 @@ PUBLIC = {
     """,
     "softprompt_fast.comparison": "Comparison METHODS compare parse_options",
     "softprompt_fast.distillation": """
-        CompressedPrompt Compression DistillationSettings Retention compress retention_figure write_page
+        CompressedPrompt Compression DistillationSettings DocumentCompression DocumentPrompt Retention compress
+        compress_documents join_prompts retention_figure write_page
     """,
     "softprompt_fast.length_search": "Candidate DEFAULT_LENGTHS LogRange RungResult SearchResult search",
     "softprompt_fast.monitoring": "DriftTest Monitor Observation Profile Report observe record_profile",

@@ -134,10 +134,7 @@ def compress(
     """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
     data_options = data_options_of()
     settings = settings_of()
-    for option, path in (("--figure", figure), ("--report", report)):
-        if path is not None:
-            require("train", "matplotlib", purpose=option)
-    check_outputs([path for path in (figure, report) if path is not None], text)
+    _check_drawings({"--figure": figure, "--report": report}, text)
     counts = _counts(tokens)
     from ..distillation.documents import compress_documents
     from ..distillation.figure import retention_figure
@@ -190,6 +187,13 @@ def compress(
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _check_drawings(outputs: dict[str, Path | None], texts: list[Path]) -> None:
+    for option, path in outputs.items():
+        if path is not None:
+            require("train", "matplotlib", purpose=option)
+    check_outputs([path for path in outputs.values() if path is not None], texts)
 
 
 def _texts(files: list[Path], encoding: str | None) -> dict[str, str]:
