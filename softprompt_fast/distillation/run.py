@@ -39,8 +39,8 @@ from .training import TrainingRun, batch_loss, batches, train_prompt
 QUERIES_FILE = "queries.jsonl"
 INIT_BATCHES = 2
 """Batches on which kinds of initial values are compared."""
-FIT_QUERIES = 64
-"""Queries to which values are fitted."""
+FIT_BATCHES = 2
+"""Batches to which values are fitted. They run as one, which without a gradient needs less memory than training."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,9 @@ def _initial_values(
     if isinstance(student, DeepPromptModel) and (auto or FITTED in kinds):
         compared = {id(target) for batch in some for target in batch}
         others = [target for target in targets if id(target) not in compared]
-        rows = [target.query + target.continuation for target in (others or targets)[:FIT_QUERIES]]
+        rows = [
+            target.query + target.continuation for target in (others or targets)[: FIT_BATCHES * settings.batch_size]
+        ]
         try:
             values[FITTED] = fitted_values(student, ids, count, rows, keep_first=settings.keep_first)
         except Unsupported:  # a model for which `init` names this kind was checked before

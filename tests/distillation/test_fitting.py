@@ -176,8 +176,3 @@ def test_attention_with_a_soft_cap_has_no_fitted_values(tmp_path: Path) -> None:
         compressed(tmp_path, model=model, form="kv", init="fitted")
     (prompt,) = compressed(tmp_path, model=model, form="kv", steps=1).prompts
     assert set(prompt.init_losses) == {"text", "sampled", "pooled"}
-
-
-def test_fitted_values_are_for_keys_and_values() -> None:
-    with pytest.raises(ValueError, match="`init` fitted needs `form` kv, got embeddings"):
-        DistillationSettings(init="fitted")
