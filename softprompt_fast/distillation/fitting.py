@@ -14,15 +14,10 @@ from ..compiled.compile import compile_prompts, flattened, pack_texts
 from ..hf.embedding import embedding_table
 from ..models.deep_prompt_model import DeepPromptModel
 from ..packed.attention import ObservedAttention
-from ..packed.runner import PackedRunner
+from .initial_values import first_before
 
 RIDGE = 1e-4
 """Weight of the values' distance from the text's own values, relative to the mean diagonal of the normal equations."""
-PROBE = 32
-"""Tokens that show whether a model's positions are relative."""
-PROBE_DISTANCE = 512
-MOVED = 0.1
-"""Largest relative change of values when all positions move. Rounding in bfloat16 stays below."""
 
 
 @torch.no_grad()
@@ -36,14 +31,14 @@ def fitted_values(
 ) -> Tensor:
     """Keys and values [N, W] of `count` positions, fitted in closed form to the attention of some rows to a text.
 
-    Attention matching (Zweiger et al. 2026, arXiv 2602.16284). In every layer and key-value head, N keys of the text
+    Attention matching (arXiv 2602.16284). In every layer and key-value head, N keys of the text
     are chosen: the first one, which many models attend to from everywhere, and those with the most attention from the
     rows. The values are then the least-squares solution under which the rows' attention gives what it gives with the
     whole text.
 
-    Differences from the paper: the fit is of the whole attention, over the text and the row's own tokens, and not of
-    the part over the text. So no bias is needed, which the paper adds to each kept key to keep the text's share of the
-    attention; attention here has none. And the ridge draws the values to the text's own ones, not to zero.
+    Differences from the paper: it adds a bias to each kept key, which attention here does not have. Instead the fit is
+    of the whole attention, over the text and the row's own tokens, and not of the text's part alone. So the values also
+    make up for the attention that the kept keys lack. The ridge draws the values to the text's own ones.
 
     A model with relative positions gets the kept keys at their distance before the row's first token. Other models get
     them at their places in the text.
@@ -60,8 +55,7 @@ def fitted_values(
     table = embedding_table(student.get_input_embeddings())
     vectors = table(torch.tensor(list(text_ids), device=table.weight.device)).float()
     moved = count - len(vectors)
-    first = moved if moved and _positions_are_relative(runner, vectors) else 0
-    text = compile_prompts(runner, [vectors], first)
+    text = compile_prompts(runner, [vectors], first_before(runner, vectors, count))
     batch = pack_texts(runner.model, rows, [(0, len(vectors))] * len(rows), text)
     batch = replace(batch, position_ids=batch.position_ids + moved)  # where rows begin after N positions
     fit = _Fit(text, count, [len(row) for row in rows], keep_first)
@@ -77,14 +71,6 @@ def check_fitting(student: DeepPromptModel) -> None:
     except Unsupported as error:
         name = type(student.base_model).__name__
         raise TypeError(f"`init` fitted cannot be used with {name}: {error}") from error
-
-
-def _positions_are_relative(runner: PackedRunner, vectors: Tensor) -> bool:
-    """Whether a text gives the same values wherever it begins."""
-    some, limit = vectors[:PROBE], runner.context_length
-    far = PROBE_DISTANCE if limit is None else min(PROBE_DISTANCE, limit - len(some))
-    near, there = (compile_prompts(runner, [some], first)[:, 1].float() for first in (0, far))
-    return bool((near - there).norm() <= MOVED * near.norm())
 
 
 class _Fit:
