@@ -43,8 +43,11 @@ def flattened(compiled: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compile_prompts(runner: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
+def compile_prompts(runner: PackedRunner, prompts: Sequence[Tensor], first: int = 0) -> Tensor:
     """Keys and values of prompts [P_n, D], computed in one run of the model.
+
+    Args:
+        first: position of a prompt's first vector. A model with relative positions allows a negative one too.
 
     Returns:
         [L, 2, sum of P_n, H', E] in the model's dtype.
@@ -65,8 +68,8 @@ def compile_prompts(runner: PackedRunner, prompts: Sequence[Tensor]) -> Tensor:
         capture=capture,
     )
     vectors = torch.cat(list(prompts)).to(device=device, dtype=weight.dtype)
-    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-    runner.run(PackedInputs(vectors[None], positions[None], layout), positions[:1] * 0, {})
+    positions = torch.cat([torch.arange(first, first + n) for n in lengths]).to(device)
+    runner.run(PackedInputs(vectors[None], positions[None], layout), positions.new_zeros(1), {})
     return capture
 
 

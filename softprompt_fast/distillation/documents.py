@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from ..base.errors import Unsupported
 from ..base.files import write_json
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
+from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
 from ..tasks.examples import Examples
 from ..tasks.task import Task
 from ..tasks.templates import field
 from .arrangements import OPENING, Arrangement, Documents, Teachers, beside_others, read_documents
+from .fitting import check_fitting, fitted_values
 from .initial_values import values_from_text
 from .joining import Composition
 from .preparation import (
@@ -39,14 +43,15 @@ from .preparation import (
 )
 from .queries import encoded, make_queries, usable_queries
 from .retention import NOTHING, Contestant, Retention, measure_retention
-from .settings import INITS, DistillationSettings
+from .settings import FITTED, INITS, DistillationSettings
 from .teacher import Target
 from .training import batch_loss, batches, train_prompts
 
 DOCUMENTS_FILE = "documents.json"
 """The report of :func:`compress_documents`, beside the folders of its prompts."""
 CUT, TRAINED = "documents cut", "trained"
-INIT_BATCHES = 2
+INIT_BATCHES = FIT_BATCHES = 2
+"""Batches on which kinds of initial values are compared, and to which values are fitted."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,8 @@ def compress_documents(
         task = task_of(base, read.source.template, settings, base_name)
         teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
         student = new_student(base, settings)
+        if isinstance(student, DeepPromptModel) and settings.init == FITTED:
+            check_fitting(student)
         rows = _known(task, queries or [], read, document_column)
         rows = rows + _made(teachers, read, task, self_queries, document_column, settings)
         train, test = split_queries(task, rows, held_out, settings.seed)
@@ -267,13 +274,8 @@ def _add_prompts(
         table = embedding_table(student.get_input_embeddings())
         vectors = table(torch.tensor(read.opening, device=table.weight.device)).float()
         student.add_prompt(OPENING, init=vectors).requires_grad_(False)
-    kinds = [str(settings.init)]
-    if settings.init == "auto":
-        kinds = [kind for kind in INITS if not (settings.keep_first and kind == "pooled")]
-    values = {
-        kind: {name: values_from_text(student, ids, tokens, kind) for name, ids in read.pieces.items()}
-        for kind in kinds
-    }
+    values = _initial_values(student, read, tokens, targets, settings)
+    kinds = list(values)
     for name, init in values[kinds[0]].items():
         student.add_prompt(name, init=init)
 
@@ -289,6 +291,39 @@ def _add_prompts(
     best = min(losses, key=lambda kind: losses[kind], default=kinds[0])
     fill(best)
     return best
+
+
+def _initial_values(
+    student: SoftPromptModel, read: Documents, tokens: int, targets: list[Target], settings: DistillationSettings
+) -> dict[str, dict[str, Tensor]]:
+    """Of each kind that `init` allows, the values of each document's prompt."""
+    auto = settings.init == "auto"
+    kinds = [kind for kind in INITS if kind != FITTED] if auto else [str(settings.init)]
+    if auto and settings.keep_first:
+        kinds.remove("pooled")
+    values = {
+        kind: {name: values_from_text(student, ids, tokens, kind) for name, ids in read.pieces.items()}
+        for kind in kinds
+        if kind != FITTED
+    }
+    if isinstance(student, DeepPromptModel) and (auto or FITTED in kinds):
+        try:
+            values[FITTED] = {
+                name: fitted_values(
+                    student, ids, tokens, _rows_about(name, read, targets, settings), keep_first=settings.keep_first
+                )
+                for name, ids in read.pieces.items()
+            }
+        except Unsupported:
+            if not auto:
+                raise
+    return values
+
+
+def _rows_about(name: str, read: Documents, targets: list[Target], settings: DistillationSettings) -> list[list[int]]:
+    """Queries with the teacher's continuations after a document alone."""
+    own = [target.query + target.continuation for target in targets if target.front == read.front((name,))]
+    return own[: FIT_BATCHES * settings.batch_size]
 
 
 def _contestants(base: Any, student: SoftPromptModel, read: Documents, tokens: int) -> dict[str, SoftPromptModel]:

@@ -26,8 +26,9 @@ from ..tasks.examples import Examples, split_rows
 from ..tasks.rows import Rows, choose, joined
 from ..tasks.task import Task, generation_task
 from ..tasks.templates import field, parse
+from .fitting import check_fitting
 from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
-from .settings import INITS, DistillationSettings
+from .settings import FITTED, INITS, DistillationSettings
 from .source_text import SourceText, read_source
 from .teacher import Teacher
 
@@ -210,10 +211,12 @@ def _student(base: Any, names: dict[int, str], settings: DistillationSettings) -
     """A model for the prompts, with the one that `init` names.
 
     Raises:
-        TypeError: the model cannot run keys and values.
+        TypeError: the model cannot run keys and values, or `init` fits none to its attention.
         ValueError: `init` is a prompt of another shape.
     """
     student = new_student(base, settings)
+    if isinstance(student, DeepPromptModel) and settings.init == FITTED:
+        check_fitting(student)
     if settings.init not in ("auto", *INITS):
         if len(names) > 1:
             raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several `tokens`, got {settings.init}")

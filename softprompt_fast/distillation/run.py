@@ -7,34 +7,41 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from ..base.errors import Unsupported
 from ..base.files import size_of, write_atomically
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
+from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
 from ..prompts.run_files import weights_digest
 from .continuations import FreeContinuations, Scorer, check_scorer, free_continuations
 from .cost import bank_of, first_token_seconds
+from .fitting import fitted_values
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
 from .report import print_result
 from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
-from .settings import INITS, DistillationSettings
+from .settings import FITTED, INITS, DistillationSettings
 from .teacher import TEXT, Target
 from .training import TrainingRun, batch_loss, batches, train_prompts
 
 QUERIES_FILE = "queries.jsonl"
 INIT_BATCHES = 2
 """Batches on which kinds of initial values are compared."""
+FIT_BATCHES = 2
+"""Batches to which values are fitted. They run as one, which without a gradient needs less memory than training."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +187,12 @@ def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -
 def _choose_init(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -> tuple[str, dict[str, float]]:
     """Adds the prompt with the initial values that have the lowest loss; returns their kind, and each kind's loss."""
     settings, student = prepared.settings, prepared.student
-    kinds = [str(settings.init)]
-    if settings.init == "auto":
-        kinds = [kind for kind in INITS if not (settings.keep_first and kind == "pooled")]
-    values = {kind: values_from_text(student, prepared.source.ids, count, kind) for kind in kinds}
+    some = list(islice(batches(targets, settings), INIT_BATCHES))
+    values = _initial_values(prepared, count, targets, some)
+    kinds = list(values)
     parameter = student.add_prompt(prompt, init=values[kinds[0]])
     if len(kinds) == 1:
         return kinds[0], {}
-    some = [batch for _, batch in zip(range(INIT_BATCHES), batches(targets, settings), strict=False)]
     losses = {}
     for kind in kinds:
         parameter.copy_(values[kind])
@@ -214,6 +219,30 @@ def _measure(prepared: Prepared, targets: list[Target], free: FreeContinuations)
             compared.append(free.of(contestant, retention))
             advance(len(free.queries))
     return compared
+
+
+def _initial_values(
+    prepared: Prepared, count: int, targets: list[Target], some: list[list[Target]]
+) -> dict[str, Tensor]:
+    """The initial values of each kind that `init` allows. Values are not fitted to the batches that compare kinds."""
+    settings, student, ids = prepared.settings, prepared.student, prepared.source.ids
+    auto = settings.init == "auto"
+    kinds = [kind for kind in INITS if kind != FITTED] if auto else [str(settings.init)]
+    if auto and settings.keep_first:
+        kinds.remove("pooled")
+    values = {kind: values_from_text(student, ids, count, kind) for kind in kinds if kind != FITTED}
+    if isinstance(student, DeepPromptModel) and (auto or FITTED in kinds):
+        compared = {id(target) for batch in some for target in batch}
+        others = [target for target in targets if id(target) not in compared]
+        rows = [
+            target.query + target.continuation for target in (others or targets)[: FIT_BATCHES * settings.batch_size]
+        ]
+        try:
+            values[FITTED] = fitted_values(student, ids, count, rows, keep_first=settings.keep_first)
+        except Unsupported:  # a model for which `init` names this kind was checked before
+            if not auto:
+                raise
+    return values
 
 
 def _contestants(prepared: Prepared) -> list[Contestant]:

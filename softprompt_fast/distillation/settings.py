@@ -18,8 +18,9 @@ from ..base.fields import (
 
 PROMPT, TEACHER, TRAINING, OUTPUT = "Prompt", "Teacher", "Training", "Output"
 FORMS = ("embeddings", "kv")
-INITS = ("text", "sampled", "pooled")
-"""Initial values that are made from the text; see ``initial_values.py``."""
+FITTED = "fitted"
+INITS = ("text", "sampled", "pooled", FITTED)
+"""Initial values that are made from the text; see ``initial_values.py`` and, for ``fitted``, ``fitting.py``."""
 LEARNING_RATES = {"embeddings": 1e-2, "kv": 5e-3}
 """Default learning rates of each form, chosen with SmolLM2-135M."""
 
@@ -40,8 +41,8 @@ class DistillationSettings:
         default="auto",
         metadata=described(
             "Initial values: text (the text's first tokens), sampled (tokens spread evenly over the text), pooled (the "
-            "means of N parts of the text), or the folder or file of a prompt. auto measures the first three and takes "
-            "the best.",
+            "means of N parts of the text), fitted (for kv: keys of the text, with values fitted to its attention), or "
+            "the folder or file of a prompt. auto measures those made from the text and takes the best.",
             group=PROMPT,
         ),
     )
@@ -136,6 +137,8 @@ class DistillationSettings:
         check_fields(self)
         if self.keep_first and self.init == "pooled":
             raise ValueError("`keep_first` cannot be combined with `init` pooled, whose first position is a mean")
+        if self.form != "kv" and self.init == FITTED:
+            raise ValueError(f"`init` fitted needs `form` kv, got {self.form}")
 
     @property
     def rate(self) -> float:

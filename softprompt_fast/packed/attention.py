@@ -8,6 +8,8 @@ gradient checkpointing runs a layer a second time. With any other mask the model
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,27 @@ from ..ops.segment_attention import varlen
 
 if TYPE_CHECKING:
     from .layout import PackedLayout, RowGroup
+
+
+@dataclass(frozen=True)
+class ObservedAttention:
+    """The arguments of a layer's attention over a packed batch; positions are in queries and keys already."""
+
+    layer: int | None
+    query: Tensor
+    """[K, H, E]"""
+    key: Tensor
+    """[K, H', E]"""
+    value: Tensor
+    """[K, H', E']"""
+    scale: float
+    window: int
+    """Of a sliding window; 0: none."""
+    plain: bool
+    """Whether the weights are a softmax of scaled products: no soft cap, no sink beside the keys."""
+
+
+Observer = Callable[[ObservedAttention], None]
 
 
 def packed_attention(
@@ -42,9 +65,9 @@ def packed_attention(
     check_keywords(module, is_causal, keywords)
     packed = packed_states(query, key, value)
     count_call(layout, packed, sliding_window)
-    if layout.capture is not None:
-        layout.store_captured(getattr(module, "layer_idx", None), packed[1], packed[2])
     prefix = layout.compiled_states(module, packed[1], packed[2])
+    plain = softcap is None and s_aux is None
+    observe(layout, getattr(module, "layer_idx", None), packed, scaling, sliding_window, plain)
     out = attend_packed(
         layout, packed, prefix, scaling=scaling, dropout=dropout, window=sliding_window, softcap=softcap, sinks=s_aux
     )
@@ -76,6 +99,23 @@ def count_call(layout: PackedLayout, packed: list[Tensor], window: int | None) -
     layout.calls += 1
     if window:
         layout.windows.add(window)
+
+
+def observe(
+    layout: PackedLayout,
+    layer: int | None,
+    packed: list[Tensor],
+    scaling: float | None,
+    window: int | None,
+    plain: bool,
+) -> None:
+    """Gives the arguments of a layer's attention to what reads them besides the attention itself."""
+    query, key, value = packed
+    if layout.capture is not None:
+        layout.store_captured(layer, key, value)
+    if layout.observer is not None:
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        layout.observer(ObservedAttention(layer, query, key, value, scale, window or 0, plain))
 
 
 def attend_packed(

@@ -291,6 +291,7 @@ class StepGraphs(ModelGraphs[StepGraph]):
             on_gpu(device)
             and layout.compiled is None
             and layout.capture is None
+            and layout.observer is None
             and layout.slots > 0
             and len(read) > 0
             and not set(options) - {"num_items_in_batch"}  # which only a loss reads

@@ -17,7 +17,7 @@ from ..hf.attention import CARRIER_ATTRIBUTE, HANDLE_ATTRIBUTE
 from ..ops.extension.contract import TableColumn
 from ..ops.packing.functional import RowTable
 from ..ops.segment_attention.ragged import Line, RaggedPlan
-from .attention import packed_attention
+from .attention import Observer, packed_attention
 from .traced_attention import layout_handle, traced_attention
 
 
@@ -116,6 +116,8 @@ class PackedLayout:
     """[L, 2, R, H', E]: keys and values of prompts per layer, computed earlier; the rows' prefixes are slots of it."""
     capture: Tensor | None = None
     """[L, 2, K, H', E]: attention writes the keys and values of this batch here."""
+    observer: Observer | None = None
+    """Called in every layer, before its attention."""
     calls: int = 0
     """Attention calls with this layout."""
     windows: set[int] = field(default_factory=set)

@@ -20,7 +20,7 @@ from ..base.errors import Unsupported
 from ..hf.attention import check_keywords
 from ..ops.extension import backend
 from ..ops.segment_attention import functional as segment_attention
-from .attention import attend_packed, count_call, packed_states
+from .attention import attend_packed, count_call, observe, packed_states
 
 if TYPE_CHECKING:
     from .layout import PackedLayout
@@ -108,8 +108,7 @@ def _attention(
     """[K, H, E'], and what the native kernel's backward needs beside it: [K, H] or [0]."""
     layout = _layout_of(handle)
     count_call(layout, [query], window)
-    if layout.capture is not None:
-        layout.store_captured(layer, key, value)
+    observe(layout, layer, [query, key, value], scaling, window, softcap is None and sinks is None)
     if _is_native(query, softcap, sinks):
         ops = backend.ops_for(query.device)
         assert ops is not None

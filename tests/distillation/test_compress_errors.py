@@ -39,6 +39,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"tokens": 36}, "`tokens` must be below the text's 36 tokens, got 36"),
         ({"tokens": [2, 64]}, "`tokens` must be below the text's 36 tokens, got 64"),
+        ({"init": "fitted"}, "`init` fitted needs `form` kv, got embeddings"),
         ({"keep_first": True, "init": "pooled"}, "`keep_first` cannot be combined with `init` pooled"),
         (
             {"text": TEXT * 4},
@@ -57,7 +58,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"form": "lora"}, "`form` must be one of embeddings, kv, got 'lora'"),
         (
             {"init": "random"},
-            "`init` must be .*, pooled or the folder or file of a prompt, got 'random'",
+            "`init` must be .*, fitted or the folder or file of a prompt, got 'random'",
         ),
         ({"steps": 0}, "`steps` must be a positive integer, got 0"),
         ({"max_drop": -0.1}, "`max_drop` must be 0 or more, got -0.1"),
@@ -101,7 +102,7 @@ def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
     ("other", "message"),
     [
         ({"tokens": 3}, "`init` must have as many positions as `tokens`, 3, got 4"),
-        ({"tokens": [3, 4]}, "`init` must be auto, text, sampled, pooled for several `tokens`, got"),
+        ({"tokens": [3, 4]}, "`init` must be auto, text, sampled, pooled, fitted for several `tokens`, got"),
         ({"model": build("bloom")}, "hidden size|tuned on|base model"),
     ],
 )

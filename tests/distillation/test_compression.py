@@ -171,7 +171,8 @@ def test_initial_values_come_from_the_text(form: str, init: str, tmp_path: Path)
     if init == "pooled":
         vectors = torch.stack([vectors[i : i + 9].mean(0) for i in range(0, 36, 9)])
     if form == "kv":
-        cache = model(inputs_embeds=vectors[None], use_cache=True).past_key_values
+        positions = torch.arange(len(vectors)) - (32 if init == "sampled" else 0)  # rows begin at 4, not at 36
+        cache = model(inputs_embeds=vectors[None], position_ids=positions[None], use_cache=True).past_key_values
         layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]  # [2, H', T, E]
         vectors = torch.stack(layers).permute(3, 0, 1, 2, 4).flatten(1)
         assert vectors.shape[1] == torch.Size(slot_shape(model)).numel()

@@ -165,7 +165,10 @@ def test_a_chats_opening_stands_before_all_documents(tmp_path: Path) -> None:
         ({"beside": 3}, "`beside` must be 0 to 2, the number of other documents, got 3"),
         ({"tokens": 60}, "`tokens` must be 1 to"),
         ({"divergence": "reverse"}, "`divergence` must be forward for several documents, got reverse"),
-        ({"init": "elsewhere"}, "`init` must be auto, text, sampled, pooled for several documents, got elsewhere"),
+        (
+            {"init": "elsewhere"},
+            "`init` must be auto, text, sampled, pooled, fitted for several documents, got elsewhere",
+        ),
         ({"queries": queries(6)}, "column 'document' must be one of first, second, third, got None"),
         ({"queries": []}, "there are no queries"),
     ],

@@ -1,0 +1,178 @@
+"""Keys and values that are fitted to the attention to a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import build
+from support.tiny_reviews import tiny_tokenizer
+from support.tiny_text import TEMPLATE, TEXT, compressed, queries
+from torch import Tensor
+
+import softprompt_fast as spf
+from softprompt_fast.base.errors import Unsupported
+from softprompt_fast.compiled.compile import compile_prompts, flattened, layered
+from softprompt_fast.distillation.fitting import fitted_values
+from softprompt_fast.distillation.settings import DistillationSettings
+from softprompt_fast.distillation.teacher import Teacher
+from softprompt_fast.distillation.training import batch_loss
+from softprompt_fast.tasks.encoding import token_ids
+
+MODELS = ["llama", "qwen3", "gemma3", "mistral-window", "gpt2", "gpt-neox"]
+ROTARY = ["llama", "qwen3", "smollm3", "gpt-neox"]
+COUNT = 6
+
+
+def text_ids() -> list[int]:
+    return token_ids(tiny_tokenizer(), TEXT)
+
+
+def rows() -> list[list[int]]:
+    return [token_ids(tiny_tokenizer(), TEMPLATE.format(**row)) for row in queries(12)]
+
+
+def text_states(student: spf.DeepPromptModel, first: int = 0) -> Tensor:
+    """[L, 2, T, H', E]"""
+    vectors = student.get_input_embeddings()(torch.tensor(text_ids())).detach()
+    return compile_prompts(student.runner, [vectors], first)
+
+
+def states(student: spf.DeepPromptModel, values: Tensor) -> Tensor:
+    return layered(values, student.runner.shape)
+
+
+class FirstAttention:
+    """What the first layer's attention, before its output projection, gives to all rows after a prompt."""
+
+    def __init__(self, name: str) -> None:
+        self.student = spf.DeepPromptModel(build(name), check=False)
+        model = self.student.base_model
+        layer = (
+            model.gpt_neox.layers[0].attention.dense if name == "gpt-neox" else model.model.layers[0].self_attn.o_proj
+        )
+        layer.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0][0]))
+        self.seen: list[Tensor] = []
+        longest = max(len(row) for row in rows())
+        self.ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows()])
+        self.mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows()])
+
+    def error(self, values: Tensor, whole: Tensor) -> tuple[float, Tensor]:
+        """The squared difference of what two prompts [N, W] and [T, W] give, and its gradient [L, 2, N, H', E]."""
+        self.seen.clear()
+        parameters = []
+        for one in (values, whole):
+            parameters.append(self.student.add_prompt(f"prompt-{len(self.student.prompts)}", init=one))
+            self.student(self.ids, self.mask, prompt_ids=self.student.prompts.names[-1])
+        squared = (self.seen[0] - self.seen[1]).square().sum()
+        (gradient,) = torch.autograd.grad(squared, parameters[:1])
+        return squared.item(), states(self.student, gradient)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_as_many_positions_as_the_text_are_the_text(name: str) -> None:
+    student = spf.DeepPromptModel(build(name))
+    found = fitted_values(student, text_ids(), len(text_ids()), rows())
+    torch.testing.assert_close(found, flattened(text_states(student)), atol=1e-4, rtol=1e-3)
+    settings = DistillationSettings(form="kv", new_tokens=5)
+    targets = Teacher(student.base_model, tiny_tokenizer(), text_ids(), settings, None).targets(rows())
+    student.add_prompt("whole", init=found)
+    student.add_prompt("cut", init=found[:COUNT])
+    whole, cut = (batch_loss(student, prompt, targets, 1.0).item() for prompt in ("whole", "cut"))
+    assert whole < 1e-4 < 0.01 * cut
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_fitted_values_have_the_least_squared_error_on_the_rows(name: str) -> None:
+    attention = FirstAttention(name)
+    student = attention.student
+    whole = flattened(text_states(student))
+    found = states(student, fitted_values(student, text_ids(), COUNT, rows()))
+    own = found.clone()
+    text = text_states(student, COUNT - len(text_ids()))
+    for layer, head in [(i, j) for i in range(len(found)) for j in range(found.shape[3])]:
+        keys, kept = text[layer, 0, :, head], found[layer, 0, :, head]
+        places = (kept[:, None] - keys).square().sum(-1).argmin(1)
+        torch.testing.assert_close(keys[places], kept, atol=1e-5, rtol=1e-4)
+        assert places[0] == 0 and (places.diff() > 0).all()
+        own[layer, 1, :, head] = text[layer, 1, places, head]
+    fitted_error, gradient = attention.error(flattened(found), whole)
+    own_error, own_gradient = attention.error(flattened(own), whole)
+    assert 0 < fitted_error < 0.7 * own_error
+    assert gradient[0, 1].norm() < 0.05 * own_gradient[0, 1].norm()
+
+
+def test_each_head_keeps_the_keys_with_the_most_attention_of_its_group() -> None:
+    """Against the attention weights of transformers."""
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    student = spf.DeepPromptModel(model)
+    mass = torch.zeros(3, 2, len(text_ids()))
+    for row in rows():
+        weights = model(torch.tensor([text_ids() + row]), output_attentions=True).attentions
+        for layer, one in enumerate(weights):
+            mass[layer] += one[0, :, len(text_ids()) :, : len(text_ids())].sum(1).view(2, 2, -1).sum(1)
+    mass[..., 0] = torch.inf
+    expected = mass.topk(COUNT).indices.sort(-1).values  # [L, H', N]
+    found = states(student, fitted_values(student, text_ids(), COUNT, rows()))
+    text = text_states(student, COUNT - len(text_ids()))
+    for layer, head in [(i, j) for i in range(3) for j in range(2)]:
+        keys = text[layer, 0, expected[layer, head], head]
+        torch.testing.assert_close(found[layer, 0, :, head], keys, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(expected[:, 0], expected[:, 1])
+
+
+def test_keys_of_absolute_positions_stay_at_their_places() -> None:
+    student = spf.DeepPromptModel(build("gpt2"))
+    found = states(student, fitted_values(student, text_ids(), COUNT, rows()))
+    text = text_states(student)
+    torch.testing.assert_close(found[:, 0, 0], text[:, 0, 0], atol=1e-5, rtol=1e-4)
+    kept, keys = (one[:, 0].transpose(1, 2) for one in (found, text))
+    distances = torch.cdist(kept, keys, compute_mode="donot_use_mm_for_euclid_dist")  # [L, H', N, T]
+    assert distances.amin(-1).max() < 1e-4 and (distances.argmin(-1).diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_first_position_can_keep_the_value_of_the_text(name: str) -> None:
+    student = spf.DeepPromptModel(build(name))
+    kept, free = (
+        states(student, fitted_values(student, text_ids(), COUNT, rows(), keep_first=keep)) for keep in (True, False)
+    )
+    value = text_states(student)[:, 1, 0]
+    torch.testing.assert_close(kept[:, 1, 0], value, atol=1e-5, rtol=1e-4)
+    assert torch.equal(kept[:, 0], free[:, 0])
+    assert (free[:, 1, 0] - value).norm() > 0.01 * value.norm()
+    assert (kept[:, 1, 1:] - free[:, 1, 1:]).norm() > 0.01 * free[:, 1, 1:].norm()
+
+
+def test_a_compiled_model_gives_the_same_values() -> None:
+    torch._dynamo.reset()
+    student = spf.DeepPromptModel(build("llama"))
+    expected = fitted_values(student, text_ids(), COUNT, rows())
+    model = student.base_model
+    model.forward = torch.compile(model.forward, backend="eager", dynamic=True, fullgraph=True)
+    torch.testing.assert_close(fitted_values(student, text_ids(), COUNT, rows()), expected, atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_auto_measures_fitted_values_of_keys_and_values(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"form": "kv", "steps": 1, "learning_rate": 1e-9}
+    (prompt,) = compressed(tmp_path, **options).prompts
+    assert set(prompt.init_losses) == {"text", "sampled", "pooled", "fitted"}
+    assert prompt.init == "fitted" and prompt.init_losses["fitted"] == min(prompt.init_losses.values())
+    same = compressed(tmp_path / "same", init="fitted", **options).prompts[0]
+    assert same.retention.kl == pytest.approx(prompt.retention.kl, rel=1e-4)
+
+
+def test_attention_with_a_soft_cap_has_no_fitted_values(tmp_path: Path) -> None:
+    model = build("gemma2")
+    model.set_attn_implementation("eager")
+    with pytest.raises(Unsupported, match="its attention has soft caps or sinks"):
+        fitted_values(spf.DeepPromptModel(model), text_ids(), COUNT, rows())
+    message = "`init` fitted cannot be used with Gemma2ForCausalLM: its attention has soft caps or sinks"
+    with pytest.raises(TypeError, match=message):
+        compressed(tmp_path, model=model, form="kv", init="fitted")
+    (prompt,) = compressed(tmp_path, model=model, form="kv", steps=1).prompts
+    assert set(prompt.init_losses) == {"text", "sampled", "pooled"}
