@@ -5,8 +5,8 @@
 
 ``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. Its queries are movie reviews, cut to 160
 characters, without their labels. ``--self-made`` adds examples that the model makes. ``documents`` are the four of
-``texts`` one after the other, about 2,000 tokens. Their queries are questions about them, then requests that the model
-made (``texts/self_made.jsonl``). The same 64 queries are held out in all runs. The teacher answers once; every run
+``texts`` one after the other, about 2,000 tokens, and their queries the questions about them. The same 64 queries are
+held out in all runs. The teacher answers once; every run
 reads its cache. `seconds` are those of the training, with whatever else the machine did at the time.
 """
 

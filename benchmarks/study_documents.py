@@ -2,9 +2,8 @@
 
     python benchmarks/study_documents.py --csv benchmarks/results/documents_cpu.csv --beside 0 1 --steps 200
 
-The documents of ``texts`` have about 500 tokens each, with SmolLM2's tokenizer. The queries are their questions, and
-ones that the model made (``texts/self_made.jsonl``); the same 64 questions are held out in all runs. "together" is
-against the teacher that reads both documents.
+The documents of ``texts`` have about 500 tokens each, with SmolLM2's tokenizer. The queries are the 600 questions about
+them, of which the same 64 are held out in all runs. "together" is against the teacher that reads both documents.
 """
 
 from __future__ import annotations
@@ -23,20 +22,15 @@ DOCUMENTS = ("fair", "kettle", "library", "trail")
 TEMPLATE = "Question: {text}\nAnswer:"
 
 
-def lines_of(name: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (TEXTS / name).read_text().splitlines()]
-    return [{"document": row["document"], "text": row["text"]} for row in rows]
-
-
 def queries(held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Queries to train on, and questions that are held out, as many of each document."""
-    questions = lines_of("questions.jsonl")
+    """Questions to train on, and those that are held out, as many of each document."""
+    questions = [json.loads(line) for line in (TEXTS / "questions.jsonl").read_text().splitlines()]
     random.Random(0).shuffle(questions)
     kept: list[dict[str, Any]] = []
     for name in DOCUMENTS:
         kept += [row for row in questions if row["document"] == name][: held_out // len(DOCUMENTS)]
     texts = {row["text"] for row in kept}
-    return [row for row in [*questions, *lines_of("self_made.jsonl")] if row["text"] not in texts], kept
+    return [row for row in questions if row["text"] not in texts], kept
 
 
 def main() -> None:
