@@ -32,9 +32,9 @@ def fitted_values(
     """Keys and values [N, W] of `count` positions, fitted in closed form to the attention of some rows to a text.
 
     Attention matching (arXiv 2602.16284). In every layer and key-value head, N keys of the text
-    are chosen: the first one, which many models attend to from everywhere, and those with the most attention from the
-    rows. The values are then the least-squares solution under which the rows' attention gives what it gives with the
-    whole text.
+    are chosen: the first one, which many models attend to from everywhere, and those with the largest root mean square
+    of the attention from the rows' tokens. So a key that few tokens need, but need much, is among them. The values are
+    then the least-squares solution under which the rows' attention gives what it gives with the whole text.
 
     Differences from the paper: it adds a bias to each kept key, which attention here does not have. Instead the fit is
     of the whole attention, over the text and the row's own tokens, and not of the text's part alone. So the values also
@@ -95,25 +95,27 @@ class _Fit:
         index = places[..., None].expand(-1, -1, key.shape[-1])
         kept_key, kept_value = key.gather(1, index), value.gather(1, index)
         size = self.count - self.keep_first
-        gram, right = key.new_zeros(len(key), size, size), key.new_zeros(len(key), size, key.shape[-1])
+        exact = torch.float32 if key.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        gram = key.new_zeros(len(key), size, size, dtype=exact)
+        right = key.new_zeros(len(key), size, key.shape[-1], dtype=exact)
         for query, own_key, own_value in self._rows_of(seen):
             whole = _weights(query, key, own_key, seen)
             kept = _weights(query, kept_key, own_key, seen)
             # What the kept keys' values have to add to the text's own ones.
             missing = whole @ _joined(value, own_value) - kept @ _joined(kept_value, own_value)
-            free = kept[..., int(self.keep_first) : self.count].flatten(1, 2)
+            free = kept[..., int(self.keep_first) : self.count].flatten(1, 2).to(exact)
             gram += free.transpose(1, 2) @ free
-            right += free.transpose(1, 2) @ missing.flatten(1, 2)
-        kept_value[:, int(self.keep_first) :] += _ridge_solution(gram, right)
+            right += free.transpose(1, 2) @ missing.flatten(1, 2).to(exact)
+        kept_value[:, int(self.keep_first) :] += _ridge_solution(gram, right).to(kept_value.dtype)
         self.result[seen.layer] = torch.stack([kept_key, kept_value]).transpose(1, 2).to(self.result.dtype)
 
     def _places(self, seen: ObservedAttention, key: Tensor) -> Tensor:
-        """[H', N] in ascending order: the text's first place, and those with the most attention from the rows."""
-        mass = key.new_zeros(key.shape[:2])
+        """[H', N] in ascending order: the text's first place, and those with the largest sum of squared attention."""
+        squares = key.new_zeros(key.shape[:2])
         for query, own_key, _ in self._rows_of(seen):
-            mass += _weights(query, key, own_key, seen)[..., : key.shape[1]].sum((1, 2))
-        mass[:, 0] = torch.inf
-        return mass.topk(self.count, -1).indices.sort(-1).values
+            squares += _weights(query, key, own_key, seen)[..., : key.shape[1]].square().sum((1, 2))
+        squares[:, 0] = torch.inf
+        return squares.topk(self.count, -1).indices.sort(-1).values
 
     def _rows_of(self, seen: ObservedAttention) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Each row's queries [H', H / H', U, E], keys and values [H', U, E], in float32."""
@@ -140,8 +142,7 @@ def _weights(query: Tensor, first: Tensor, own: Tensor, seen: ObservedAttention)
 
 def _ridge_solution(gram: Tensor, right: Tensor) -> Tensor:
     """The solution [H', N, E] of normal equations [H', N, N] and [H', N, E] with a ridge."""
-    exact = gram.cpu().double()  # not every accelerator has float64
-    mean = exact.diagonal(dim1=1, dim2=2).mean(-1)
-    ridge = (RIDGE * mean).clamp(min=torch.finfo(torch.float32).tiny)  # no row sees the text
-    exact += torch.diag_embed(ridge[:, None].expand(exact.shape[:2]))
-    return torch.cholesky_solve(right.cpu().double(), torch.linalg.cholesky(exact)).to(right)
+    mean = gram.diagonal(dim1=1, dim2=2).mean(-1)
+    ridge = (RIDGE * mean).clamp(min=torch.finfo(torch.float32).tiny)  # 0 if no row sees the text
+    factor = torch.linalg.cholesky(gram + torch.diag_embed(ridge[:, None].expand(gram.shape[:2])))
+    return torch.cholesky_solve(right, factor)

@@ -104,18 +104,18 @@ def test_fitted_values_have_the_least_squared_error_on_the_rows(name: str) -> No
     assert gradient[0, 1].norm() < 0.05 * own_gradient[0, 1].norm()
 
 
-def test_each_head_keeps_the_keys_with_the_most_attention_of_its_group() -> None:
+def test_each_head_keeps_the_keys_with_the_largest_attention_of_its_group() -> None:
     """Against the attention weights of transformers."""
     model = build("llama")
     model.set_attn_implementation("eager")
     student = spf.DeepPromptModel(model)
-    mass = torch.zeros(3, 2, len(text_ids()))
+    squares = torch.zeros(3, 2, len(text_ids()))
     for row in rows():
         weights = model(torch.tensor([text_ids() + row]), output_attentions=True).attentions
         for layer, one in enumerate(weights):
-            mass[layer] += one[0, :, len(text_ids()) :, : len(text_ids())].sum(1).view(2, 2, -1).sum(1)
-    mass[..., 0] = torch.inf
-    expected = mass.topk(COUNT).indices.sort(-1).values  # [L, H', N]
+            squares[layer] += one[0, :, len(text_ids()) :, : len(text_ids())].square().sum(1).view(2, 2, -1).sum(1)
+    squares[..., 0] = torch.inf
+    expected = squares.topk(COUNT).indices.sort(-1).values  # [L, H', N]
     found = states(student, fitted_values(student, text_ids(), COUNT, rows()))
     text = text_states(student, COUNT - len(text_ids()))
     for layer, head in [(i, j) for i in range(3) for j in range(2)]:
