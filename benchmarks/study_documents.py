@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--beside", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--queries", type=int, help="train on the first ones only")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
@@ -75,6 +76,7 @@ def run(model: Any, tokenizer: Any, beside: int, seed: int, arguments: Any) -> I
             held_out=held_out,
             form=arguments.form,
             steps=arguments.steps,
+            learning_rate=arguments.learning_rate,
             new_tokens=arguments.new_tokens,
             seed=seed,
         )
@@ -85,6 +87,7 @@ def run(model: Any, tokenizer: Any, beside: int, seed: int, arguments: Any) -> I
                 "form": arguments.form,
                 "beside_in_training": beside,
                 "steps": arguments.steps,
+                "rate": result.settings.rate,
                 "queries": result.training_queries,
                 "held_out": result.held_out_queries,
                 "seed": seed,
