@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -157,6 +158,11 @@ def test_padded_can_be_captured(ops: backend.Ops) -> None:
         assert_same(captured, run())
 
 
+def without_status(batch: spf.PromptedBatch) -> spf.PromptedBatch:
+    """Only a call that checks its input has a status."""
+    return dataclasses.replace(batch, status=None)
+
+
 @NEEDS_STREAMS
 @pytest.mark.parametrize("options", [{"layout": "packed"}, {"max_prompt_length": 5}], ids=LAYOUTS[::-1])
 def test_never_waits_for_the_gpu(ops: backend.Ops, options: dict[str, Any]) -> None:
@@ -175,7 +181,7 @@ def test_never_waits_for_the_gpu(ops: backend.Ops, options: dict[str, Any]) -> N
         result = batch.assemble(**options)
         result.inputs_embeds.sum().backward()
         assert not slept.query()  # the debug mode does not see every wait
-    assert_same(result, expected)
+    assert_same(without_status(result), without_status(expected))
 
 
 @NEEDS_STREAMS
@@ -192,7 +198,7 @@ def test_runs_on_the_current_stream(ops: backend.Ops) -> None:
         result = batch.assemble(max_prompt_length=5, check=False)
         result.inputs_embeds.sum().backward()
     stream.synchronize()
-    assert_same(result, expected)
+    assert_same(without_status(result), without_status(expected))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
