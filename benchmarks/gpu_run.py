@@ -109,21 +109,9 @@ def steps(device: str) -> list[Step]:
         Step("first-token", 40, [*first, "--output", "{csv}"]),
         Step("op-tests", 120, [*tests, *op_tests], must_say=r"\d+ passed", variables=on_device, timed=False),
         Step("model-tests", 120, [*tests, *model_tests], must_say=r"\d+ passed", variables=on_device, timed=False),
-        Step(
-            "memcheck",
-            120,
-            [*checker, "memcheck", *smoke],
-            needs="compute-sanitizer",
-            variables=alone,
-            timed=False,
-        ),
-        Step(
-            "racecheck",
-            120,
-            [*checker, "racecheck", *smoke],
-            needs="compute-sanitizer",
-            variables=alone,
-            timed=False,
+        *(
+            Step(tool, 120, [*checker, tool, *smoke], needs=checker[0], variables=alone, timed=False)
+            for tool in ("memcheck", "racecheck")
         ),
         # What compiles for minutes comes last.
         Step(

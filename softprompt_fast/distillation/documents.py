@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from ..base.errors import Unsupported
 from ..base.files import write_json
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
@@ -28,8 +26,8 @@ from ..tasks.examples import Examples
 from ..tasks.task import Task
 from ..tasks.templates import field
 from .arrangements import OPENING, Arrangement, Documents, Teachers, beside_others, read_documents
-from .fitting import check_fitting, fitted_values
-from .initial_values import values_from_text
+from .fitting import check_fitting
+from .initial_choice import add_prompts
 from .joining import Composition
 from .preparation import (
     as_examples,
@@ -45,13 +43,11 @@ from .queries import encoded, make_queries, usable_queries
 from .retention import NOTHING, Contestant, Retention, measure_retention
 from .settings import FITTED, INITS, DistillationSettings
 from .teacher import Target
-from .training import batch_loss, batches, train_prompts
+from .training import train_prompts
 
 DOCUMENTS_FILE = "documents.json"
 """The report of :func:`compress_documents`, beside the folders of its prompts."""
 CUT, TRAINED = "documents cut", "trained"
-INIT_BATCHES = FIT_BATCHES = 2
-"""Batches on which kinds of initial values are compared, and to which values are fitted."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +168,9 @@ def compress_documents(
             targets = [target for some in teachers.targets(asked, advance).values() for target in some]
             measured = [teachers.targets(some, advance) for some in held]
         teacher_seconds = time.perf_counter() - start
-        init = _add_prompts(student, read, tokens, targets, settings)
+        _add_opening(student, read)
+        alone = {name: [one for one in targets if one.front == read.front((name,))] for name in read.names}
+        init, _ = add_prompts(student, read.pieces, tokens, targets, lambda name: alone[name], settings, console)
         run = train_prompts(student, read.names, targets, None, settings, console)
         models = _contestants(base, student, read, tokens)
         last = run.losses[-max(1, len(run.losses) // 10) :]
@@ -265,65 +263,12 @@ class _About:
         return len(self.read.opening) + sum(lengths[: beside + 1])
 
 
-@torch.no_grad()
-def _add_prompts(
-    student: SoftPromptModel, read: Documents, tokens: int, targets: list[Target], settings: DistillationSettings
-) -> str:
-    """Adds the opening, which is not trained, and each document's prompt; returns the kind of its initial values."""
+def _add_opening(student: SoftPromptModel, read: Documents) -> None:
+    """What stands before all documents, which is not trained."""
     if read.opening:
         table = embedding_table(student.get_input_embeddings())
-        vectors = table(torch.tensor(read.opening, device=table.weight.device)).float()
+        vectors = table(torch.tensor(read.opening, device=table.weight.device)).detach().float()
         student.add_prompt(OPENING, init=vectors).requires_grad_(False)
-    values = _initial_values(student, read, tokens, targets, settings)
-    kinds = list(values)
-    for name, init in values[kinds[0]].items():
-        student.add_prompt(name, init=init)
-
-    def fill(kind: str) -> None:
-        for name, init in values[kind].items():
-            student.prompts[name].copy_(init)
-
-    losses = {}
-    some = [batch for _, batch in zip(range(INIT_BATCHES), batches(targets, settings), strict=False)]
-    for kind in kinds if len(kinds) > 1 else ():
-        fill(kind)
-        losses[kind] = sum(batch_loss(student, OPENING, batch, settings.temperature).item() for batch in some)
-    best = min(losses, key=lambda kind: losses[kind], default=kinds[0])
-    fill(best)
-    return best
-
-
-def _initial_values(
-    student: SoftPromptModel, read: Documents, tokens: int, targets: list[Target], settings: DistillationSettings
-) -> dict[str, dict[str, Tensor]]:
-    """Of each kind that `init` allows, the values of each document's prompt."""
-    auto = settings.init == "auto"
-    kinds = [kind for kind in INITS if kind != FITTED] if auto else [str(settings.init)]
-    if auto and settings.keep_first:
-        kinds.remove("pooled")
-    values = {
-        kind: {name: values_from_text(student, ids, tokens, kind) for name, ids in read.pieces.items()}
-        for kind in kinds
-        if kind != FITTED
-    }
-    if isinstance(student, DeepPromptModel) and (auto or FITTED in kinds):
-        try:
-            values[FITTED] = {
-                name: fitted_values(
-                    student, ids, tokens, _rows_about(name, read, targets, settings), keep_first=settings.keep_first
-                )
-                for name, ids in read.pieces.items()
-            }
-        except Unsupported:
-            if not auto:
-                raise
-    return values
-
-
-def _rows_about(name: str, read: Documents, targets: list[Target], settings: DistillationSettings) -> list[list[int]]:
-    """Queries with the teacher's continuations after a document alone."""
-    own = [target.query + target.continuation for target in targets if target.front == read.front((name,))]
-    return own[: FIT_BATCHES * settings.batch_size]
 
 
 def _contestants(base: Any, student: SoftPromptModel, read: Documents, tokens: int) -> dict[str, SoftPromptModel]:

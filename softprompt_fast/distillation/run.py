@@ -7,41 +7,33 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from ..base.errors import Unsupported
 from ..base.files import size_of, write_atomically
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
-from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
 from ..prompts.run_files import weights_digest
 from .continuations import FreeContinuations, Scorer, check_scorer, free_continuations
 from .cost import bank_of, first_token_seconds
-from .fitting import fitted_values
+from .initial_choice import add_prompts
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
 from .report import print_result
 from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
-from .settings import FITTED, INITS, DistillationSettings
+from .settings import DistillationSettings
 from .teacher import TEXT, Target
-from .training import TrainingRun, batch_loss, batches, train_prompts
+from .training import TrainingRun, train_prompts
 
 QUERIES_FILE = "queries.jsonl"
-INIT_BATCHES = 2
-"""Batches on which kinds of initial values are compared."""
-FIT_BATCHES = 2
-"""Batches to which values are fitted. They run as one, which without a gradient needs less memory than training."""
 
 
 @dataclass(frozen=True)
@@ -178,31 +170,12 @@ def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -
     settings = prepared.settings
     init, losses = str(settings.init), dict[str, float]()
     if prompt not in prepared.student.prompts:
-        init, losses = _choose_init(prepared, prompt, count, targets)
+        texts = {prompt: prepared.source.ids}
+        init, losses = add_prompts(
+            prepared.student, texts, count, targets, lambda name: targets, settings, prepared.console
+        )
     run = train_prompts(prepared.student, [prompt], targets, prepared.teacher, settings, prepared.console)
     return _Trained(prompt, count, init, losses, run)
-
-
-@torch.no_grad()
-def _choose_init(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -> tuple[str, dict[str, float]]:
-    """Adds the prompt with the initial values that have the lowest loss; returns their kind, and each kind's loss."""
-    settings, student = prepared.settings, prepared.student
-    some = list(islice(batches(targets, settings), INIT_BATCHES))
-    values = _initial_values(prepared, count, targets, some)
-    kinds = list(values)
-    parameter = student.add_prompt(prompt, init=values[kinds[0]])
-    if len(kinds) == 1:
-        return kinds[0], {}
-    losses = {}
-    for kind in kinds:
-        parameter.copy_(values[kind])
-        each = [batch_loss(student, prompt, batch, settings.temperature).item() for batch in some]
-        losses[kind] = sum(each) / len(each)
-    best = min(kinds, key=lambda kind: losses[kind])
-    parameter.copy_(values[best])
-    shown = ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
-    prepared.console.print(f"{prompt}: loss of initial values: {shown}; {best} is used", highlight=False)
-    return best, losses
 
 
 def _measure(prepared: Prepared, targets: list[Target], free: FreeContinuations) -> list[Retention]:
@@ -219,30 +192,6 @@ def _measure(prepared: Prepared, targets: list[Target], free: FreeContinuations)
             compared.append(free.of(contestant, retention))
             advance(len(free.queries))
     return compared
-
-
-def _initial_values(
-    prepared: Prepared, count: int, targets: list[Target], some: list[list[Target]]
-) -> dict[str, Tensor]:
-    """The initial values of each kind that `init` allows. Values are not fitted to the batches that compare kinds."""
-    settings, student, ids = prepared.settings, prepared.student, prepared.source.ids
-    auto = settings.init == "auto"
-    kinds = [kind for kind in INITS if kind != FITTED] if auto else [str(settings.init)]
-    if auto and settings.keep_first:
-        kinds.remove("pooled")
-    values = {kind: values_from_text(student, ids, count, kind) for kind in kinds if kind != FITTED}
-    if isinstance(student, DeepPromptModel) and (auto or FITTED in kinds):
-        compared = {id(target) for batch in some for target in batch}
-        others = [target for target in targets if id(target) not in compared]
-        rows = [
-            target.query + target.continuation for target in (others or targets)[: FIT_BATCHES * settings.batch_size]
-        ]
-        try:
-            values[FITTED] = fitted_values(student, ids, count, rows, keep_first=settings.keep_first)
-        except Unsupported:  # a model for which `init` names this kind was checked before
-            if not auto:
-                raise
-    return values
 
 
 def _contestants(prepared: Prepared) -> list[Contestant]:
