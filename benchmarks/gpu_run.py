@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,7 @@ def run_all(chosen: Sequence[Step], device: str, budget: float, output: Path, pa
     facts, end = card(device), time.monotonic() + budget
     (output / "steps.csv").unlink(missing_ok=True)
     outcomes: dict[str, str] = {}
+    lock = threading.Lock()
 
     def one(step: Step) -> None:
         start = time.monotonic()
@@ -193,6 +195,10 @@ def run_all(chosen: Sequence[Step], device: str, budget: float, output: Path, pa
         else:
             outcome = run(step, min(step.limit * patience, left), output)
         seconds = time.monotonic() - start
+        with lock:
+            note(step, outcome, seconds)
+
+    def note(step: Step, outcome: str, seconds: float) -> None:
         append_rows(
             output / "steps.csv", [{**facts, "step": step.name, "seconds": round(seconds, 1), "outcome": outcome}]
         )

@@ -17,6 +17,9 @@ from .output import check_outputs, console, draw_figure
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
 
+ONE_TEXT = ("name", "figure", "report", "max_drop", "free_continuations")
+SEVERAL_TEXTS = ("beside", "document_column")
+"""Options that only one text, or only several texts, read."""
 TextFiles = Annotated[
     list[Path],
     typer.Option(
@@ -109,6 +112,7 @@ TeacherCache = Annotated[
 @with_options("settings_of", DistillationSettings)
 @with_options("data_options_of", DataOptions)
 def compress(
+    context: typer.Context,
     model: Model,
     text: TextFiles,
     data_options_of: Callable[..., DataOptions],
@@ -148,8 +152,9 @@ def compress(
     names = prompt_names(name, counts, settings)
     check_queries([queries] if queries is not None else [], self_queries)
     texts = _texts(text, data_options.encoding)
-    if len(texts) > 1 and (len(counts) > 1 or figure or report or name != "prompt"):
-        raise ValueError("several --text files cannot be combined with several --tokens, --figure, --report or --name")
+    _check_options(context, several=len(texts) > 1)
+    if len(texts) > 1 and len(counts) > 1:
+        raise ValueError(f"--tokens must be one number for several --text files, got {tokens}")
 
     def read(name: str) -> Examples:
         if Path(name).suffix.lower() == ".txt":
@@ -196,14 +201,30 @@ def _check_drawings(outputs: dict[str, Path | None], texts: list[Path]) -> None:
     check_outputs([path for path in outputs.values() if path is not None], texts)
 
 
+def _check_options(context: typer.Context, *, several: bool) -> None:
+    """Refuses options that would be ignored."""
+    for option in ONE_TEXT if several else SEVERAL_TEXTS:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            shown = "--" + option.replace("_", "-")
+            raise ValueError(f"{shown} cannot be given for {'several --text files' if several else 'one --text file'}")
+
+
 def _texts(files: list[Path], encoding: str | None) -> dict[str, str]:
     """The texts by the names of their files."""
+    from ..distillation.arrangements import OPENING
+    from ..prompts.peft_files import NAME
     from ..tasks.decoding import decode, read_bytes
 
     texts: dict[str, str] = {}
     for path in files:
         if path.stem in texts:
             raise ValueError(f"--text must name files of different names, got {path.stem} twice")
+        if len(files) > 1 and (not NAME.fullmatch(path.stem) or path.stem == OPENING):
+            raise ValueError(
+                f"--text must name files whose names are 1 to 128 letters, digits, _ or -, not {OPENING}, because they "
+                f"name the prompts, got {path.name}"
+            )
         texts[path.stem] = decode(read_bytes(path, str(path)), str(path), encoding)
         if not texts[path.stem].strip():
             raise ValueError(f"{path} must hold words, got an empty text")

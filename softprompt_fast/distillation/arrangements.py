@@ -76,24 +76,25 @@ def beside_others(names: Sequence[str], document: str, count: int, draw: random.
 
 
 class Teachers:
-    """One teacher for each arrangement; all of them share the model and the cache."""
+    """One teacher for each arrangement; all of them share the model and the cache. The last one is kept."""
 
     def __init__(
         self, model: Any, tokenizer: Any, documents: Documents, settings: DistillationSettings, cache: Path | None
     ) -> None:
         self._make: Callable[[list[int]], Teacher] = lambda ids: Teacher(model, tokenizer, ids, settings, cache)
         self._documents = documents
-        self._known: dict[Arrangement, Teacher] = {}
+        self._last: tuple[Arrangement, Teacher] | None = None
 
     def __getitem__(self, arrangement: Arrangement) -> Teacher:
-        if arrangement not in self._known:
-            self._known[arrangement] = self._make(self._documents.ids(arrangement))
-        return self._known[arrangement]
+        if self._last is None or self._last[0] != arrangement:
+            self._last = None  # its compiled text makes room first
+            self._last = arrangement, self._make(self._documents.ids(arrangement))
+        return self._last[1]
 
     def targets(
         self, queries: Iterable[tuple[Arrangement, list[int]]], progress: Callable[[int], None] | None = None
     ) -> dict[Arrangement, list[Target]]:
-        """The teachers' answers to queries [T], by their arrangement."""
+        """The teachers' answers to queries [T], by their arrangement; within one, in the order of the queries."""
         asked: dict[Arrangement, list[list[int]]] = defaultdict(list)
         for arrangement, ids in queries:
             asked[arrangement].append(ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,31 +15,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..base.files import write_json
+from ..base.files import write_atomically, write_json
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
-from ..tasks.examples import Examples
 from ..tasks.task import Task
 from ..tasks.templates import field
-from .arrangements import OPENING, Arrangement, Documents, Teachers, beside_others, read_documents
+from .arrangements import OPENING, Arrangement, Documents, Teachers, read_documents
+from .document_queries import DocumentQueries
 from .fitting import check_fitting
 from .initial_choice import add_prompts
 from .joining import Composition
-from .preparation import (
-    as_examples,
-    cache_folder,
-    check_model,
-    check_queries,
-    check_room,
-    new_student,
-    split_queries,
-    task_of,
-)
-from .queries import encoded, make_queries, usable_queries
+from .preparation import cache_folder, check_count, check_model, check_queries, new_student, task_of
+from .queries import QUERIES_FILE
 from .retention import NOTHING, Contestant, Retention, measure_retention
 from .settings import FITTED, INITS, DistillationSettings
 from .teacher import Target
@@ -56,6 +47,7 @@ class DocumentPrompt:
 
     folder: Path
     tokens: int
+    """Positions of the document itself; in the folder those of an opening come before them."""
     document_tokens: int
 
 
@@ -68,7 +60,7 @@ class DocumentCompression:
     alone: list[Retention]
     """With a query's document in front: nothing, the document cut to the same length, the trained prompt."""
     together: list[Retention]
-    """The same with other documents beside it, against the teacher that reads all of them."""
+    """The same with other documents beside it, against the teacher that reads all of them; none: they do not fit."""
     beside: int
     """Number of other documents beside a query's own in training."""
     measured_beside: int
@@ -121,7 +113,7 @@ def compress_documents(
     Args:
         model: a decoder of transformers with a language-modelling head.
         documents: texts by name. The names are those of the prompts.
-        output: folder for the prompts and ``documents.json``.
+        output: folder for the prompts, ``documents.json`` and self-made queries.
         queries: rows with the template's columns, and in `document_column` the name of the document they are about.
         tokens: N, of each document.
         beside: number of other documents beside a query's own in training; 0: each is trained alone.
@@ -134,7 +126,8 @@ def compress_documents(
 
     Raises:
         ValueError: naming the argument, the rule and the value; before the teacher runs.
-        TypeError: the model is no decoder that generates text, or cannot run keys and values (``form="kv"``).
+        TypeError: the model is no decoder that generates text, cannot run keys and values (``form="kv"``), or has an
+            attention to which none can be fitted (``init="fitted"``).
         FileExistsError: a folder of a prompt already exists.
     """
     console = Console(stderr=True) if console is None else console
@@ -142,26 +135,30 @@ def compress_documents(
     base, output = model.base_model if isinstance(model, SoftPromptModel) else model, Path(output)
     _check(documents, queries, self_queries, beside, settings)
     check_model(base)
-    for name in (*documents, OPENING, DOCUMENTS_FILE):
+    for name in (*documents, DOCUMENTS_FILE, QUERIES_FILE):
         if (output / name).exists():
             raise FileExistsError(f"{output / name} already exists; choose another output folder")
     with evaluating(base):
         read = read_documents(tokenizer, documents, field(text_column) if template is None else template, chat=chat)
-        _check_tokens(tokens, read)
+        _check_tokens(tokens, read, settings)
         task = task_of(base, read.source.template, settings, base_name)
-        teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
+        about = DocumentQueries(base, tokenizer, read, task, document_column, settings)
         student = new_student(base, settings)
         if isinstance(student, DeepPromptModel) and settings.init == FITTED:
             check_fitting(student)
-        rows = _known(task, queries or [], read, document_column)
-        rows = rows + _made(teachers, read, task, self_queries, document_column, settings)
-        train, test = split_queries(task, rows, held_out, settings.seed)
-        about, most = _About(read, tokenizer, task, document_column), max(1, beside)
-        _known(task, test, read, document_column)
-        check_room(base, about.longest(most), about.lengths([*train, *test]), settings.new_tokens)
+        given = about.known(queries or [])
+        about.check_room(given + ([] if isinstance(held_out, (int, float)) else about.known(held_out)), beside)
+        teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
+        made = about.made(teachers, self_queries)
+        train, test = about.split(given, made, held_out)
+        about.check_room([*train, *test], beside)
+        if made:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+            write_atomically(output / QUERIES_FILE, lines)
+        most = about.most_beside([*train, *test], beside)
         asked = about.alone(train) + (about.beside(train, beside, settings.seed) if beside else [])
-        held = [about.alone(test), about.beside(test, most, seed=0)]
-        count = len(asked) + 2 * len(test)
+        held = [about.alone(test), about.beside(test, most, seed=0) if most else []]
+        count = len(asked) + sum(map(len, held))
         console.print(f"the teacher answers {count} queries after the documents, or reads its cache", highlight=False)
         start = time.perf_counter()
         with progress_bar(count, console) as advance:
@@ -177,7 +174,7 @@ def compress_documents(
         result = DocumentCompression(
             prompts={name: DocumentPrompt(output / name, tokens, len(ids)) for name, ids in read.pieces.items()},
             alone=_retention(teachers, read, models, measured[0], settings),
-            together=_retention(teachers, read, models, measured[1], settings),
+            together=_retention(teachers, read, models, measured[1], settings) if most else [],
             beside=beside,
             measured_beside=most,
             init=init,
@@ -188,7 +185,7 @@ def compress_documents(
             held_out_queries=len(test),
             settings=settings,
         )
-        _save(result, student, read, task, output)
+        _save(result, base, student, read, task)
     print_documents(result, console)
     return result
 
@@ -205,62 +202,17 @@ def _check(
         raise ValueError(f"`beside` must be 0 to {len(documents) - 1}, the number of other documents, got {beside}")
     if settings.divergence != "forward":
         raise ValueError(f"`divergence` must be forward for several documents, got {settings.divergence}")
+    if settings.free_continuations != DistillationSettings().free_continuations:
+        raise ValueError("`free_continuations` cannot be given for several documents, which are not continued freely")
     if settings.init not in ("auto", *INITS):
         raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several documents, got {settings.init}")
 
 
-def _check_tokens(tokens: int, read: Documents) -> None:
+def _check_tokens(tokens: int, read: Documents, settings: DistillationSettings) -> None:
+    check_count(tokens, settings)
     name, ids = min(read.pieces.items(), key=lambda item: len(item[1]))
-    if not 1 <= tokens < len(ids):
-        raise ValueError(f"`tokens` must be 1 to {len(ids) - 1}, below the {len(ids)} of {name!r}, got {tokens}")
-
-
-def _known(task: Task, rows: Sequence[Mapping[str, Any]], read: Documents, column: str) -> Examples:
-    """The queries with text, each of which names a document."""
-    usable = usable_queries(task, as_examples(rows)) if rows else []
-    for row in usable:
-        if row.get(column) not in read.pieces:
-            raise ValueError(f"column {column!r} must be one of {', '.join(read.names)}, got {row.get(column)!r}")
-    return usable
-
-
-def _made(
-    teachers: Teachers, read: Documents, task: Task, count: int, column: str, settings: DistillationSettings
-) -> Examples:
-    """Queries that the model makes from each document."""
-    made: Examples = []
-    for name in read.names if count else ():
-        source = replace(read.source, ids=read.ids((name,)))
-        made += [
-            row | {column: name} for row in make_queries(teachers[(name,)], source, task, count, seed=settings.seed)
-        ]
-    return made
-
-
-class _About:
-    """Queries and the documents in front of them."""
-
-    def __init__(self, read: Documents, tokenizer: Any, task: Task, column: str) -> None:
-        self.read, self.tokenizer, self.task, self.column = read, tokenizer, task, column
-
-    def alone(self, rows: Examples) -> list[tuple[Arrangement, list[int]]]:
-        ids = encoded(self.task, rows, self.tokenizer)
-        return [((row[self.column],), query) for row, query in zip(rows, ids, strict=True)]
-
-    def beside(self, rows: Examples, count: int, seed: int) -> list[tuple[Arrangement, list[int]]]:
-        """With `count` other documents."""
-        draw = random.Random(seed)
-        return [
-            (beside_others(self.read.names, document, count, draw), query) for (document,), query in self.alone(rows)
-        ]
-
-    def lengths(self, rows: Examples) -> list[int]:
-        return [len(query) for _, query in self.alone(rows)]
-
-    def longest(self, beside: int) -> int:
-        """Tokens of the longest arrangement."""
-        lengths = sorted((len(ids) for ids in self.read.pieces.values()), reverse=True)
-        return len(self.read.opening) + sum(lengths[: beside + 1])
+    if tokens >= len(ids):
+        raise ValueError(f"`tokens` must be below the {len(ids)} tokens of {name!r}, got {tokens}")
 
 
 def _add_opening(student: SoftPromptModel, read: Documents) -> None:
@@ -315,21 +267,30 @@ def _retention(
     ]
 
 
-def _save(result: DocumentCompression, student: SoftPromptModel, read: Documents, task: Task, output: Path) -> None:
-    opening = OPENING if read.opening else None
-    student.save_pretrained(output, [*([OPENING] if opening else []), *read.names])
-    composition = Composition(uuid.uuid4().hex, tuple(read.names), result.beside, opening)
-    for name in read.names:
-        replace(task, prompt=name).save(output / name)
-        composition.save(output / name)
-        write_card(output / name)
-    write_json(output / DOCUMENTS_FILE, result.to_json())
+def _save(result: DocumentCompression, base: Any, student: SoftPromptModel, read: Documents, task: Task) -> None:
+    """Each prompt begins with the opening, so that it can be used alone; a composition says how to join them."""
+    saved, run = new_student(base, result.settings), uuid.uuid4().hex
+    untrained = len(read.opening) + int(result.settings.keep_first)
+    for name, prompt in result.prompts.items():
+        values = torch.cat([student.prompts[part].detach() for part in read.front((name,))])
+        if isinstance(saved, DeepPromptModel):
+            saved.add_prompt(name, init=values, num_frozen_tokens=untrained)
+        else:
+            saved.add_prompt(name, init=values)
+        saved.save_pretrained(prompt.folder.parent, [name])
+        replace(task, prompt=name).save(prompt.folder)
+        Composition(run, (name,), result.beside, len(read.opening)).save(prompt.folder)
+        write_card(prompt.folder)
+        write_json(prompt.folder.parent / DOCUMENTS_FILE, result.to_json())
 
 
 def print_documents(result: DocumentCompression, console: Console) -> None:
     """What the prompts retain, alone and together."""
     others = f"{result.measured_beside} other{'' if result.measured_beside == 1 else 's'} beside it"
     for title, retention in (("its document alone", result.alone), (others, result.together)):
+        if not retention:
+            console.print("Two documents do not fit into the context together.", highlight=False)
+            continue
         table = Table(title=f"Retention on {result.held_out_queries} held-out queries, {title}", title_justify="left")
         table.add_column("in front of a query")
         for heading in ("tokens", "same token", "KL per token", "same first token"):

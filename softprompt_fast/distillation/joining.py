@@ -19,8 +19,10 @@ from ..base.files import read_json, write_json
 from ..base.locations import located
 from ..prompts.base_identity import one_base
 from ..prompts.card import write_card
+from ..prompts.fast_soft_prompt import check_name
 from ..prompts.peft_files import (
     FINGERPRINT,
+    UPDATED,
     is_deep,
     is_prompt_folder,
     read_base,
@@ -44,11 +46,11 @@ class Composition:
     run: str
     """An identifier of the training run."""
     documents: tuple[str, ...]
-    """Names of the prompts of the run."""
+    """Names of the documents that the prompt holds."""
     beside: int
     """Largest number of other documents that stood beside one in training."""
-    opening: str | None
-    """Name of the prompt, in the same folder, that stands before all documents: BOS, or the opening of a chat."""
+    opening: int
+    """Number of its first positions that stand once before all documents: BOS, or the opening of a chat."""
 
     def save(self, folder: Path) -> None:
         write_json(folder / COMPOSITION_FILE, asdict(self))
@@ -64,12 +66,15 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
     """Writes one prompt that holds several, one after the other, and returns its folder.
 
     Args:
-        folders: prompts of one base model and one form, in the order in which a request shall read them.
-        output: a new folder. Its ``task.json`` is that of the first prompt that has one.
+        folders: prompts of one base model and one form, in the order in which a request shall read them. What stands
+            before all documents of a run is in each of their prompts, and once in the joined one.
+        output: a new folder, whose name is that of the prompt. Its ``task.json`` is that of the first prompt that has
+            one.
 
     Raises:
         FileExistsError: the output exists.
-        ValueError: no folder of a prompt, prompts of several base models, or vectors beside keys and values.
+        FileNotFoundError, LookupError: there is no such folder or version.
+        ValueError: no folder of a prompt, prompts of several base models, widths or forms, or one with a token update.
     """
     paths, output = [located(folder) for folder in folders], Path(output)
     if not paths:
@@ -77,6 +82,7 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
     for path in paths:
         if not is_prompt_folder(path):
             raise ValueError(f"`folders` must be folders of prompts, got {path}")
+    check_name(output.name)
     if output.exists():
         raise FileExistsError(f"{output} already exists; choose another folder")
     one_base(paths)
@@ -84,39 +90,46 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
     if len(set(forms)) > 1:
         other = paths[forms.index(not forms[0])]
         raise ValueError(f"`folders` must have one form, got keys and values beside vectors: {paths[0]} and {other}")
-    opening = _opening(paths)
-    read = paths if opening is None else [opening, *paths]
-    values = torch.cat([_values(path) for path in read])
-    config = read_config(paths[0], None)
+    parts = [_values(path) for path in paths]
+    for path, part in zip(paths, parts, strict=True):
+        if part.shape[1] != parts[0].shape[1]:
+            widths = f"{parts[0].shape[1]} ({paths[0]}) and {part.shape[1]} ({path})"
+            raise ValueError(f"`folders` must have prompts of one width, got {widths}")
+    found = [read_composition(path) for path in paths]
+    _warn_of_strangers([path.name for path in paths], found)
+    openings = [0 if one is None else one.opening for one in found]
+    # A run's documents have the same opening, so that of the first prompt serves all.
+    values = torch.cat([parts[0], *(part[skip:] for part, skip in zip(parts[1:], openings[1:], strict=True))])
     name, fingerprint = read_base(paths[0])
+    config = read_config(paths[0], None)
     facts = {"task_type": config.get("task_type"), "base_model_name_or_path": name, FINGERPRINT: fingerprint}
     if forms[0]:
         write_prefix(output, values, _shape(paths[0]), facts)
     else:
         write_prompt(output, values, facts)
+    known = [one for one in found if one is not None]
+    if len(known) == len(found) and len({one.run for one in known}) == 1:
+        documents = tuple(document for one in known for document in one.documents)
+        replace(known[0], documents=documents).save(output)
     if task := next((path for path in paths if (path / TASK_FILE).is_file()), None):
         replace(Task.load(task), prompt=output.name).save(output)
     write_card(output)
     return output
 
 
-def _opening(paths: Sequence[Path]) -> Path | None:
-    """The prompt before all documents, if they have one; warns of prompts that were not trained together."""
-    found = [read_composition(path) for path in paths]
-    known = [one for one in found if one is not None]
-    names = ", ".join(path.name for path in paths)
-    if len(paths) > 1 and (len(known) < len(paths) or len({one.run for one in known}) > 1):
-        logger.warning("%s were not trained together: joined, they may answer as if none of them was there", names)
-    elif len(paths) > 1 and len(paths) > 1 + min(one.beside for one in known):
+def _warn_of_strangers(names: Sequence[str], found: Sequence[Composition | None]) -> None:
+    """Warns of prompts that were not trained together."""
+    if len(names) < 2:
+        return
+    known, shown = [one for one in found if one is not None], ", ".join(names)
+    if len(known) < len(found) or len({one.run for one in known}) > 1:
+        logger.warning("%s were not trained together: joined, they may answer as if none of them was there", shown)
+    elif sum(len(one.documents) for one in known) > 1 + known[0].beside:
         logger.warning(
-            "%s: in training at most %d others stood beside a prompt, so joined ones may answer worse",
-            names,
-            min(one.beside for one in known),
+            "%s: in training at most %d others stood beside a document, so joined ones may answer worse",
+            shown,
+            known[0].beside,
         )
-    openings = {path.parent / one.opening for path, one in zip(paths, found, strict=True) if one and one.opening}
-    if len(openings) > 1:
-        logger.warning("%s have several openings, of which the first is used", names)
-    return min(openings, default=None)
 
 
 def _shape(folder: Path) -> tuple[int, int, int, int]:
@@ -127,4 +140,8 @@ def _shape(folder: Path) -> tuple[int, int, int, int]:
 
 def _values(folder: Path) -> Tensor:
     """[P, D] or, of keys and values, [P, W]."""
-    return read_prefix(folder, _shape(folder))[0] if is_deep(folder) else read_prompt(folder)[0]
+    if is_deep(folder):
+        return read_prefix(folder, _shape(folder))[0]
+    if read_config(folder, None).get("peft_type") == UPDATED:
+        raise ValueError(f"`folders` must not have token updates, got {folder}")
+    return read_prompt(folder)[0]

@@ -162,16 +162,21 @@ def prompt_names(name: str, tokens: int | Sequence[int], settings: DistillationS
     """
     check_name(name)
     counts = list(tokens) if isinstance(tokens, Sequence) else [tokens]
-    least = 2 if settings.keep_first else 1
     for count in counts:
-        if not isinstance(count, int) or isinstance(count, bool) or count < least:
-            why = " because the first position is not trained (`keep_first`)" if least == 2 and count == 1 else ""
-            raise ValueError(f"`tokens` must be integers of at least {least}{why}, got {count!r}")
+        check_count(count, settings)
     if not counts:
         raise ValueError("`tokens` must name at least one number, got none")
     if len(counts) == 1:
         return {counts[0]: name}
     return {count: f"{name}-{count}" for count in sorted(set(counts))}
+
+
+def check_count(count: Any, settings: DistillationSettings) -> None:
+    """Raises ValueError if `count` is no number of tokens that can be trained."""
+    least = 2 if settings.keep_first else 1
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        why = " because the first position is not trained (`keep_first`)" if least == 2 and count == 1 else ""
+        raise ValueError(f"`tokens` must be integers of at least {least}{why}, got {count!r}")
 
 
 def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
@@ -186,14 +191,26 @@ def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
 
 
 def split_queries(
-    task: Task, rows: Examples, held_out: float | Sequence[Mapping[str, Any]], seed: int
+    task: Task,
+    rows: Examples,
+    held_out: float | Sequence[Mapping[str, Any]],
+    seed: int,
+    about: str | None = None,
 ) -> tuple[Examples, Examples]:
-    """The queries to train on and those that measure retention; no text is on both sides."""
+    """The queries to train on and those that measure retention; none is on both sides.
+
+    Args:
+        about: as for :func:`~.queries.usable_queries`.
+    """
     if isinstance(held_out, (int, float)):
         return split_rows(rows, held_out, seed)
-    test = usable_queries(task, as_examples(held_out))
-    known = {task.text(row) for row in test}
-    train = choose(rows, [i for i, row in enumerate(rows) if task.text(row) not in known])
+
+    def key(row: Mapping[str, Any]) -> tuple[Any, str]:
+        return None if about is None else row.get(about), task.text(row)
+
+    test = usable_queries(task, as_examples(held_out), about)
+    known = {key(row) for row in test}
+    train = choose(rows, [i for i, row in enumerate(rows) if key(row) not in known])
     if not train:
         raise ValueError(f"`queries` must hold some that are not held out, got {len(rows)}, all of them in `held_out`")
     return train, test

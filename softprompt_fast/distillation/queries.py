@@ -47,6 +47,8 @@ SEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 answer than ask. Cartridges (arXiv 2506.06266) begins its conversations with these five kinds."""
 PART = 256
 """Longer texts are shown in parts of about this many tokens, one for each query, so that all of it is asked about."""
+QUERIES_FILE = "queries.jsonl"
+"""The file of self-made queries, beside the prompts."""
 EXAMPLE = "example"
 """Kind of a query that continues the text with the template's own words, as one more example of a few-shot block."""
 LONGEST = 48
@@ -72,8 +74,11 @@ def read_text_lines(path: Path, column: str, encoding: str | None = None) -> Row
     return Rows([{column: line} for _, line in kept], [Origin(str(path), "line", number) for number, _ in kept])
 
 
-def usable_queries(task: Task, rows: Examples) -> Examples:
+def usable_queries(task: Task, rows: Examples, about: str | None = None) -> Examples:
     """Rows with text, each text once. Others are left out, with a warning that says where they are.
+
+    Args:
+        about: column of what a query is about: the same text about something else is another query.
 
     Raises:
         ValueError: no row is left, or no such column.
@@ -81,7 +86,7 @@ def usable_queries(task: Task, rows: Examples) -> Examples:
     empty: list[int] = []
     repeated: list[int] = []
     kept: list[int] = []
-    known: set[str] = set()
+    known: set[tuple[Any, str]] = set()
     for i, row in enumerate(rows):
         try:
             text = task.text(row)
@@ -90,8 +95,9 @@ def usable_queries(task: Task, rows: Examples) -> Examples:
                 raise
             empty.append(i)
             continue
-        (repeated if text in known else kept).append(i)
-        known.add(text)
+        key = (None if about is None else row.get(about), text)
+        (repeated if key in known else kept).append(i)
+        known.add(key)
     reasons = [
         f"{reason} ({places(rows, which)})" for reason, which in (("no text", empty), ("repeated", repeated)) if which
     ]
@@ -149,7 +155,7 @@ def make_queries(
                 rows.append({column: query, "kind": kind})
         if progress is not None:
             progress(len(rows) - before)
-    if len(rows) < 2:
+    if len(rows) < min(2, count):
         raise ValueError(
             f"the model made {len(rows)} different queries in {drawn} tries, too few to train on; give queries instead"
         )

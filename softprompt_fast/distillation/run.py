@@ -26,14 +26,13 @@ from .cost import bank_of, first_token_seconds
 from .initial_choice import add_prompts
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
+from .queries import QUERIES_FILE
 from .report import print_result
 from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
 from .settings import DistillationSettings
 from .teacher import TEXT, Target
 from .training import TrainingRun, train_prompts
-
-QUERIES_FILE = "queries.jsonl"
 
 
 @dataclass(frozen=True)

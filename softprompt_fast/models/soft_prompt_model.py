@@ -168,8 +168,8 @@ class SoftPromptModel(PromptFiles):
             attention_mask: [B, T] of 1 and 0; None: no padding.
             labels: [B, T] for language models and token classification, -100: no label; [B], or [B, C] of several
                 labels, for sequence classification; [B, T'], the decoder's, for encoder-decoders.
-            prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). Not
-                needed if there is one prompt.
+            prompt_ids: a name, a list of names (None: no prompt), or positions in ``prompts.names`` (-1: none). A tuple
+                in the list: these prompts, one after the other. Not needed if there is one prompt.
             inputs_embeds: [B, T, D], the tokens' vectors instead of their ids; they get a gradient if they need one.
             start_positions, end_positions: [B] for question answering, columns of ``input_ids`` in which the answers
                 begin and end; a column that is padding or not one of ``input_ids`` is ignored.

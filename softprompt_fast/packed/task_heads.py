@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..hf import architecture
 from ..hf.architecture import returning_mappings
+from ..hf.attention import InstalledAttention
 from ..hf.frozen_linear import frozen_products
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
@@ -51,7 +53,10 @@ class TaskHeadRunner(PackedRunner):
         if self._classifies and any(getattr(self.model, name, None) is None for name in needed):
             self.unsupported = self.unsupported or "its head is not a layer `score` after the decoder"
         elif self._classifies and cuda_graphs and self.unsupported is None:
-            self.graphs, self._decoder = StepGraphs(), Decoder(self)
+            self.graphs = StepGraphs()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_decoder": None}
 
     def forward(
         self,
@@ -138,8 +143,10 @@ class TaskHeadRunner(PackedRunner):
         return _classifier_output(decoded), decoded.last_hidden_state[0, places]
 
     def _replayed(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor] | None:
-        if self.graphs is None or self._decoder is None:
+        if self.graphs is None:
             return None
+        if self._decoder is None:
+            self._decoder = Decoder(self)
         replayed = self.graphs.run(self._decoder, batch, read, options)
         return None if replayed is None else (replayed[0], self.model.score(replayed[1]))
 
@@ -219,12 +226,22 @@ class Decoder:
     """The decoder below a head that classifies rows, as CUDA graphs see it. A head is trained, so it stays out."""
 
     def __init__(self, runner: TaskHeadRunner) -> None:
-        self._runner = runner
-        self.check, self.slack, self.make_ready = runner.check, runner.slack, runner.make_ready
+        self._owner = weakref.ref(runner)  # which owns this
+        self.check, self.slack = runner.check, runner.slack
+
+    @property
+    def _runner(self) -> TaskHeadRunner:
+        runner = self._owner()
+        assert runner is not None
+        return runner
 
     @property
     def model(self) -> Any:
-        return getattr(self._runner.model, self._runner.model.base_model_prefix)
+        model = self._runner.model
+        return getattr(model, model.base_model_prefix)
+
+    def make_ready(self) -> InstalledAttention:
+        return self._runner.make_ready()
 
     def run_once(self, batch: PackedInputs, read: Tensor, options: dict[str, Any]) -> tuple[Any, Tensor]:
         return self._runner.run_once(batch, read, options, self._runner.states_at)

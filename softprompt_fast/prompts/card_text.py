@@ -231,7 +231,9 @@ def _limits(facts: CardFacts) -> str:
         "another result where padding is between the prompt and the text."
     )
     if facts.task is not None and not facts.task.special_tokens:
-        lines.append("* The prompt's first vector is that of the BOS token, so the tokenizer must not add one.")
+        lines.append(
+            "* Texts are read without special tokens: the tokenizer must not add a BOS token after the prompt."
+        )
     return "\n".join(["## Limits", "", *lines])
 
 

@@ -324,7 +324,7 @@ class FastSoftPrompt(nn.Module):
         Raises:
             KeyError: an unknown name.
             IndexError: an id that is not -1 or a position in :attr:`names`.
-            ValueError: not one prompt per row.
+            ValueError: not one prompt per row, or a row that joins a prompt with a token update.
         """
         ids = self._positions(prompt_ids, rows)
         for row, own in enumerate(ids):

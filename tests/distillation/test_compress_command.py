@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfile, rmtree
 from typing import Any
 
 import pytest
@@ -22,6 +22,8 @@ from typer.testing import CliRunner
 from softprompt_fast import SoftPromptModel
 from softprompt_fast.cli.app import app
 from softprompt_fast.distillation.settings import DistillationSettings
+from softprompt_fast.hf import load_base_model
+from softprompt_fast.tasks import load_rows
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -56,6 +58,7 @@ def tutorial(language: str) -> list[str]:
     page = (ROOT / "docs" / "compress.md").read_text()
     found = [text for name, text in BLOCK.findall(page) if name == language]
     smaller = {MODEL: "model", "4,16,64": "2,4", "4, 16, 64": "2, 4", "--self-queries 200": "--self-queries 10"}
+    smaller |= {"--tokens 64": "--tokens 4 --steps 2", "tokens=64": "tokens=4, steps=2", "-tokens 50": "-tokens 4"}
     smaller |= {"prompt-16": "prompt-4", "--steps 100": "--steps 6", "--max-new-tokens 100": "--max-new-tokens 4"}
     for old, new in smaller.items():
         found = [text.replace(old, new) for text in found]
@@ -64,7 +67,7 @@ def tutorial(language: str) -> list[str]:
 
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source tree")
 def test_the_tutorial_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    first, use, self_made = (shlex.split(text.replace("\\\n", " "))[1:] for text in tutorial(""))
+    first, use, self_made = (shlex.split(text.replace("\\\n", " "))[1:] for text in tutorial("")[:3])
     shown = run(*first, "--dtype", "float32").output
     assert "Retention on 5 held-out queries" in shown and "recommended: " in shown
     recommended = re.search(r"use it: softprompt-fast generate --prompt (\S+)", shown)
@@ -73,7 +76,7 @@ def test_the_tutorial_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert len(answers) == 3 and all(isinstance(answer["generated"], str) for answer in answers)
     run(*[word.replace("short", "self") for word in self_made], "--steps", "2", "--tokens", "4", "--dtype", "float32")
     assert len((folder / "self" / "queries.jsonl").read_text().splitlines()) == 10
-    code, page, scorer, embeddings = tutorial("python")
+    code, _, page, scorer, embeddings = tutorial("python")
     names: dict[str, Any] = {}
     exec(code.replace('"short"', '"python"').replace("chat=True", 'chat=True, steps=2, init="text"'), names)
     assert [prompt.tokens for prompt in names["result"].prompts] == [2, 4]
@@ -87,6 +90,26 @@ def test_the_tutorial_runs(folder: Path, capfd: pytest.CaptureFixture[str]) -> N
     assert len(list((folder / "cache" / "distillation").iterdir())) > 1
 
 
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source tree")
+def test_the_tutorial_of_several_documents_runs(folder: Path) -> None:
+    guides = ["hotel", "tram", "museum"]
+    for i, name in enumerate(guides):
+        (folder / f"{name}.txt").write_text(f"{TEXT} plot" + " dull film" * i)
+    rows = [row | {"document": guides[i % 3]} for i, row in enumerate(queries())]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = tutorial("")[3].replace("\\\n", " ").splitlines()
+    compress, join, generate = (shlex.split(line.replace(r"\n", r"\\n"))[1:] for line in lines)
+    assert "1 other beside it" in run(*compress, "--dtype", "float32").output
+    run(*join)
+    assert len(run(*generate, "--dtype", "float32").stdout.splitlines()) == 3
+    for name in ("guides", "tram-museum"):
+        rmtree(folder / name)
+    names: dict[str, Any] = {"load_rows": load_rows}
+    names["model"], names["tokenizer"] = load_base_model("model", "float32")
+    exec(tutorial("python")[1], names)
+    assert (folder / "tram-museum" / "task.json").is_file() and set(names["result"].prompts) == set(guides)
+
+
 @torch.no_grad()
 def check_embeddings(names: dict[str, Any]) -> None:
     """What a server reads gives the logits of the prompt's own model."""
@@ -95,6 +118,20 @@ def check_embeddings(names: dict[str, Any]) -> None:
     tuned = SoftPromptModel.from_pretrained(names["model"], "python/prompt-4")
     expected = tuned.next_token_logits(names["ids"], prompt_ids="prompt-4")
     torch.testing.assert_close(names["model"](inputs_embeds=given[None]).logits[:, -1], expected)
+
+
+def test_options_that_would_be_ignored_are_refused(folder: Path) -> None:
+    (folder / "other.txt").write_text(TEXT)
+    several = ["--text", "system.txt", "--text", "other.txt", "-q", "queries.jsonl"]
+    for option in (["--max-drop", "0.5"], ["--free-continuations", "3"], ["--name", "prompt"], ["--report", "x.html"]):
+        assert error_of(*several, *option) == f"{option[0]} cannot be given for several --text files"
+    assert "--tokens must be one number" in error_of(*several, "--tokens", "2,4")
+    for option in (["--beside", "1"], ["--document-column", "document"]):
+        assert error_of("--text", "system.txt", "-q", "queries.jsonl", *option) == (
+            f"{option[0]} cannot be given for one --text file"
+        )
+    (folder / "my file.txt").write_text(TEXT)
+    assert "--text must name files whose names are" in error_of("--text", "my file.txt", *several)
 
 
 def test_a_text_file_of_queries_and_keys_and_values(folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from support.tiny_models import build
-from support.tiny_reviews import tiny_tokenizer
+from support.tiny_models import VOCABULARY, build
+from support.tiny_reviews import WORDS, tiny_tokenizer
 from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, queries
 
 import softprompt_fast as spf
@@ -20,6 +20,7 @@ from softprompt_fast.distillation.arrangements import OPENING, read_documents
 from softprompt_fast.distillation.documents import TRAINED, DocumentCompression
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
+from softprompt_fast.prompts.peft_files import write_prompt
 from softprompt_fast.tasks.task import Task
 
 DOCUMENTS = {"first": TEXT, "second": "very dull plot . great film . yes " * 3, "third": "no fine film , " * 5}
@@ -131,29 +132,65 @@ def test_generation_after_prompts_that_are_joined_in_a_row() -> None:
 def test_strangers_are_joined_with_a_warning(results: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, output = results["embeddings"]
     with caplog.at_level(logging.WARNING):
-        join_prompts([output / "first", output / "second"], tmp_path / "friends")
+        pair = join_prompts([output / "first", output / "second"], tmp_path / "friends")
     assert "trained" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        join_prompts([pair, output / "third"], tmp_path / "crowd")
+    assert "at most 1 others stood beside a document" in caplog.text
     compressed(tmp_path / "other", steps=1)
     with caplog.at_level(logging.WARNING):
-        join_prompts([output / "first", tmp_path / "other" / "second"], tmp_path / "strangers")
+        mixed = join_prompts([output / "first", tmp_path / "other" / "second"], tmp_path / "strangers")
     assert "first, second were not trained together" in caplog.text
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
-        join_prompts([output / name for name in DOCUMENTS], tmp_path / "crowd")
-    assert "at most 1 others stood beside a prompt" in caplog.text
+        join_prompts([mixed, output / "second"], tmp_path / "again")
+    assert "strangers, second were not trained together" in caplog.text
 
 
-def test_a_chats_opening_stands_before_all_documents(tmp_path: Path) -> None:
-    tokenizer = chat_tokenizer()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_chats_opening_stands_once_before_all_documents(form: str, tmp_path: Path) -> None:
+    tokenizer, model = chat_tokenizer(), build("llama")
     read = read_documents(tokenizer, DOCUMENTS, "{text}", chat=True)
     assert tokenizer.decode(read.opening) == "system_turn" and read.front(("a", "b")) == (OPENING, "a", "b")
-    compressed(tmp_path, tokenizer=tokenizer, chat=True, template=None, steps=2)
-    model = spf.SoftPromptModel.from_pretrained(build("llama"), tmp_path)
-    opening = model.get_input_embeddings()(torch.tensor(read.opening))
-    assert torch.allclose(model.prompts[OPENING], opening)
-    folder = join_prompts([tmp_path / "second", tmp_path / "first"], tmp_path / "joined")
-    joined = spf.SoftPromptModel.from_pretrained(build("llama"), folder).prompts["joined"]
-    parts = [model.prompts[name] for name in (OPENING, "second", "first")]
-    assert torch.equal(joined, torch.cat(parts))
+    compressed(tmp_path, model=model, tokenizer=tokenizer, chat=True, template=None, steps=2, form=form)
+    kind = spf.DeepPromptModel if form == "kv" else spf.SoftPromptModel
+    loaded = kind.from_pretrained(model, tmp_path)
+    second, first = loaded.prompts["second"], loaded.prompts["first"]
+    opening = kind(model)
+    opening.add_prompt("o", init=model.get_input_embeddings()(torch.tensor(read.opening)).detach())
+    for prompt in (second, first):
+        assert len(prompt) == 5 and torch.allclose(prompt[:1], opening.prompts["o"], atol=1e-6)
+    pair = join_prompts([tmp_path / "second", tmp_path / "first"], tmp_path / "pair")
+    joined = kind.from_pretrained(model, pair).prompts["pair"]
+    assert torch.equal(joined, torch.cat([second, first[1:]]))
+    more = join_prompts([tmp_path / "third", pair], tmp_path / "more")
+    expected = torch.cat([loaded.prompts["third"], joined[1:]])
+    assert torch.equal(kind.from_pretrained(model, more).prompts["more"], expected)
+
+
+def test_the_same_question_about_two_documents_is_two_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    same = [row | {"document": name} for row in queries(4) for name in DOCUMENTS]
+    with caplog.at_level(logging.WARNING):
+        result = compressed(tmp_path, queries=[*same, same[0]], held_out=same[:2], steps=1)
+    assert result.training_queries == 10 and result.held_out_queries == 2
+    assert "1 of 13 queries are left out: repeated" in caplog.text
+
+
+def test_documents_that_fit_only_alone(tmp_path: Path) -> None:
+    model = build("llama")
+    model.config.max_position_embeddings = 70
+    long = dict.fromkeys(("first", "second", "third"), TEXT)
+    with pytest.raises(ValueError, match="the text must fit into the model's context"):
+        compressed(tmp_path, model=model, documents=long)
+    result = compressed(tmp_path, model=model, documents=long, beside=0, steps=1)
+    assert result.together == [] and len(result.alone) == 3
+
+
+def test_self_made_queries_are_kept(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(*(f"word{i}" for i in range(len(WORDS), VOCABULARY)))
+    compressed(tmp_path, tokenizer=tokenizer, queries=[], self_queries=4, template=None, steps=1)
+    made = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text().splitlines()]
+    assert len(made) == 12 and {row["document"] for row in made} == set(DOCUMENTS)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +200,14 @@ def test_a_chats_opening_stands_before_all_documents(tmp_path: Path) -> None:
         ({"documents": DOCUMENTS | {"opening": TEXT}}, "must not be named 'opening'"),
         ({"documents": DOCUMENTS | {"third": " "}}, "the text must hold words"),
         ({"beside": 3}, "`beside` must be 0 to 2, the number of other documents, got 3"),
-        ({"tokens": 60}, "`tokens` must be 1 to"),
+        ({"tokens": 60}, "`tokens` must be below the"),
+        ({"tokens": 2.5}, "`tokens` must be integers of at least 1, got 2.5"),
+        ({"tokens": 1, "keep_first": True}, "because the first position is not trained"),
+        ({"free_continuations": 5}, "`free_continuations` cannot be given for several documents"),
+        (
+            {"queries": [row for row in rows() if row["document"] != "third"]},
+            "about each document, got none about 'third'",
+        ),
         ({"divergence": "reverse"}, "`divergence` must be forward for several documents, got reverse"),
         (
             {"init": "elsewhere"},
@@ -188,7 +232,12 @@ def test_bad_joins(results: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be folders of prompts"):
         join_prompts([tmp_path], tmp_path / "x")
     with pytest.raises(FileExistsError, match="already exists"):
-        join_prompts([plain / "first"], tmp_path)
+        join_prompts([plain / "first"], plain / "second")
+    with pytest.raises(ValueError, match="must be 1 to 128 letters"):
+        join_prompts([plain / "first"], tmp_path / "joined.v1")
+    write_prompt(tmp_path / "wide", torch.zeros(2, 64), {})
+    with pytest.raises(ValueError, match="must have prompts of one width, got 32"):
+        join_prompts([plain / "first", tmp_path / "wide"], tmp_path / "x")
 
 
 def test_an_unknown_name_in_a_row() -> None:

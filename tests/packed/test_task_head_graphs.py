@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
 from support.played_graphs import played_graphs
@@ -49,3 +52,35 @@ def test_steps_equal_those_without_graphs(name: str) -> None:
     for some, others in zip(found, expected, strict=True):
         for one, other in zip(some, others, strict=True):
             assert relative(one, other) < 1e-5
+
+
+def test_the_base_gets_its_attention_back_with_the_last_reference() -> None:
+    model = build("llama", head="SequenceClassification")
+    before = model.config._attn_implementation
+    tuned = spf.SoftPromptModel(model)
+    tuned.add_prompt("p", 2)
+    ids, mask = batch()
+    with played_graphs() as graphs:
+        for _ in range(EAGER_BATCHES + 2):
+            tuned(ids, mask, labels=LABELS).loss.backward()
+    assert graphs.replays and model.config._attn_implementation != before
+    gc.disable()
+    try:
+        del tuned
+        assert model.config._attn_implementation == before
+    finally:
+        gc.enable()
+
+
+def test_a_copy_runs_its_own_decoder() -> None:
+    tuned = spf.SoftPromptModel(build("llama", head="SequenceClassification"))
+    tuned.add_prompt("p", 2)
+    ids, mask = batch()
+    with played_graphs():
+        for _ in range(EAGER_BATCHES + 2):
+            tuned(ids, mask, labels=LABELS).loss.backward()
+        copied = copy.deepcopy(tuned)
+        with torch.no_grad():
+            tuned.base_model.model.norm.weight.zero_()
+            for _ in range(EAGER_BATCHES + 2):
+                assert copied(ids, mask).logits.abs().max() > 0
