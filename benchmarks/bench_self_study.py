@@ -106,7 +106,7 @@ def study(
 
     Args:
         ours, theirs: two copies of a model.
-        about: "text", "template" and "chat", as for ``compress``.
+        about: "text" and "template", as for ``compress``.
         train, held_out: queries, with the template's columns.
     """
     settings = DistillationSettings(form="kv", new_tokens=plan.new_tokens, top_k=TOP_K, seed=plan.seed)
@@ -120,7 +120,7 @@ def study(
         times = train_in_turns(prepared, theirs, targets, plan, folder)
         prepared.student.add_prompt(PEFT, init=folder / "peft")
         options = {"tokens": plan.tokens, "held_out": held_out, "settings": own, "cache": prepared.teacher.cache}
-        rest = {key: about[key] for key in ("template", "chat")}
+        rest = {"template": about["template"]}
         console = Console(quiet=True)
         result = compress(
             ours, tokenizer, about["text"], folder / "own", train, console=console, **rest, **options
@@ -144,7 +144,7 @@ def study(
         START: {"batch": "", "rate": "", "steps": 0, "step_s": "", "peft_over_this": "", "seconds": 0},
         **{one: {**recipe, **cost(times[one], peft_step)} for one in (PEFT, SAME)},
         OWN: {
-            **{"batch": min(own.batch_size, len(targets)), "rate": own.rate, "steps": own.steps},
+            **{"batch": min(own.batch_size, len(targets)), "rate": result.learning_rate, "steps": own.steps},
             **{"step_s": "", "peft_over_this": "", "seconds": round(result.training_seconds, 1)},
         },
     }
@@ -175,7 +175,7 @@ def prepared_for(
         self_queries=0,
         text_column="text",
         template=about["template"],
-        chat=about["chat"],
+        chat=False,
         held_out=held_out,
         name="prompt",
         base_name=None,

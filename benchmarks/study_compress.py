@@ -146,7 +146,7 @@ def run(
         "held_out": result.held_out_queries,
         "steps": steps,
         "batch": settings.batch_size,
-        "rate": settings.rate,
+        "rate": result.prompts[0].learning_rate,
         "changes": " ".join(arguments.set),
         "seed": seed,
     }

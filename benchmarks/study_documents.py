@@ -87,7 +87,7 @@ def run(model: Any, tokenizer: Any, beside: int, seed: int, arguments: Any) -> I
                 "form": arguments.form,
                 "beside_in_training": beside,
                 "steps": arguments.steps,
-                "rate": result.settings.rate,
+                "rate": result.learning_rate,
                 "queries": result.training_queries,
                 "held_out": result.held_out_queries,
                 "seed": seed,

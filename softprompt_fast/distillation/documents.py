@@ -66,6 +66,7 @@ class DocumentCompression:
     measured_beside: int
     """Number of other documents beside a query's own in ``together``."""
     init: str
+    learning_rate: float
     loss: float
     """Mean training loss of the last tenth of the steps."""
     training_seconds: float
@@ -168,7 +169,7 @@ def compress_documents(
         _add_opening(student, read)
         alone = {name: [one for one in targets if one.front == read.front((name,))] for name in read.names}
         init, _ = add_prompts(student, read.pieces, tokens, targets, lambda name: alone[name], settings, console)
-        run = train_prompts(student, read.names, targets, None, settings, console)
+        run = train_prompts(student, read.names, targets, None, settings, init, console)
         models = _contestants(base, student, read, tokens)
         last = run.losses[-max(1, len(run.losses) // 10) :]
         result = DocumentCompression(
@@ -178,6 +179,7 @@ def compress_documents(
             beside=beside,
             measured_beside=most,
             init=init,
+            learning_rate=run.learning_rate,
             loss=sum(last) / len(last),
             training_seconds=run.seconds,
             teacher_seconds=teacher_seconds,
@@ -186,6 +188,7 @@ def compress_documents(
             settings=settings,
         )
         _save(result, base, student, read, task)
+        write_json(output / DOCUMENTS_FILE, result.to_json())
     print_documents(result, console)
     return result
 
@@ -281,7 +284,6 @@ def _save(result: DocumentCompression, base: Any, student: SoftPromptModel, read
         replace(task, prompt=name).save(prompt.folder)
         Composition(run, (name,), result.beside, len(read.opening)).save(prompt.folder)
         write_card(prompt.folder)
-        write_json(prompt.folder.parent / DOCUMENTS_FILE, result.to_json())
 
 
 def print_documents(result: DocumentCompression, console: Console) -> None:

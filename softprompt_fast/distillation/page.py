@@ -92,7 +92,8 @@ def _prompts(result: Compression) -> str:
 
 
 def _settings(result: Compression) -> str:
-    values = asdict(result.settings) | {"learning_rate": result.settings.rate, "max_drop": result.max_drop}
+    rates = ", ".join(str(rate) for rate in dict.fromkeys(prompt.learning_rate for prompt in result.prompts))
+    values = asdict(result.settings) | {"learning_rate": rates, "max_drop": result.max_drop}
     rows: list[list[str | Cell]] = [[name, Cell(without_folders(str(value)), "")] for name, value in values.items()]
     rows += [
         ["teacher", Cell(f"{result.teacher_seconds:.1f} s", "")],

@@ -27,6 +27,7 @@ class CompressedPrompt:
     """The initial values that were used."""
     init_losses: dict[str, float]
     """Loss of each kind of initial values that was measured; empty if one was given."""
+    learning_rate: float
     retention: Retention
     loss: float
     """Mean training loss of the last tenth of the steps."""

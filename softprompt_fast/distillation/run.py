@@ -173,7 +173,7 @@ def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -
         init, losses = add_prompts(
             prepared.student, texts, count, targets, lambda name: targets, settings, prepared.console
         )
-    run = train_prompts(prepared.student, [prompt], targets, prepared.teacher, settings, prepared.console)
+    run = train_prompts(prepared.student, [prompt], targets, prepared.teacher, settings, init, prepared.console)
     return _Trained(prompt, count, init, losses, run)
 
 
@@ -237,6 +237,7 @@ def _result(
                 tokens=one.tokens,
                 init=one.init,
                 init_losses=one.init_losses,
+                learning_rate=one.run.learning_rate,
                 retention=measured,
                 loss=sum(last) / len(last),
                 training_seconds=one.run.seconds,

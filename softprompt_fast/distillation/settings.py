@@ -21,8 +21,8 @@ FORMS = ("embeddings", "kv")
 FITTED = "fitted"
 INITS = ("text", "sampled", "pooled", FITTED)
 """Initial values that are made from the text; see ``initial_values.py`` and, for ``fitted``, ``fitting.py``."""
-LEARNING_RATES = {"embeddings": 1e-2, "kv": 5e-3}
-"""Default learning rates of each form, chosen with SmolLM2-135M."""
+LEARNING_RATES = {"embeddings": 1e-2, "kv": 5e-3, FITTED: 1e-3}
+"""Default learning rates of each form, and of fitted keys and values, which are nearly right; for SmolLM2-135M."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class DistillationSettings:
     learning_rate: float | None = field(
         default=None,
         metadata=described(
-            "Learning rate of AdamW after the warm-up. By default 1e-2 for embeddings and 5e-3 for kv.",
+            "Learning rate of AdamW after the warm-up. By default 1e-2 for embeddings, 5e-3 for kv, and "
+            "1e-3 for kv whose initial values are fitted.",
             POSITIVE,
             group=TRAINING,
             flags=("--learning-rate", "--lr"),
@@ -140,7 +141,8 @@ class DistillationSettings:
         if self.form != "kv" and self.init == FITTED:
             raise ValueError(f"`init` fitted needs `form` kv, got {self.form}")
 
-    @property
-    def rate(self) -> float:
-        """The learning rate after the warm-up."""
-        return LEARNING_RATES[self.form] if self.learning_rate is None else self.learning_rate
+    def rate_from(self, init: str) -> float:
+        """The learning rate after the warm-up, from a kind of initial values."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return LEARNING_RATES[FITTED if init == FITTED else self.form]

@@ -30,6 +30,7 @@ class TrainingRun:
 
     losses: list[float]
     """Divergence per token of each step's batch."""
+    learning_rate: float
     seconds: float
 
 
@@ -84,6 +85,7 @@ def train_prompts(
     targets: Sequence[Target],
     teacher: Teacher | None,
     settings: DistillationSettings,
+    init: str,
     console: Console,
 ) -> TrainingRun:
     """Trains prompts of the student in place.
@@ -91,12 +93,14 @@ def train_prompts(
     Args:
         prompts: the first is that of the targets that do not name theirs.
         teacher: None: a forward divergence does not need it.
+        init: the kind of the prompts' initial values.
 
     Raises:
         ValueError: the loss is not finite any more.
     """
     parameters = [freeze_first(student.prompts, name, int(settings.keep_first)) for name in prompts]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.rate, weight_decay=0.0)
+    rate = settings.rate_from(init)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     prompt, shown = prompts[0], ", ".join(prompts)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_rate(done, settings.steps))
     losses: list[float] = []
@@ -126,7 +130,7 @@ def train_prompts(
             console.print(
                 f"{shown}: step {step}/{settings.steps}, loss {losses[-1]:.3f}, {seconds:.0f} s", highlight=False
             )
-    return TrainingRun(losses, time.perf_counter() - start)
+    return TrainingRun(losses, rate, time.perf_counter() - start)
 
 
 def _share_of_rate(done: int, steps: int) -> float:

@@ -183,7 +183,7 @@ def test_the_page_holds_each_number(result: Compression, tmp_path: Path) -> None
     assert '<div class="status few">' in html_page(replace(result, recommended=nothing))
     assert all(note in page for note in result.notes) and "same_first_word" in page
     names = [*vars(result.settings), "max_drop"]
-    assert set(names) <= set(reader.cells) and str(result.settings.rate) in reader.cells
+    assert set(names) <= set(reader.cells) and str(result.prompts[0].learning_rate) in reader.cells
 
 
 def test_the_page_escapes_text_and_names_no_folder_of_the_machine(result: Compression) -> None:
