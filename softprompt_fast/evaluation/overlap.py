@@ -17,9 +17,8 @@ def rouge_l(reference: str, text: str) -> float:
     if reference == text:
         return 1.0
     one, other = WORD.findall(reference.lower()), WORD.findall(text.lower())
-    lengths = [0] * (
-        len(other) + 1
-    )  # of the common subsequences of the words of `one` so far and each start of `other`
+    # Of the common subsequences of the words of `one` so far and each start of `other`.
+    lengths = [0] * (len(other) + 1)
     for word in one:
         diagonal = 0
         for j, candidate in enumerate(other, start=1):
