@@ -55,8 +55,7 @@ GROUPS: dict[str, dict[Any, tuple[str, ...]]] = {
         ),
         compress: (
             f"softprompt-fast compress -m {MODEL} --text system.txt --chat --queries queries.jsonl --tokens 4,16,64",
-            f"softprompt-fast compress -m {MODEL} --text manual.txt --self-queries 200 --tokens 64 --form kv",
-            f"softprompt-fast compress -m {MODEL} --text a.txt --text b.txt --queries queries.jsonl --tokens 64",
+            f"softprompt-fast compress -m {MODEL} --text a.txt --text b.txt --self-queries 200 --tokens 64 --form kv",
         ),
         join: ("softprompt-fast join compressed/a compressed/b -o joined",),
     },

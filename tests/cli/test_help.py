@@ -58,6 +58,9 @@ def test_long_commands_show_options_in_groups_and_end_with_two_examples(
     assert len(examples) == 2
 
 
+WITHOUT_DATA = ("compress", "interpret", "join", "monitor", "push", "similar")
+
+
 def examples() -> list[list[str]]:
     every = [line for commands in GROUPS.values() for lines in commands.values() for line in lines]
     return [line.split()[1:] for line in every]
@@ -68,7 +71,7 @@ def test_examples_use_options_that_exist(arguments: list[str]) -> None:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name, rest = " ".join(arguments[:words]), arguments[words:]
     context = COMMANDS[name].make_context(name, rest)
-    without_data = name.startswith("versions ") or name in ("compress", "interpret", "monitor", "push", "similar")
+    without_data = name.startswith("versions ") or name in WITHOUT_DATA
     assert without_data or context.params["data"] is not None
 
 
