@@ -45,7 +45,7 @@ def fitted_values(
 
     Args:
         text_ids: [T], T >= N
-        rows: token ids [U] of texts that follow the text: queries with the teacher's continuations.
+        rows: at least one; token ids [U] of texts that follow the text: queries with the teacher's continuations.
         keep_first: the first position keeps the text's value.
 
     Raises:
