@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..base.files import write_atomically, write_json
+from ..base.files import write_json
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
@@ -30,7 +29,7 @@ from .fitting import check_fitting
 from .initial_choice import add_prompts
 from .joining import Composition
 from .preparation import cache_folder, check_count, check_model, check_queries, new_student, task_of
-from .queries import QUERIES_FILE
+from .queries import QUERIES_FILE, write_queries
 from .retention import NOTHING, Contestant, Retention, measure_retention
 from .settings import FITTED, INITS, DistillationSettings
 from .teacher import Target
@@ -153,9 +152,7 @@ def compress_documents(
         made = about.made(teachers, self_queries)
         train, test = about.split(given, made, held_out)
         about.check_room([*train, *test], beside)
-        if made:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-            write_atomically(output / QUERIES_FILE, lines)
+        write_queries(made, output)
         most = about.most_beside([*train, *test], beside)
         asked = about.alone(train) + (about.beside(train, beside, settings.seed) if beside else [])
         held = [about.alone(test), about.beside(test, most, seed=0) if most else []]

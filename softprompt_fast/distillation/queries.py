@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.duplicates import normalise
+from ..base.files import write_atomically
 from ..tasks.decoding import decode, read_bytes
 from ..tasks.encoding import encode_text, token_ids
 from ..tasks.examples import Examples
@@ -162,6 +164,13 @@ def make_queries(
     if len(rows) < count:
         logger.warning("the model made %d different queries in %d tries, not %d", len(rows), drawn, count)
     return rows
+
+
+def write_queries(rows: Examples, folder: Path) -> None:
+    """Keeps self-made queries beside the prompts; nothing is written if there are none."""
+    if rows:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(folder / QUERIES_FILE, lines)
 
 
 def encoded(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..base.files import size_of, write_atomically
+from ..base.files import size_of
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
 from ..hf.embedding import embedding_table
@@ -26,7 +25,7 @@ from .cost import bank_of, first_token_seconds
 from .initial_choice import add_prompts
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
-from .queries import QUERIES_FILE
+from .queries import write_queries
 from .report import print_result
 from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
@@ -128,9 +127,7 @@ def compress(
             settings=settings,
             console=console,
         )
-        if prepared.self_made:
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in prepared.self_made)
-            write_atomically(prepared.output / QUERIES_FILE, lines)
+        write_queries(prepared.self_made, prepared.output)
         train, held_out_targets, answer_seconds = _teach(prepared)
         teacher_seconds = prepared.query_seconds + answer_seconds
         free = free_continuations(prepared.teacher, held_out_targets, settings, scorer)
