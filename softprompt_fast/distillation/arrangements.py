@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import check_name
 from .settings import DistillationSettings
 from .source_text import SourceText, read_source
-from .teacher import Target, Teacher
+from .teacher import Target, Teacher, add_text
 
 OPENING = "opening"
 """Name of the prompt before all documents: BOS, or the opening of a chat."""
@@ -76,20 +77,26 @@ def beside_others(names: Sequence[str], document: str, count: int, draw: random.
 
 
 class Teachers:
-    """One teacher for each arrangement; all of them share the model and the cache. The last one is kept."""
+    """A teacher for each arrangement. All share the cache and one model, in which each document is a prompt."""
 
     def __init__(
         self, model: Any, tokenizer: Any, documents: Documents, settings: DistillationSettings, cache: Path | None
     ) -> None:
-        self._make: Callable[[list[int]], Teacher] = lambda ids: Teacher(model, tokenizer, ids, settings, cache)
+        self.model = SoftPromptModel(model)
+        for name, ids in documents.pieces.items():
+            add_text(self.model, name, ids)
+        if documents.opening:
+            add_text(self.model, OPENING, documents.opening)
+        self._of = (model, tokenizer, settings, cache)
         self._documents = documents
-        self._last: tuple[Arrangement, Teacher] | None = None
+        self._known: dict[Arrangement, Teacher] = {}
 
     def __getitem__(self, arrangement: Arrangement) -> Teacher:
-        if self._last is None or self._last[0] != arrangement:
-            self._last = None  # its compiled text makes room first
-            self._last = arrangement, self._make(self._documents.ids(arrangement))
-        return self._last[1]
+        if arrangement not in self._known:
+            model, tokenizer, settings, cache = self._of
+            ids, front = self._documents.ids(arrangement), self._documents.front(arrangement)
+            self._known[arrangement] = Teacher(model, tokenizer, ids, settings, cache, (self.model, front))
+        return self._known[arrangement]
 
     def targets(
         self, queries: Iterable[tuple[Arrangement, list[int]]], progress: Callable[[int], None] | None = None

@@ -17,7 +17,6 @@ from rich.table import Table
 from ..base.files import write_json
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
-from ..hf.embedding import embedding_table
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
@@ -32,7 +31,7 @@ from .preparation import cache_folder, check_count, check_model, check_queries, 
 from .queries import QUERIES_FILE, write_queries
 from .retention import NOTHING, Contestant, Retention, measure_retention
 from .settings import FITTED, INITS, DistillationSettings
-from .teacher import Target
+from .teacher import Target, add_text
 from .training import train_prompts
 
 DOCUMENTS_FILE = "documents.json"
@@ -163,11 +162,13 @@ def compress_documents(
             targets = [target for some in teachers.targets(asked, advance).values() for target in some]
             measured = [teachers.targets(some, advance) for some in held]
         teacher_seconds = time.perf_counter() - start
-        _add_opening(student, read)
+        if read.opening:  # it is not trained
+            add_text(student, OPENING, read.opening)
+            student.prompts[OPENING].requires_grad_(False)
         alone = {name: [one for one in targets if one.front == read.front((name,))] for name in read.names}
         init, _ = add_prompts(student, read.pieces, tokens, targets, lambda name: alone[name], settings, console)
         run = train_prompts(student, read.names, targets, None, settings, init, console)
-        models = _contestants(base, student, read, tokens)
+        models = {CUT: _plain(base, read, tokens), TRAINED: student}
         last = run.losses[-max(1, len(run.losses) // 10) :]
         result = DocumentCompression(
             prompts={name: DocumentPrompt(output / name, tokens, len(ids)) for name, ids in read.pieces.items()},
@@ -215,22 +216,14 @@ def _check_tokens(tokens: int, read: Documents, settings: DistillationSettings) 
         raise ValueError(f"`tokens` must be below the {len(ids)} tokens of {name!r}, got {tokens}")
 
 
-def _add_opening(student: SoftPromptModel, read: Documents) -> None:
-    """What stands before all documents, which is not trained."""
-    if read.opening:
-        table = embedding_table(student.get_input_embeddings())
-        vectors = table(torch.tensor(read.opening, device=table.weight.device)).detach().float()
-        student.add_prompt(OPENING, init=vectors).requires_grad_(False)
-
-
-def _contestants(base: Any, student: SoftPromptModel, read: Documents, tokens: int) -> dict[str, SoftPromptModel]:
-    """Models whose prompts stand in front of the queries, by their label."""
+def _plain(base: Any, read: Documents, tokens: int) -> SoftPromptModel:
+    """A model with the first tokens of each document."""
     plain = SoftPromptModel(base)
-    table = embedding_table(plain.get_input_embeddings())
-    texts = {name: ids[:tokens] for name, ids in read.pieces.items()}
-    for name, ids in (texts | ({OPENING: read.opening} if read.opening else {})).items():
-        plain.add_prompt(name, init=table(torch.tensor(ids, device=table.weight.device)).detach().float())
-    return {CUT: plain, TRAINED: student}
+    for name, ids in read.pieces.items():
+        add_text(plain, name, ids[:tokens])
+    if read.opening:
+        add_text(plain, OPENING, read.opening)
+    return plain
 
 
 def _retention(

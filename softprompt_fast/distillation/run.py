@@ -10,16 +10,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from ..base.files import size_of
 from ..base.modules import evaluating
 from ..base.progress import progress_bar
-from ..hf.embedding import embedding_table
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
 from ..prompts.run_files import weights_digest
+from .arrangements import OPENING
 from .continuations import FreeContinuations, Scorer, check_scorer, free_continuations
 from .cost import bank_of, first_token_seconds
 from .initial_choice import add_prompts
@@ -30,7 +29,7 @@ from .report import print_result
 from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
 from .settings import DistillationSettings
-from .teacher import TEXT, Target
+from .teacher import TEXT, Target, add_text
 from .training import TrainingRun, train_prompts
 
 
@@ -194,11 +193,9 @@ def _contestants(prepared: Prepared) -> list[Contestant]:
     """Nothing, the text cut and pooled to each number of tokens, then the trained prompts."""
     source = prepared.source
     plain = SoftPromptModel(prepared.base)
-    table = embedding_table(plain.get_input_embeddings())
-    vectors = table(torch.tensor(source.ids, device=table.weight.device)).detach().float()
-    opening = None if source.frame == 0 else "opening"
+    opening = None if source.frame == 0 else OPENING
     if opening is not None:
-        plain.add_prompt(opening, init=vectors[: source.frame])
+        add_text(plain, opening, source.ids[: source.frame])
     contestants = [Contestant(NOTHING, source.frame, plain, opening)]
     for kind, init in ((CUT, "text"), (POOLED, "pooled")):
         for count in prepared.names:

@@ -62,14 +62,22 @@ class Teacher:
         model: a decoder of transformers with a language-modelling head.
         text_ids: [T]
         cache: folder of the cache; None: nothing is stored.
+        parts: a model that has the text as prompts, and their names; several teachers share it. None: a new model.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, text_ids: Sequence[int], settings: DistillationSettings, cache: Path | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        text_ids: Sequence[int],
+        settings: DistillationSettings,
+        cache: Path | None,
+        parts: tuple[SoftPromptModel, tuple[str, ...]] | None = None,
     ) -> None:
-        self.model = SoftPromptModel(model)
         self.tokenizer, self.settings, self.cache = tokenizer, settings, cache
-        self._add(TEXT, text_ids)
+        self.model, self._front = (SoftPromptModel(model), (TEXT,)) if parts is None else parts
+        if parts is None:
+            add_text(self.model, TEXT, text_ids)
         self._ends = end_token_ids(model, tokenizer.eos_token_id) or []
         sampled = settings.continuation == "sampled"
         self._facts = {
@@ -104,20 +112,16 @@ class Teacher:
 
     def add_parts(self, parts: Sequence[Sequence[int]]) -> list[str]:
         """Prompts of the teacher's model for parts [T] of the text; their names."""
-        names = [f"part-{i}" for i in range(len(parts))]
+        # Named by their content: teachers of other documents may share the model.
+        names = [f"part-{hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:32]}" for ids in parts]
         for name, ids in zip(names, parts, strict=True):
             if name not in self.model.prompts:
-                self._add(name, ids)
+                add_text(self.model, name, ids)
         return names
-
-    def _add(self, name: str, ids: Sequence[int]) -> None:
-        table = embedding_table(self.model.get_input_embeddings())
-        vectors = table(torch.tensor(list(ids), device=table.weight.device))
-        self.model.add_prompt(name, init=vectors.detach().float())
 
     def logits(self, targets: Sequence[Target]) -> Tensor:
         """[M, V] at all places of the continuations, row by row."""
-        return logits_of(self.model, TEXT, targets)
+        return logits_of(self.model, self._front, targets)
 
     def generate(
         self,
@@ -133,7 +137,7 @@ class Teacher:
             speaker: a model and its prompt, or one (None: no prompt) for each query, that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
-        model, prompt = (self.model, TEXT) if speaker is None else speaker
+        model, prompts = (self.model, [self._front] * len(queries)) if speaker is None else speaker
         draws = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "num_beams": 1, **draws, **options}
         if self._ends:
@@ -141,7 +145,7 @@ class Teacher:
         ids, mask = padded(queries, model.device, side="left")
         with torch.random.fork_rng():
             torch.manual_seed(0 if seed is None else seed)
-            output = model.generate(ids, mask, prompt, do_sample=seed is not None, **given)
+            output = model.generate(ids, mask, prompts, do_sample=seed is not None, **given)
         return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
 
     def judged(self, student: SoftPromptModel, prompt: str, queries: Sequence[list[int]], seed: int) -> list[Target]:
@@ -199,6 +203,13 @@ class Teacher:
             self.logits([target]), target.top_ids.to(self.model.device), self.settings.temperature
         )
         return kl_divergence(target.log_probabilities, values.cpu()).mean().item() <= TOLERANCE
+
+
+def add_text(model: SoftPromptModel, name: str, ids: Sequence[int]) -> None:
+    """Adds a prompt of the embeddings of token ids [T], as a text reads."""
+    table = embedding_table(model.get_input_embeddings())
+    vectors = table(torch.tensor(list(ids), device=table.weight.device))
+    model.add_prompt(name, init=vectors.detach().float())
 
 
 def _generation_settings(model: Any) -> dict[str, str]:

@@ -16,11 +16,15 @@ from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, queries
 
 import softprompt_fast as spf
 from softprompt_fast.distillation import compress_documents, join_prompts
-from softprompt_fast.distillation.arrangements import OPENING, read_documents
+from softprompt_fast.distillation import queries as queries_module
+from softprompt_fast.distillation.arrangements import OPENING, Teachers, read_documents
 from softprompt_fast.distillation.documents import TRAINED, DocumentCompression
+from softprompt_fast.distillation.settings import DistillationSettings
+from softprompt_fast.distillation.teacher import Teacher
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
 from softprompt_fast.prompts.peft_files import write_prompt
+from softprompt_fast.tasks.encoding import token_ids
 from softprompt_fast.tasks.task import Task
 
 DOCUMENTS = {"first": TEXT, "second": "very dull plot . great film . yes " * 3, "third": "no fine film , " * 5}
@@ -184,6 +188,41 @@ def test_documents_that_fit_only_alone(tmp_path: Path) -> None:
         compressed(tmp_path, model=model, documents=long)
     result = compressed(tmp_path, model=model, documents=long, beside=0, steps=1)
     assert result.together == [] and len(result.alone) == 3
+
+
+def test_queries_are_made_from_each_documents_own_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries_module, "PART", 8)
+    shown: list[Any] = []
+    original = Teacher.generate
+
+    def generate(self: Teacher, asked: Any, seed: Any = None, speaker: Any = None, **options: Any) -> Any:
+        if speaker is not None:
+            shown.append({name: self.model.prompts[name].detach() for name in set(speaker[1])})
+        return original(self, asked, seed, speaker, **options)
+
+    monkeypatch.setattr(Teacher, "generate", generate)
+    tokenizer, model = tiny_tokenizer(*(f"word{i}" for i in range(len(WORDS), VOCABULARY))), build("llama")
+    compressed(tmp_path, model=model, tokenizer=tokenizer, queries=[], self_queries=2, template=None, steps=1)
+    assert len(shown) == 3
+    read = read_documents(tokenizer, DOCUMENTS, "{text}", chat=False)
+    for parts, ids in zip(shown, read.pieces.values(), strict=True):
+        whole = model.get_input_embeddings()(torch.tensor(ids))
+        places = [whole[i : i + len(part)] for part in parts.values() for i in range(len(whole))]
+        assert all(any(torch.equal(place, part) for place in places) for part in parts.values())
+
+
+def test_teachers_share_one_model_and_read_what_a_teacher_of_the_whole_reads(tmp_path: Path) -> None:
+    tokenizer, model = chat_tokenizer(), build("llama")
+    read = read_documents(tokenizer, DOCUMENTS, "{text}", chat=True)
+    teachers = Teachers(model, tokenizer, read, DistillationSettings(new_tokens=5), None)
+    asked = [token_ids(tokenizer, "very dull"), token_ids(tokenizer, "film")]
+    for arrangement in (("second", "first"), ("third",)):
+        whole = Teacher(model, tokenizer, read.ids(arrangement), DistillationSettings(new_tokens=5), None)
+        pairs = zip(teachers[arrangement].targets(asked), whole.targets(asked), strict=True)
+        for found, expected in pairs:
+            assert found.continuation == expected.continuation
+            assert torch.allclose(found.log_probabilities, expected.log_probabilities, atol=1e-5)
+    assert teachers[("third",)].model is teachers[("second", "first")].model
 
 
 def test_self_made_queries_are_kept(tmp_path: Path) -> None:
