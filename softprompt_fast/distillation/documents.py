@@ -142,9 +142,7 @@ def compress_documents(
         _check_tokens(tokens, read, settings)
         task = task_of(base, read.source.template, settings, base_name)
         about = DocumentQueries(base, tokenizer, read, task, document_column, settings)
-        student = new_student(base, settings)
-        if isinstance(student, DeepPromptModel) and settings.init == FITTED:
-            check_fitting(student)
+        student = _student(base, read, settings)
         given = about.known(queries or [])
         about.check_room(given + ([] if isinstance(held_out, (int, float)) else about.known(held_out)), beside)
         teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
@@ -162,9 +160,6 @@ def compress_documents(
             targets = [target for some in teachers.targets(asked, advance).values() for target in some]
             measured = [teachers.targets(some, advance) for some in held]
         teacher_seconds = time.perf_counter() - start
-        if read.opening:  # it is not trained
-            add_text(student, OPENING, read.opening)
-            student.prompts[OPENING].requires_grad_(False)
         alone = {name: [one for one in targets if one.front == read.front((name,))] for name in read.names}
         init, _ = add_prompts(student, read.pieces, tokens, targets, lambda name: alone[name], settings, console)
         run = train_prompts(student, read.names, targets, None, settings, init, console)
@@ -214,6 +209,21 @@ def _check_tokens(tokens: int, read: Documents, settings: DistillationSettings) 
     name, ids = min(read.pieces.items(), key=lambda item: len(item[1]))
     if tokens >= len(ids):
         raise ValueError(f"`tokens` must be below the {len(ids)} tokens of {name!r}, got {tokens}")
+
+
+def _student(base: Any, read: Documents, settings: DistillationSettings) -> SoftPromptModel:
+    """A model with the opening, which is not trained.
+
+    Raises:
+        TypeError: the model cannot run keys and values, or none can be fitted to its attention.
+    """
+    student = new_student(base, settings)
+    if isinstance(student, DeepPromptModel) and settings.init == FITTED:
+        check_fitting(student)
+    if read.opening:
+        add_text(student, OPENING, read.opening)
+        student.prompts[OPENING].requires_grad_(False)
+    return student
 
 
 def _plain(base: Any, read: Documents, tokens: int) -> SoftPromptModel:
