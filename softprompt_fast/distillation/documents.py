@@ -161,7 +161,7 @@ def compress_documents(
             measured = [teachers.targets(some, advance) for some in held]
         teacher_seconds = time.perf_counter() - start
         alone = {name: [one for one in targets if one.front == read.front((name,))] for name in read.names}
-        init, _ = add_prompts(student, read.pieces, tokens, targets, lambda name: alone[name], settings, console)
+        init, _ = add_prompts(student, read.pieces, tokens, targets, alone, settings, console)
         run = train_prompts(student, read.names, targets, None, settings, init, console)
         models = {CUT: _plain(base, read, tokens), TRAINED: student}
         last = run.losses[-max(1, len(run.losses) // 10) :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -30,7 +30,7 @@ def add_prompts(
     texts: Mapping[str, Sequence[int]],
     count: int,
     targets: Sequence[Target],
-    own: Callable[[str], Sequence[Target]],
+    own: Mapping[str, Sequence[Target]],
     settings: DistillationSettings,
     console: Console,
 ) -> tuple[str, dict[str, float]]:
@@ -40,7 +40,7 @@ def add_prompts(
         texts: token ids [T] of the text of each prompt, by the prompt's name.
         count: positions of each prompt.
         targets: to train on.
-        own: the targets of a prompt that stands alone in front of a query.
+        own: by its name, the targets of a prompt that stands alone in front of a query.
 
     Returns:
         The kind, and each kind's loss; no losses if `init` names the kind.
@@ -48,7 +48,7 @@ def add_prompts(
     some = list(islice(batches(targets, settings), COMPARED_BATCHES))
     compared = {id(target) for batch in some for target in batch}
     # Values are not fitted to the batches that compare kinds, unless there are no others.
-    rows = {name: [target for target in own(name) if id(target) not in compared] or list(own(name)) for name in texts}
+    rows = {name: [target for target in alone if id(target) not in compared] or alone for name, alone in own.items()}
     values = _values(student, texts, count, rows, settings)
     kinds = list(values)
     for name, init in values[kinds[0]].items():

@@ -69,5 +69,7 @@ def _positions_are_relative(runner: PackedRunner, vectors: Tensor) -> bool:
     """Whether a text gives the same values wherever it begins."""
     some, limit = vectors[:PROBE], runner.context_length
     far = PROBE_DISTANCE if limit is None else min(PROBE_DISTANCE, limit - len(some))
+    if far <= 0:  # there is no place to move to
+        return False
     near, there = (compile_prompts(runner, [some], first)[:, 1].float() for first in (0, far))
     return bool((near - there).norm() <= MOVED * near.norm())

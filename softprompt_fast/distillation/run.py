@@ -166,9 +166,8 @@ def _train(prepared: Prepared, prompt: str, count: int, targets: list[Target]) -
     init, losses = str(settings.init), dict[str, float]()
     if prompt not in prepared.student.prompts:
         texts = {prompt: prepared.source.ids}
-        init, losses = add_prompts(
-            prepared.student, texts, count, targets, lambda name: targets, settings, prepared.console
-        )
+        own = {prompt: targets}
+        init, losses = add_prompts(prepared.student, texts, count, targets, own, settings, prepared.console)
     run = train_prompts(prepared.student, [prompt], targets, prepared.teacher, settings, init, prepared.console)
     return _Trained(prompt, count, init, losses, run)
 

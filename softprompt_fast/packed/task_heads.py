@@ -121,15 +121,14 @@ class TaskHeadRunner(PackedRunner):
 
     def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output on a batch of one row, and the head's numbers [M, C] at `places` [M]."""
-        model = self.model
+        if self._classifies:
+            output, states = self.states_at(places, **inputs)
+            return output, self.model.score(states)
         if "use_cache" in self._parameters or not self._spans:
             inputs["use_cache"] = False
         slots = inputs["inputs_embeds"].shape[1]
-        with returning_mappings(model.config), frozen_products(model, slots):
-            if self._classifies:
-                output, states = self.states_at(places, **inputs)
-                return output, model.score(states)
-            output = model(**inputs)
+        with returning_mappings(self.model.config), frozen_products(self.model, slots):
+            output = self.model(**inputs)
         if self._spans:
             return output, torch.stack([output[name][0, places] for name in LOGITS], -1)
         return output, output.logits[0, places]

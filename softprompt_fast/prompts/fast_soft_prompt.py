@@ -359,11 +359,11 @@ class FastSoftPrompt(nn.Module):
             for value in prompt_ids
         ]
 
-    def _position(self, value: str | int | None) -> int:
-        if isinstance(value, str):
-            self._check_known(value)
-            return self._names.index(value)
-        return -1 if value is None else int(value)
+    def _position(self, value: str | int) -> int:
+        if not isinstance(value, str):
+            return int(value)
+        self._check_known(value)
+        return self._names.index(value)
 
     def _selection(self, names: Sequence[Sequence[str]], ids: list[int]) -> Selection:
         """Names of the prompts that stand one after the other in each place."""
