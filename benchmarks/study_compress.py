@@ -3,11 +3,12 @@
     python benchmarks/study_compress.py --csv benchmarks/results/compress_cpu.csv --queries 192 768 --steps 200
     python benchmarks/study_compress.py --csv compress.csv --text documents --forms kv --queries 700
 
-``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. Its queries are movie reviews, cut to 160
-characters, without their labels. ``--self-made`` adds examples that the model makes. ``documents`` are the four of
+``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. ``reviews`` is the same instruction with
+ten labelled movie reviews as its examples, also about 450 tokens. The queries of both are other movie reviews, cut to
+160 characters, without their labels. ``--self-made`` adds examples that the model makes. ``documents`` are the four of
 ``texts`` one after the other, about 2,000 tokens, and their queries the questions about them. The same 64 queries are
-held out in all runs. The teacher answers once; every run
-reads its cache. `seconds` are those of the training, with whatever else the machine did at the time.
+held out in all runs. The teacher answers once; every run reads its cache. `seconds` are those of the training, with
+whatever else the machine did at the time.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ TEMPLATE = "Review: {text}\nSentiment:"
 TEXT = INSTRUCTION + "".join(f"Review: {text}\nSentiment: {answer}\n\n" for text, answer in EXAMPLES)
 FORMS = {"embeddings": 16, "kv": 64}
 """Tokens of each form."""
-NEW_TOKENS = {"instruction": 12, "documents": 24}
+REVIEW_EXAMPLES = 10
+"""Labelled reviews in the text ``reviews``."""
+NEW_TOKENS = {"instruction": 12, "reviews": 12, "documents": 24}
 """Longest answer of the teacher."""
 INTEGERS = ("batch_size", "free_continuations", "new_tokens", "top_k", "seed", "steps")
 
@@ -86,17 +89,44 @@ def text_of(name: str) -> dict[str, Any]:
     """The arguments of ``compress`` that are the same for all runs with a text."""
     if name == "instruction":
         return {"text": TEXT, "template": TEMPLATE}
+    if name == "reviews":
+        return {"text": INSTRUCTION + "".join(map(example, range(REVIEW_EXAMPLES))), "template": TEMPLATE}
     documents = [(TEXTS / f"{document}.txt").read_text().strip() for document in DOCUMENTS]
     return {"text": "".join(f"{text}\n\n" for text in documents), "template": QUESTION}
 
 
-def given_queries(name: str, held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Queries to train on, and those that are held out, the same ones for each seed."""
+def reviews() -> list[dict[str, Any]]:
+    from softprompt_fast.demo import sentiment_rows
+
+    rows = sentiment_rows("movies")
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+def example(place: int) -> str:
+    """A labelled review of the text ``reviews``. Its aspect depends on its place alone."""
+    row = reviews()[place]
+    strength = {"negative": "weak", "positive": "strong"}[row["label"]]
+    aspect = ("acting", "story")[place % 2]
+    return f"Review: {row['text']}\nSentiment: {row['label']} - {strength} {aspect}\n\n"
+
+
+def given_queries(
+    name: str, held_out: int, shown: int = REVIEW_EXAMPLES
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Queries to train on, and those that are held out, the same ones for each seed.
+
+    Args:
+        shown: examples of ``reviews`` that are no queries.
+    """
     if name == "documents":
         return queries(held_out)
     from softprompt_fast.demo import sentiment_rows
 
     texts = list(dict.fromkeys(row["text"][:160] for row in sentiment_rows("movies")))
+    if name == "reviews":
+        examples = {row["text"][:160] for row in reviews()[:shown]}
+        texts = [text for text in texts if text not in examples]
     random.Random(0).shuffle(texts)
     rows = [{"text": text} for text in texts]
     return rows[held_out:], rows[:held_out]

@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(?:@([\w./-]+))?(?:#([\w-]+))?")
 """A repository, its revision, and one of its prompts. A version in the registry has no slash."""
-PROMPT_FILES = ("adapter_config.json", "adapter_model.safetensors", "task.json", "profile.json")
+PROMPT_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "task.json",
+    "profile.json",
+    "composition.json",
+)
 """What is downloaded of a prompt. No pickle, and no weights of a model that is in the same repository."""
 TOO_DEEP = "*/*/*"
 """Files that belong to no prompt: those are in the repository itself or in its folders."""

@@ -32,11 +32,10 @@ from ..prompts.peft_files import (
     write_prefix,
     write_prompt,
 )
+from ..prompts.run_files import COMPOSITION_FILE
 from ..tasks.task import TASK_FILE, Task
 
 logger = logging.getLogger("softprompt_fast")
-COMPOSITION_FILE = "composition.json"
-"""Beside the weights of a document's prompt."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .card import CARD_FILE, card_text, is_generated, is_ours, several_text
 from .card_facts import CardFacts, card_facts, is_local, public_name, without_folders
 from .multitask_files import split_task
 from .peft_files import CONFIG_FILE, WEIGHTS_FILE, prompts_by_name
+from .run_files import COMPOSITION_FILE
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -47,7 +48,7 @@ def push_to_hub(
     """Uploads the prompt of a folder, or each prompt of a folder of them, as one commit. The repository is made if new.
 
     One prompt lies in the repository itself, so that PEFT finds it; several lie in a folder each. Uploaded are the
-    adapter's two files, ``task.json`` and the model card. Data, checkpoints and profiles stay here.
+    adapter's two files, ``task.json``, ``composition.json`` and the model card. Data, checkpoints and profiles stay here.
 
     A card that was changed by hand is kept: one in the folder is uploaded, but for paths of the base model, and one on
     the Hub is not replaced by a card that was written here. The form that PEFT leaves unfilled counts as no card.
@@ -120,7 +121,9 @@ def _stage(folders: list[Path], target: Path, repo_id: str, base_model: str | No
         subfolder = folder.resolve().name if len(folders) > 1 else None
         own = target / (subfolder or "")
         own.mkdir(parents=True)
-        shutil.copyfile(folder / WEIGHTS_FILE, own / WEIGHTS_FILE)
+        for file in (WEIGHTS_FILE, COMPOSITION_FILE):
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, own / file)
         names: dict[str, str] = {}
         for file, key in BASE_KEYS.items():
             if (folder / file).is_file():

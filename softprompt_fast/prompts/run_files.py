@@ -14,6 +14,8 @@ METRICS_FILE, RUN_FILE, SEARCH_FILE = "metrics.json", "checkpoints/run.json", "s
 """Files of ``tune`` and ``search`` beside a prompt's folder."""
 RETENTION_FILE = "retention.json"
 """The file of ``compress`` beside the folders of its prompts."""
+COMPOSITION_FILE = "composition.json"
+"""In the folder of a document's prompt: what was trained with it. ``distillation/joining.py`` reads it."""
 RECORD_FILE = "version.json"
 """The record in the folder of a version of the registry."""
 MAIN_SCORES = ("span_f1", "exact_match", "accuracy")

@@ -17,6 +17,8 @@ from support.tiny_tuning import tune_tiny
 import softprompt_fast as spf
 from softprompt_fast.base.hub import HubName, parse
 from softprompt_fast.base.locations import located
+from softprompt_fast.distillation import join_prompts
+from softprompt_fast.distillation.joining import Composition
 from softprompt_fast.inference import PromptBank
 from softprompt_fast.prompts import push_to_hub, read_prompt
 from softprompt_fast.prompts.card import is_ours
@@ -67,6 +69,20 @@ def test_a_deep_prompt_comes_back(hub: HubStandIn) -> None:
     tuned.push_to_hub("me/deep")
     loaded = spf.DeepPromptModel.from_pretrained(build("llama"), "me/deep")
     assert torch.equal(loaded.prompts["deep"], tuned.prompts["deep"])
+
+
+def test_prompts_of_documents_keep_what_they_were_trained_with(
+    hub: HubStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned = two_prompts()
+    tuned.save_pretrained(tmp_path / "guides")
+    for name in ("movies", "tweets"):
+        Composition("a run", (name,), beside=1, opening=2).save(tmp_path / "guides" / name)
+    push_to_hub(tmp_path / "guides", "me/guides")
+    with caplog.at_level(logging.WARNING):
+        pair = join_prompts(["me/guides#movies", "me/guides#tweets"], tmp_path / "pair")
+    assert "trained" not in caplog.text
+    assert torch.equal(read_prompt(pair)[0], torch.cat([tuned.prompts["movies"], tuned.prompts["tweets"][2:]]))
 
 
 def test_only_the_files_of_prompts_are_downloaded(hub: HubStandIn) -> None:
