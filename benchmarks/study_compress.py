@@ -5,10 +5,11 @@
 
 ``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. ``reviews`` is the same instruction with
 ten labelled movie reviews as its examples, also about 450 tokens. The queries of both are other movie reviews, cut to
-160 characters, without their labels. ``--self-made`` adds examples that the model makes. ``documents`` are the four of
-``texts`` one after the other, about 2,000 tokens, and their queries the questions about them. The same 64 queries are
-held out in all runs. The teacher answers once; every run reads its cache. `seconds` are those of the training, with
-whatever else the machine did at the time.
+160 characters, without their labels. ``documents`` are the four of ``texts`` one after the other, about 2,000 tokens,
+and their queries the questions about them. ``--self-made`` queries are made by the model from the text, with seed 0; a
+run takes its ``--queries`` from these first, then from the given ones. The same 64 given queries are held out in all
+runs. The teacher answers once; every run reads its cache. `seconds` are those of the training, with whatever else the
+machine did at the time.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def main() -> None:
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
     parser.add_argument("--steps", nargs="*", type=int, default=[200])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    parser.add_argument("--queries", nargs="*", type=int, default=[768], help="given ones")
-    parser.add_argument("--self-made", type=int, default=0, help="queries that the model makes, beside the given ones")
+    parser.add_argument("--queries", nargs="*", type=int, default=[768], help="queries to train on")
+    parser.add_argument("--self-made", type=int, default=0, help="queries that the model makes")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as batch_size=32")
     arguments = parser.parse_args()
@@ -75,12 +76,15 @@ def main() -> None:
     from softprompt_fast.hf import load_base_model
 
     model, tokenizer = load_base_model(arguments.model, arguments.dtype, arguments.device)
+    given, held_out = given_queries(arguments.text, arguments.held_out)
+    made = self_made(model, tokenizer, arguments) if arguments.self_made else []
     references = True
     for seed in arguments.seeds:
         for form in arguments.forms:
             for count in arguments.queries:
                 for steps in arguments.steps:
-                    rows = run(model, tokenizer, form, count, steps, seed, arguments)
+                    train = [made[:count], given[: max(0, count - len(made))]]
+                    rows = run(model, tokenizer, form, train, held_out, steps, seed, arguments)
                     append_rows(arguments.csv, rows if references else rows[-1:])
                     references = False
 
@@ -143,14 +147,37 @@ def settings_of(arguments: Any, **changes: Any) -> Any:
     return DistillationSettings(**given | changes)
 
 
+def self_made(model: Any, tokenizer: Any, arguments: Any) -> list[dict[str, Any]]:
+    """Queries that the model makes from the text, as ``compress`` makes them."""
+    from softprompt_fast.distillation.preparation import task_of
+    from softprompt_fast.distillation.queries import make_queries
+    from softprompt_fast.distillation.source_text import read_source
+    from softprompt_fast.distillation.teacher import Teacher
+
+    settings, about = settings_of(arguments), text_of(arguments.text)
+    source = read_source(tokenizer, about["text"], about["template"], chat=False)
+    teacher = Teacher(model, tokenizer, source.ids, settings, None)
+    task = task_of(model, source.template, settings, None)
+    return [{"text": row["text"]} for row in make_queries(teacher, source, task, arguments.self_made)]
+
+
 def run(
-    model: Any, tokenizer: Any, form: str, count: int, steps: int, seed: int, arguments: Any
+    model: Any,
+    tokenizer: Any,
+    form: str,
+    queries: Sequence[list[dict[str, Any]]],
+    held_out: list[dict[str, Any]],
+    steps: int,
+    seed: int,
+    arguments: Any,
 ) -> list[dict[str, Any]]:
-    """The rows of one compression: what it is compared with, and the prompt."""
+    """The rows of one compression: what it is compared with, and the prompt.
+
+    Args:
+        queries: those that the model made, and given ones.
+    """
     from softprompt_fast.distillation import compress
 
-    train, held_out = given_queries(arguments.text, arguments.held_out)
-    train = train[:count]
     settings = settings_of(arguments, form=form, steps=steps, seed=seed)
     about = text_of(arguments.text)
     with tempfile.TemporaryDirectory() as folder:
@@ -159,10 +186,9 @@ def run(
             tokenizer,
             about.pop("text"),
             folder,
-            train,
+            [row for some in queries for row in some],
             tokens=FORMS[form],
             held_out=held_out,
-            self_queries=arguments.self_made,
             settings=settings,
             **about,
         )
@@ -171,8 +197,8 @@ def run(
         "dtype": arguments.dtype,
         "form": form,
         "text_tokens": result.text_tokens,
-        "queries": len(train),
-        "self_made": result.training_queries - len(train),
+        "queries": len(queries[1]),
+        "self_made": len(queries[0]),
         "held_out": result.held_out_queries,
         "steps": steps,
         "batch": settings.batch_size,
