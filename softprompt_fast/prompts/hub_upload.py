@@ -48,7 +48,8 @@ def push_to_hub(
     """Uploads the prompt of a folder, or each prompt of a folder of them, as one commit. The repository is made if new.
 
     One prompt lies in the repository itself, so that PEFT finds it; several lie in a folder each. Uploaded are the
-    adapter's two files, ``task.json``, ``composition.json`` and the model card. Data, checkpoints and profiles stay here.
+    adapter's two files, ``task.json``, ``composition.json`` and the model card. Data, checkpoints and profiles stay
+    here.
 
     A card that was changed by hand is kept: one in the folder is uploaded, but for paths of the base model, and one on
     the Hub is not replaced by a card that was written here. The form that PEFT leaves unfilled counts as no card.

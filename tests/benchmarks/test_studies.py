@@ -75,7 +75,7 @@ def test_an_edited_text_is_trained_from_the_old_prompt_and_from_new_values(run: 
 
 def test_documents_apart_and_beside_each_other(run: Any, tmp_path: Path) -> None:
     for i, name in enumerate(DOCUMENTS):
-        (tmp_path / f"{name}.txt").write_text("great dull fine bad".split()[i] + " film plot" * 3)
+        (tmp_path / f"{name}.txt").write_text(["great", "dull", "fine", "bad"][i] + " film plot" * 3)
     small = ["--tokens", "4", "--steps", "2", "--new-tokens", "3", "--held-out", "4", "--queries", "12"]
     rows = run("study_documents", [*small, "--beside", "0", "1"], queries=documents_queries, TEXTS=tmp_path)
     assert list(rows[0]) == columns("documents_cpu.csv")
