@@ -259,7 +259,7 @@ def our_step(prepared: Prepared, values: Tensor, targets: Sequence[Target], plan
     """A function that trains our prompt on one row and returns the loss; what ``compress`` does in a step."""
     student = prepared.student
     parameter = student.add_prompt(SAME, init=values, num_frozen_tokens=FROZEN)
-    optimizer = torch.optim.AdamW([parameter], lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([parameter], lr=RATE, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: max(0.0, 1 - done / plan.steps))
 
     def step(row: int) -> float:

@@ -100,7 +100,7 @@ def train_prompts(
     """
     parameters = [freeze_first(student.prompts, name, int(settings.keep_first)) for name in prompts]
     rate = settings.rate_from(init)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
     prompt, shown = prompts[0], ", ".join(prompts)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _share_of_rate(done, settings.steps))
     losses: list[float] = []
