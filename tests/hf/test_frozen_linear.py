@@ -86,8 +86,8 @@ def test_other_dtypes_are_left_alone(dtype: torch.dtype, products: list[Any]) ->
 
 def test_small_batches_and_autocast_are_left_alone(products: list[Any]) -> None:
     tuned = SoftPromptModel(build("llama"), check=False)
-    tuned.add_prompt("p", 1)
-    ids = torch.tensor([[5, 6]])
+    tuned.add_prompt("p", 3)
+    ids, _ = batch(2, 8)
     tuned(ids)
     with torch.autocast("cpu", torch.bfloat16):
         tuned(ids.repeat(20, 1))
