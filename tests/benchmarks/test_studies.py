@@ -13,6 +13,8 @@ from support.tiny_models import build
 from support.tiny_reviews import tiny_tokenizer
 from support.tiny_text import TEMPLATE, TEXT, queries
 
+from softprompt_fast import distillation
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DOCUMENTS = ("fair", "kettle", "library", "trail")
 SMALL = ["--seeds", "0", "1", "--steps", "2", "--queries", "8", "--held-out", "4", "--set", "batch_size=4"]
@@ -46,7 +48,7 @@ def given(_: str, held_out: int, shown: int = 0) -> tuple[list[dict[str, Any]], 
     return rows[held_out:], rows[:held_out]
 
 
-def test_queries_that_the_model_makes_come_before_given_ones(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_that_the_model_makes_come_before_given_ones(run: Any) -> None:
     names = {"text_of": lambda _: {"text": TEXT, "template": TEMPLATE}, "FORMS": {"kv": 4}, "given_queries": given}
     made = {"self_made": lambda *_: [{"text": f"very {word}"} for word in ("great", "dull", "fine")]}
     rows = run("study_compress", ["--forms", "kv", "--self-made", "3", *SMALL], **names, **made)
@@ -59,7 +61,16 @@ def test_queries_that_the_model_makes_come_before_given_ones(run: Any, monkeypat
     assert [row["seed"] for row in rows] == ["0"] * 5 + ["1"]
 
 
-def test_an_edited_text_is_trained_from_the_old_prompt_and_from_new_values(run: Any) -> None:
+def test_an_edited_text_is_trained_from_the_old_prompt_and_from_new_values(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = distillation.compress, []
+
+    def recorded(model: Any, tokenizer: Any, text: str, output: Path, *more: Any, **options: Any) -> Any:
+        calls.append((text, output, options.get("init")))
+        return original(model, tokenizer, text, output, *more, **options)
+
+    monkeypatch.setattr(distillation, "compress", recorded)
     small = ["--tokens", "4", "--before", "3", "--warm", "1", "--steps", "2", "--queries", "8", "--held-out", "4"]
     words = ["great", "dull", "fine", "bad", "good"]
     names = {
@@ -70,6 +81,9 @@ def test_an_edited_text_is_trained_from_the_old_prompt_and_from_new_values(run: 
     }
     rows = run("study_warm_start", small, **names)
     assert [(row["start"], row["steps"]) for row in rows] == [("old prompt", "1"), ("new", "2")]
+    (text, before, init), (edited, _, old), (again, _, new) = calls
+    assert init is None and old == before / "prompt" and new is None
+    assert text != edited == again
     assert float(rows[0]["kl"]) > 0 and rows[0]["steps_before"] == "3"
 
 
