@@ -6,8 +6,8 @@
 ``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. ``reviews`` is the same instruction with
 ten labelled movie reviews as its examples, also about 450 tokens. The queries of both are other movie reviews, cut to
 160 characters, without their labels. ``documents`` are the four of ``texts`` one after the other, about 2,000 tokens,
-and their queries the questions about them. ``--self-made`` queries are made by the model from the text, with seed 0; a
-run takes its ``--queries`` from these first, then from the given ones. The same 64 given queries are held out in all
+and their queries 1,800 questions about them. ``--self-made`` queries are made by the model from the text, with seed 0;
+a run takes its ``--queries`` from these first, then from the given ones. The same 64 given queries are held out in all
 runs. The teacher answers once; every run reads its cache. `seconds` are those of the training, with whatever else the
 machine did at the time.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from common import add_base_arguments, append_rows, argument_parser, environment
-from study_documents import DOCUMENTS, TEXTS, queries
+from study_documents import DOCUMENTS, TEXTS, queries, shuffled_questions
 from study_documents import TEMPLATE as QUESTION
 
 INSTRUCTION = (
@@ -124,7 +124,8 @@ def given_queries(
         shown: examples of ``reviews`` that are no queries.
     """
     if name == "documents":
-        return queries(held_out)
+        train, kept = queries(held_out)
+        return train + shuffled_questions("more_questions.jsonl"), kept
     from softprompt_fast.demo import sentiment_rows
 
     texts = list(dict.fromkeys(row["text"][:160] for row in sentiment_rows("movies")))

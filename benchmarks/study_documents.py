@@ -24,13 +24,18 @@ TEMPLATE = "Question: {text}\nAnswer:"
 
 def queries(held_out: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Questions to train on, and those that are held out, as many of each document."""
-    questions = [json.loads(line) for line in (TEXTS / "questions.jsonl").read_text().splitlines()]
-    random.Random(0).shuffle(questions)
+    questions = shuffled_questions("questions.jsonl")
     kept: list[dict[str, Any]] = []
     for name in DOCUMENTS:
         kept += [row for row in questions if row["document"] == name][: held_out // len(DOCUMENTS)]
     texts = {row["text"] for row in kept}
     return [row for row in questions if row["text"] not in texts], kept
+
+
+def shuffled_questions(file: str) -> list[dict[str, Any]]:
+    questions = [json.loads(line) for line in (TEXTS / file).read_text().splitlines()]
+    random.Random(0).shuffle(questions)
+    return questions
 
 
 def main() -> None:

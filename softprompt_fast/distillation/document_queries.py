@@ -12,8 +12,8 @@ from ..tasks.examples import Examples
 from ..tasks.rows import joined
 from ..tasks.task import Task
 from .arrangements import Arrangement, Documents, Teachers, beside_others
-from .preparation import as_examples, check_room, split_queries
-from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
+from .preparation import as_examples, check_room, check_room_to_ask, split_queries
+from .queries import encoded, make_queries, usable_queries
 from .settings import DistillationSettings
 
 
@@ -47,8 +47,7 @@ class DocumentQueries:
         made: Examples = []
         for name in self.read.names if count else ():
             source = replace(self.read.source, ids=self.read.ids((name,)))
-            starts = query_starts(self.tokenizer, source).values()
-            check_room(self.base, len(source), [len(ids) for openings in starts for _, ids in openings], LONGEST)
+            check_room_to_ask(self.base, self.tokenizer, source)
             rows = make_queries(teachers[(name,)], source, self.task, count, seed=self.settings.seed)
             made += [row | {self.column: name} for row in rows]
         return made

@@ -20,7 +20,7 @@ from .training import batch_loss, batches
 
 COMPARED_BATCHES = 2
 """Batches on which kinds of initial values are compared."""
-FITTED_BATCHES = 2
+FITTED_BATCHES = 8
 """Batches to which values are fitted. They run as one, which without a gradient needs less memory than training."""
 
 

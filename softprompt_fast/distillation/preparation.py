@@ -100,8 +100,7 @@ def prepare(
     self_made: Examples = []
     start = time.perf_counter()
     if self_queries:
-        starts = query_starts(tokenizer, source).values()
-        check_room(base, len(source), [len(ids) for openings in starts for _, ids in openings], LONGEST)
+        check_room_to_ask(base, tokenizer, source)
         console.print(f"the model makes {self_queries} queries from the text", highlight=False)
         with progress_bar(self_queries, console) as advance:
             self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
@@ -258,6 +257,13 @@ def check_room(base: Any, text: int, queries: Sequence[int], new_tokens: int) ->
             f"the text must fit into the model's context of {limit} tokens with the longest query ({longest}) and its "
             f"continuation ({new_tokens}), got {text} tokens, {more} too many"
         )
+
+
+def check_room_to_ask(base: Any, tokenizer: Any, source: SourceText) -> None:
+    """Raises ValueError if a part of the text and a query that the model makes do not fit into its context."""
+    starts, parts = query_starts(tokenizer, source)
+    asked = [len(ids) for openings in starts.values() for _, ids in openings]
+    check_room(base, max(map(len, parts)), asked, LONGEST)
 
 
 def as_examples(queries: Sequence[Mapping[str, Any]]) -> Examples:

@@ -7,6 +7,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,8 @@ def make_queries(
     if len(task.columns) != 1:
         raise ValueError(f"self-made queries need a template with one column, got {', '.join(task.columns)}")
     (column,) = task.columns
-    starts = query_starts(teacher.tokenizer, source)
-    kinds, parts = list(starts), teacher.add_parts(_parts(source))
+    starts, shown_parts = query_starts(teacher.tokenizer, source)
+    kinds, parts = list(starts), teacher.add_parts(shown_parts)
     rows: Examples = []
     known: list[set[str]] = []
     drawn = 0
@@ -178,25 +179,32 @@ def encoded(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[
     return [encode_text(task, row, tokenizer) for row in rows]
 
 
-def query_starts(tokenizer: Any, source: SourceText) -> dict[str, list[tuple[str, list[int]]]]:
-    """For each kind of query: its openings, and the token ids after which the model continues them."""
+def query_starts(tokenizer: Any, source: SourceText) -> tuple[dict[str, list[tuple[str, list[int]]]], list[list[int]]]:
+    """What the model is asked for, and after what.
+
+    Returns:
+        For each kind of query its openings, and the token ids after which the model continues them; and the parts of
+        the text, token ids [T] of about :data:`PART` tokens each. A block of examples is one part.
+    """
     example = words_before(source.template).rstrip(" ")
-    if not source.is_chat and example.strip():
-        return {EXAMPLE: [("", token_ids(tokenizer, example))]}
-    return {
+    if not source.is_chat and _contains(tokenizer, source, example):
+        return {EXAMPLE: [("", token_ids(tokenizer, example))]}, [source.ids]
+    with suppress(ValueError):  # the tokenizer has no chat template, or none with a system prompt
+        source = source if source.is_chat else source.in_chat(tokenizer)
+    starts = {
         kind: [(opening, source.asking(tokenizer, words, opening)) for opening in openings]
         for kind, (words, openings) in SEEDS.items()
     }
-
-
-def _parts(source: SourceText) -> list[list[int]]:
-    """The text in parts of about :data:`PART` tokens, each after the opening of a chat; a block of examples is one."""
     frame, rest = source.ids[: source.frame], source.ids[source.frame :]
-    if len(rest) <= PART or (not source.is_chat and words_before(source.template).strip()):
-        return [source.ids]
     count = -(-len(rest) // PART)
     bounds = [len(rest) * i // count for i in range(count + 1)]
-    return [frame + rest[start:end] for start, end in pairwise(bounds)]
+    return starts, [frame + rest[start:end] for start, end in pairwise(bounds)]
+
+
+def _contains(tokenizer: Any, source: SourceText, words: str) -> bool:
+    """Whether a text has words, however they are spaced."""
+    found: str = tokenizer.decode(source.ids)
+    return bool(words.strip()) and " ".join(words.split()) in " ".join(found.split())
 
 
 def _one_query(text: str, end: str, kind: str) -> str:

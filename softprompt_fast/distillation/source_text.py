@@ -35,6 +35,16 @@ class SourceText:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def in_chat(self, tokenizer: Any) -> SourceText:
+        """The text as a system prompt.
+
+        Raises:
+            ValueError: the tokenizer has no chat template with a place for it.
+        """
+        before, between, after = _chat_parts(tokenizer)
+        opening = plain_text_ids(tokenizer, before, end=False) if before else []
+        return SourceText(opening + self.ids[self.frame :], len(opening), self.template, between, after)
+
     def asking(self, tokenizer: Any, words: str, opening: str = "") -> list[int]:
         """Token ids with which a user asks for something after the text, and those of the answer's first words."""
         asked = f"{self.between}{words}{self.after}" if self.is_chat else f"\n\n{words}\n"

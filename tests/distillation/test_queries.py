@@ -42,7 +42,8 @@ def prepared(tokenizer: Any, output: Path, **options: Any) -> Prepared:
         "settings": DistillationSettings(new_tokens=4),
         "console": Console(quiet=True),
     }
-    return prepare(build("llama"), tokenizer, TEXT, output, **given | options)
+    text = options.pop("text", TEXT)
+    return prepare(build("llama"), tokenizer, text, output, **given | options)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, answers: list[str]) -> list[list[list[int]]]:
@@ -79,10 +80,12 @@ def test_a_block_of_examples_is_continued_with_the_templates_words(
     tokenizer = tiny_tokenizer("Review")
     texts = [f"{'very ' * i}fine film Label : yes" for i in range(4)] + ["dull plot", "Label : no"]
     read = scripted(monkeypatch, tokenizer, texts)
-    rows = prepared(tokenizer, tmp_path, template="Review : {text} Label :", self_queries=3).self_made
+    options = {"template": "Review : {text} Label :", "self_queries": 3}
+    rows = prepared(tokenizer, tmp_path, text=f"Review : {TEXT}", **options).self_made
     assert [row["text"] for row in rows] == ["fine film", "very fine film", "dull plot"]  # "very very" is a repeat
     assert {row["kind"] for row in rows} == {"example"}
     assert read[0][0] == tokenizer("Review :").input_ids
+    assert {row["kind"] for row in prepared(tokenizer, tmp_path, **options).self_made} <= set(SEEDS)  # no examples
 
 
 def test_labels_quotes_and_numbers_of_an_answer_are_left_out() -> None:
@@ -129,11 +132,20 @@ def test_a_long_text_is_shown_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.equal(torch.cat([teacher.model.prompts[name] for name in names]), teacher.model.prompts["text"])
 
 
-def test_a_chat_asks_in_the_users_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_model_with_a_chat_is_asked_in_the_users_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
     tokenizer = chat_tokenizer()
     read = scripted(monkeypatch, tokenizer, ["film", "plot", "fine"])
-    rows = prepared(tokenizer, tmp_path, chat=True, self_queries=3).self_made
-    assert [row["text"] for row in rows] == ["film", "plot", "fine"]
+    made = prepared(tokenizer, tmp_path, chat=chat, self_queries=3)
+    assert [row["text"] for row in made.self_made] == ["film", "plot", "fine"]
+    bank = made.teacher.model.prompts
+    (shown,) = [bank[name] for name in bank.names if name.startswith("part-")]
+    expected = made.teacher.model.get_input_embeddings()(
+        tokenizer(f"system_turn {TEXT}", return_tensors="pt").input_ids
+    )
+    assert torch.equal(shown, expected[0])
     asked = tokenizer.decode(read[0][0])
     assert asked.startswith("</s> user_turn") and asked.endswith("</s> assistant_turn")
 

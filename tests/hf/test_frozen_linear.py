@@ -1,8 +1,8 @@
-"""Frozen linear layers by oneDNN: the same values and gradients, only where they apply, and never in the way."""
+"""Linear layers by oneDNN: the same values and gradients, only where they apply, and never in the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -38,10 +38,12 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
-def step(model: Any) -> tuple[Tensor, Tensor, Tensor]:
+def step(model: Any, trained: Sequence[nn.Module] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, logits and the prompt's gradient of a batch."""
     torch.manual_seed(0)
     tuned = SoftPromptModel(model, check=False)
+    for layer in trained:
+        layer.requires_grad_()
     prompt = tuned.add_prompt("p", init=torch.randn(3, tuned.prompts.embedding_dim) * 0.5)
     ids, mask = batch(ROWS, TOKENS)
     output = tuned(ids, mask, labels=ids.masked_fill(mask == 0, -100), return_logits=True)
@@ -64,18 +66,24 @@ def test_values_and_gradients_are_the_usual_ones(
     assert len(products) == forward_and_backward
 
 
-def test_layers_that_are_trained_are_left_alone(products: list[Any]) -> None:
-    model = build("llama")
-    tuned = SoftPromptModel(model, check=False)
-    tuned.add_prompt("p", 3)
-    ids, mask = batch(ROWS, TOKENS)
-    tuned(ids, mask, labels=ids).loss.backward()
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt-neox"])
+def test_trained_layers_give_the_same_values_and_the_usual_gradients(
+    name: str, products: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    logits = step(model)[1]
     frozen = len(products)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][1:4]
+    trained = [parameter for layer in layers for parameter in layer.parameters()]
     products.clear()
-    trained = model.model.layers[1].mlp.down_proj.weight.requires_grad_()
-    tuned(ids, mask, labels=ids).loss.backward()
-    assert trained.grad is not None and trained.grad.abs().sum() > 0
-    assert len(products) == frozen - 2  # forward and backward
+    ours = step(model, layers)
+    assert torch.equal(ours[1], logits) and len(products) == frozen
+    gradients = [parameter.grad for parameter in trained]
+    model.zero_grad()
+    monkeypatch.setattr(frozen_linear, "is_faster", lambda: False)
+    usual = step(model, layers)
+    for got, expected in zip([*ours, *gradients], [*usual, *(one.grad for one in trained)], strict=True):
+        assert got is not None and expected is not None and relative(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -86,12 +94,14 @@ def test_other_dtypes_are_left_alone(dtype: torch.dtype, products: list[Any]) ->
 
 def test_small_batches_and_autocast_are_left_alone(products: list[Any]) -> None:
     tuned = SoftPromptModel(build("llama"), check=False)
-    tuned.add_prompt("p", 3)
-    ids, _ = batch(2, 8)
+    tuned.add_prompt("p", 1)
+    ids = torch.tensor([[5, 6]])
     tuned(ids)
     with torch.autocast("cpu", torch.bfloat16):
-        tuned(ids.repeat(20, 1))
+        tuned(ids.repeat(10, 1))
     assert not products
+    tuned(ids.repeat(10, 1))
+    assert products
 
 
 def test_every_kind_of_call_gives_what_linear_gives(products: list[Any]) -> None:
@@ -127,18 +137,47 @@ def test_flop_counters_see_the_model_as_it_is(products: list[Any]) -> None:
     assert not products
 
 
-def test_a_checkpointed_layer_runs_again_outside(products: list[Any]) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("form", ["[M, K]", "[B, T, K]", "strided"])
+def test_as_much_is_saved_as_linear_saves(
+    bias: bool, trained: tuple[bool, bool], form: str, products: list[Any]
+) -> None:
+    """Checkpointing compares the tensors of the forward pass with those of a second one outside."""
+    x = torch.randn(70, 4) if form == "[M, K]" else torch.randn(7, 10, 4)
+    x = (x.transpose(0, 1) if form == "strided" else x).requires_grad_(trained[0])
+    weight = torch.randn(5, 4, requires_grad=trained[1])
+    added = torch.randn(5, requires_grad=trained[1]) if bias else None
+
+    def saved() -> tuple[list[Any], list[Tensor | None]]:
+        shapes: list[Any] = []
+        x.grad = weight.grad = None
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: (shapes.append(one.shape), one)[1], lambda one: one):
+            F.linear(x, weight, added).square().sum().backward()
+        return shapes, [x.grad, weight.grad]
+
+    shapes, gradients = saved()
+    with frozen_products(build("llama"), 70):
+        ours, our_gradients = saved()
+    assert ours == shapes and bool(products) == (form != "strided")
+    torch.testing.assert_close(our_gradients, gradients)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_checkpointed_layer_runs_again_outside(name: str, trained: bool, products: list[Any]) -> None:
     """torch's checkpointing recomputes in the backward pass, where the model's own products are used."""
-    model = build("llama")
-    expected = step(model)
+    model = build(name)
     layer = model.model.layers[1]
+    layers = [layer] if trained else []
+    expected = step(model, layers)
 
     class Checkpointed(type(layer)):  # type: ignore[misc]
         def forward(self, *args: Any, **options: Any) -> Any:
             return checkpoint(super().forward, *args, use_reentrant=False, **options)
 
     layer.__class__ = Checkpointed
-    for got, value in zip(step(model), expected, strict=True):
+    for got, value in zip(step(model, layers), expected, strict=True):
         assert relative(got, value) < 1e-5
     assert products
 
