@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hf.architecture import ForwardTraits, check_room, returning_mappings, with_pad_token
+from ..hf.cpu_linear import faster_products
 from ..hf.embedding import looked_up
-from ..hf.frozen_linear import frozen_products
 from ..ops.assemble.batch import PromptedBatch
 from ..packed.spans import LOGITS, POSITIONS
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
@@ -177,7 +177,7 @@ class PaddedRunner:
     def _run(self, inputs: dict[str, Any], options: dict[str, Any]) -> Any:
         slots = inputs["inputs_embeds"].shape[:2].numel()
         named = with_pad_token(self.model.config) if self.traits.pools_last_token else nullcontext()
-        with returning_mappings(self.model.config), frozen_products(self.model, slots), named:
+        with returning_mappings(self.model.config), faster_products(self.model, slots), named:
             return self.model(**inputs, **options)
 
     def _align(self, output: Any, batch: PromptedBatch, prompt_columns: int) -> Any:

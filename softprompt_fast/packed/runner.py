@@ -25,8 +25,8 @@ from ..base.modules import evaluating
 from ..hf import architecture
 from ..hf.architecture import check_architecture, check_room, returning_mappings
 from ..hf.attention import InstalledAttention, installed_attention
+from ..hf.cpu_linear import faster_products
 from ..hf.embedding import embedding_table, looked_up
-from ..hf.frozen_linear import frozen_products
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..prompts.selection import Selection
 from ..tasks.encoding import IGNORED
@@ -336,7 +336,7 @@ class PackedRunner:
     def logits_at(self, places: Tensor, **inputs: Any) -> tuple[Any, Tensor]:
         """The model's output on a batch of one row, and its logits [M, V] at `places` [M], computed only there."""
         slots = inputs["inputs_embeds"].shape[1]
-        with returning_mappings(self.model.config), frozen_products(self.model, slots):
+        with returning_mappings(self.model.config), faster_products(self.model, slots):
             if "logits_to_keep" in self._parameters:
                 output = self.model(**inputs, use_cache=False, logits_to_keep=places)
                 return output, output.logits[0]

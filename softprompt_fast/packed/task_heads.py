@@ -13,7 +13,7 @@ from torch import Tensor
 from ..hf import architecture
 from ..hf.architecture import returning_mappings
 from ..hf.attention import InstalledAttention
-from ..hf.frozen_linear import frozen_products
+from ..hf.cpu_linear import faster_products
 from ..prompts.fast_soft_prompt import FastSoftPrompt, PromptIds
 from ..tasks.encoding import IGNORED
 from .batch import PackedInputs, SharedBatch
@@ -127,7 +127,7 @@ class TaskHeadRunner(PackedRunner):
         if "use_cache" in self._parameters or not self._spans:
             inputs["use_cache"] = False
         slots = inputs["inputs_embeds"].shape[1]
-        with returning_mappings(self.model.config), frozen_products(self.model, slots):
+        with returning_mappings(self.model.config), faster_products(self.model, slots):
             output = self.model(**inputs)
         if self._spans:
             return output, torch.stack([output[name][0, places] for name in LOGITS], -1)
@@ -137,7 +137,7 @@ class TaskHeadRunner(PackedRunner):
         """The output of a model that classifies rows, and the decoder's states [M, D] at `places` [M]."""
         inputs["use_cache"] = False
         slots = inputs["inputs_embeds"].shape[1]
-        with returning_mappings(self.model.config), frozen_products(self.model, slots):
+        with returning_mappings(self.model.config), faster_products(self.model, slots):
             decoded = getattr(self.model, self.model.base_model_prefix)(**inputs)
         return _classifier_output(decoded), decoded.last_hidden_state[0, places]
 

@@ -29,7 +29,7 @@ VENDORS = ("AuthenticAMD", "HygonGenuine")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def frozen_products(model: Any, slots: int) -> AbstractContextManager[Any]:
+def faster_products(model: Any, slots: int) -> AbstractContextManager[Any]:
     """Within it, the linear layers of a model on a CPU use oneDNN where this is faster.
 
     The values differ from the usual ones by rounding. The choice depends on the machine and on `slots` alone, so that a
@@ -42,7 +42,7 @@ def frozen_products(model: Any, slots: int) -> AbstractContextManager[Any]:
         return nullcontext()
     if _get_current_dispatch_mode() is not None or _may_be_compiled(model):
         return nullcontext()
-    return _FrozenLinear()
+    return _FasterLinear()
 
 
 @cache
@@ -65,7 +65,7 @@ def _may_be_compiled(model: Any) -> bool:
     return any("forward" in own or own.get("_compiled_call_impl") is not None for own in modules)
 
 
-class _FrozenLinear(TorchFunctionMode):
+class _FasterLinear(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softprompt_fast import SoftPromptModel
 from softprompt_fast.base import machine
-from softprompt_fast.hf import frozen_linear
-from softprompt_fast.hf.frozen_linear import frozen_products, is_faster
+from softprompt_fast.hf import cpu_linear
+from softprompt_fast.hf.cpu_linear import faster_products, is_faster
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
 ROWS, TOKENS = 8, 24
@@ -27,14 +27,14 @@ ROWS, TOKENS = 8, 24
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the weights that were multiplied by oneDNN, on any machine."""
     shapes: list[tuple[int, ...]] = []
-    multiply = frozen_linear._product
+    multiply = cpu_linear._product
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         shapes.append(tuple(weight.shape))
         return multiply(x, weight, bias)
 
-    monkeypatch.setattr(frozen_linear, "is_faster", lambda: True)
-    monkeypatch.setattr(frozen_linear, "_product", counted)
+    monkeypatch.setattr(cpu_linear, "is_faster", lambda: True)
+    monkeypatch.setattr(cpu_linear, "_product", counted)
     return shapes
 
 
@@ -60,7 +60,7 @@ def test_values_and_gradients_are_the_usual_ones(
     ours = step(model)
     forward_and_backward = len(products)
     assert forward_and_backward > 8
-    monkeypatch.setattr(frozen_linear, "is_faster", lambda: False)
+    monkeypatch.setattr(cpu_linear, "is_faster", lambda: False)
     for got, expected in zip(ours, step(model), strict=True):
         assert relative(got, expected) < 1e-5
     assert len(products) == forward_and_backward
@@ -80,7 +80,7 @@ def test_trained_layers_give_the_same_values_and_the_usual_gradients(
     assert torch.equal(ours[1], logits) and len(products) == frozen
     gradients = [parameter.grad for parameter in trained]
     model.zero_grad()
-    monkeypatch.setattr(frozen_linear, "is_faster", lambda: False)
+    monkeypatch.setattr(cpu_linear, "is_faster", lambda: False)
     usual = step(model, layers)
     for got, expected in zip([*ours, *gradients], [*usual, *(one.grad for one in trained)], strict=True):
         assert got is not None and expected is not None and relative(got, expected) < 1e-5
@@ -124,7 +124,7 @@ def test_every_kind_of_call_gives_what_linear_gives(products: list[Any]) -> None
     ]
     for call in calls:
         expected = call()
-        with frozen_products(model, 70):
+        with faster_products(model, 70):
             got = call()
         torch.testing.assert_close(got, expected)
     assert products
@@ -157,7 +157,7 @@ def test_as_much_is_saved_as_linear_saves(
         return shapes, [x.grad, weight.grad]
 
     shapes, gradients = saved()
-    with frozen_products(build("llama"), 70):
+    with faster_products(build("llama"), 70):
         ours, our_gradients = saved()
     assert ours == shapes and bool(products) == (form != "strided")
     torch.testing.assert_close(our_gradients, gradients)
@@ -196,7 +196,7 @@ def test_a_compiled_base_runs(whole: bool, products: list[Any]) -> None:
 def test_the_choice_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     for vendor, expected in (("GenuineIntel", False), ("AuthenticAMD", usable), ("", False)):
-        monkeypatch.setattr(frozen_linear, "cpu_vendor", lambda vendor=vendor: vendor)
+        monkeypatch.setattr(cpu_linear, "cpu_vendor", lambda vendor=vendor: vendor)
         is_faster.cache_clear()
         assert is_faster() is expected
     monkeypatch.undo()
@@ -208,8 +208,8 @@ def test_an_op_of_another_form_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     def other(*_: Any) -> Tensor:
         raise TypeError("_linear_pointwise() takes other arguments")
 
-    monkeypatch.setattr(frozen_linear, "cpu_vendor", lambda: "AuthenticAMD")
-    monkeypatch.setattr(frozen_linear, "_product", other)
+    monkeypatch.setattr(cpu_linear, "cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(cpu_linear, "_product", other)
     is_faster.cache_clear()
     assert not is_faster()
     monkeypatch.undo()
