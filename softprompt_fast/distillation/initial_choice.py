@@ -20,8 +20,8 @@ from .training import batch_loss, batches
 
 COMPARED_BATCHES = 2
 """Batches on which kinds of initial values are compared."""
-FITTED_BATCHES = 8
-"""Batches to which values are fitted. They run as one, which without a gradient needs less memory than training."""
+FITTED_ROWS = 128
+"""Most training queries to which values are fitted. They run as one batch, without a gradient."""
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def _values(
     }
     if isinstance(student, DeepPromptModel) and (auto or FITTED in kinds):
         rows = {
-            name: [target.query + target.continuation for target in some[: FITTED_BATCHES * settings.batch_size]]
+            name: [target.query + target.continuation for target in some[:FITTED_ROWS]]
             for name, some in targets.items()
         }
         if missing := [name for name, some in rows.items() if not some]:

@@ -260,10 +260,10 @@ def check_room(base: Any, text: int, queries: Sequence[int], new_tokens: int) ->
 
 
 def check_room_to_ask(base: Any, tokenizer: Any, source: SourceText) -> None:
-    """Raises ValueError if a part of the text and a query that the model makes do not fit into its context."""
+    """Raises ValueError if the text and a query that the model makes do not fit into its context."""
     starts, parts = query_starts(tokenizer, source)
     asked = [len(ids) for openings in starts.values() for _, ids in openings]
-    check_room(base, max(map(len, parts)), asked, LONGEST)
+    check_room(base, max(len(source), *map(len, parts)), asked, LONGEST)
 
 
 def as_examples(queries: Sequence[Mapping[str, Any]]) -> Examples:

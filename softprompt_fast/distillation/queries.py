@@ -187,7 +187,7 @@ def query_starts(tokenizer: Any, source: SourceText) -> tuple[dict[str, list[tup
         the text, token ids [T] of about :data:`PART` tokens each. A block of examples is one part.
     """
     example = words_before(source.template).rstrip(" ")
-    if not source.is_chat and _contains(tokenizer, source, example):
+    if not source.is_chat and _has_examples(tokenizer, source, example):
         return {EXAMPLE: [("", token_ids(tokenizer, example))]}, [source.ids]
     with suppress(ValueError):  # the tokenizer has no chat template, or none with a system prompt
         source = source if source.is_chat else source.in_chat(tokenizer)
@@ -201,10 +201,13 @@ def query_starts(tokenizer: Any, source: SourceText) -> tuple[dict[str, list[tup
     return starts, [frame + rest[start:end] for start, end in pairwise(bounds)]
 
 
-def _contains(tokenizer: Any, source: SourceText, words: str) -> bool:
-    """Whether a text has words, however they are spaced."""
-    found: str = tokenizer.decode(source.ids)
-    return bool(words.strip()) and " ".join(words.split()) in " ".join(found.split())
+def _has_examples(tokenizer: Any, source: SourceText, words: str) -> bool:
+    """Whether a line of a text begins with a template's first words, as the tokenizer gives them back."""
+    begins = str(tokenizer.decode(token_ids(tokenizer, words))).split() if words.strip() else []
+    if not any(letter.isalnum() for word in begins for letter in word):
+        return False
+    pattern = r"^[ \t]*" + r"\s+".join(map(re.escape, begins)) + r"(?!(?<=\w)\w)"
+    return re.search(pattern, tokenizer.decode(source.ids), re.MULTILINE) is not None
 
 
 def _one_query(text: str, end: str, kind: str) -> str:

@@ -39,10 +39,12 @@ class SourceText:
         """The text as a system prompt.
 
         Raises:
-            ValueError: the tokenizer has no chat template with a place for it.
+            ValueError: the tokenizer has no chat template, or none with a place for it.
         """
         before, between, after = _chat_parts(tokenizer)
-        opening = plain_text_ids(tokenizer, before, end=False) if before else []
+        if not after:
+            raise ValueError("the model's chat template must begin an answer after the user's words")
+        opening = plain_text_ids(tokenizer, before, end=False) if before else self.ids[: self.frame]
         return SourceText(opening + self.ids[self.frame :], len(opening), self.template, between, after)
 
     def asking(self, tokenizer: Any, words: str, opening: str = "") -> list[int]:

@@ -71,7 +71,7 @@ class _FasterLinear(TorchFunctionMode):
     ) -> Any:
         if function is F.linear and not kwargs and _fits(*args):
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
-                return _Linear.apply(*args)
+                return _Linear.apply(*args, *[None] * (3 - len(args)))
             return _product(*args)
         return function(*args, **(kwargs or {}))
 
@@ -82,7 +82,9 @@ def _fits(x: Any, weight: Any, bias: Any = None) -> bool:
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not x.numel():
         return False
-    if not x.is_contiguous() or not weight.is_contiguous():
+    if weight.dim() != 2 or (bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1])):
+        return False
+    if not all(one is None or one.is_contiguous() for one in (x, weight, bias)):
         return False
     return not (
         torch.is_autocast_enabled("cpu")
@@ -93,17 +95,17 @@ def _fits(x: Any, weight: Any, bias: Any = None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return product
+    return torch.ops.aten._unsafe_view(product, product.shape)  # a view could not be changed in place
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear`` with a weight [N, K] and a bias [N].
+    """``F.linear`` with a weight [N, K] and a bias [N], differentiable once.
 
     Trained weights are multiplied here too, so that a layer gives the same values whether it is trained or frozen.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]) if weight.requires_grad else None
         transposed = weight.t() if x.requires_grad else None
         # In the order of F.linear: checkpointing counts and compares saved tensors.

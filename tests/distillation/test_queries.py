@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from support.running_text import byte_bpe
 from support.tiny_models import VOCABULARY, build
 from support.tiny_reviews import WORDS, tiny_tokenizer
 from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, compressed, queries
@@ -17,8 +18,9 @@ from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, compressed, querie
 from softprompt_fast.analysis.duplicates import normalise
 from softprompt_fast.distillation import queries as module
 from softprompt_fast.distillation.preparation import Prepared, prepare
-from softprompt_fast.distillation.queries import DRAWS, SEEDS, read_text_lines, usable_queries
+from softprompt_fast.distillation.queries import DRAWS, SEEDS, query_starts, read_text_lines, usable_queries
 from softprompt_fast.distillation.settings import DistillationSettings
+from softprompt_fast.distillation.source_text import SourceText
 from softprompt_fast.distillation.teacher import Teacher
 from softprompt_fast.tasks.task import generation_task
 
@@ -148,6 +150,50 @@ def test_a_model_with_a_chat_is_asked_in_the_users_turn(
     assert torch.equal(shown, expected[0])
     asked = tokenizer.decode(read[0][0])
     assert asked.startswith("</s> user_turn") and asked.endswith("</s> assistant_turn")
+
+
+def test_a_chat_template_without_an_opening_keeps_bos() -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['role'] }}_turn ", "")
+    bos, *rest = tokenizer(f"</s> {TEXT}").input_ids
+    source = SourceText([bos, *rest], 1, "{text}")
+    (part,) = query_starts(tokenizer, source)[1]
+    assert part == [bos, *rest] and source.in_chat(tokenizer).frame == 1
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ raise_exception('no system prompt') }}",
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",  # begins no answer
+    ],
+)
+def test_a_model_whose_chat_template_does_not_fit_is_asked_without(template: str | None) -> None:
+    tokenizer = chat_tokenizer()
+    tokenizer.chat_template = template
+    source = SourceText(tokenizer(TEXT).input_ids, 0, "{text}")
+    starts, (part,) = query_starts(tokenizer, source)
+    assert part == source.ids and list(starts) == list(SEEDS)
+    assert starts["summary"][0][1] == source.asking(tokenizer, SEEDS["summary"][0], SEEDS["summary"][1][0])
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "found"),
+    [
+        ("Q:", "Read this.\nQ: who?\nA: me\n", True),
+        ("\n\nQ:", "Read this.\n\n  Q: who?", True),
+        ("Q:", "The FAQ: ask. See Q: here", False),
+        ("A", "An apple", False),
+        ("A", "A film", True),
+        ("-", "- a list\n- of things", False),
+        ("", "A film", False),
+    ],
+)
+def test_a_line_that_begins_with_the_templates_words_is_an_example(words: str, text: str, found: bool) -> None:
+    letters = byte_bpe()
+    source = SourceText(letters(text).input_ids, 0, words + "{text}")
+    assert (list(query_starts(letters, source)[0]) == ["example"]) is found
 
 
 def test_a_model_that_repeats_itself_makes_fewer_queries(

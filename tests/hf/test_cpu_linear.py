@@ -52,7 +52,9 @@ def step(model: Any, trained: Sequence[nn.Module] = ()) -> tuple[Tensor, Tensor,
     return output.loss.detach(), output.logits.detach(), prompt.grad
 
 
-@pytest.mark.parametrize(("name", "head"), [("llama", None), ("qwen2", None), ("bert", None), ("t5", None)])
+@pytest.mark.parametrize(
+    ("name", "head"), [("llama", None), ("qwen2", None), ("mixtral", None), ("bert", None), ("t5", None)]
+)
 def test_values_and_gradients_are_the_usual_ones(
     name: str, head: str | None, products: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,12 @@ def test_every_kind_of_call_gives_what_linear_gives(products: list[Any]) -> None
         lambda: F.linear(x.double(), weight.double()),
         lambda: F.linear(x[:, None].expand(-1, 3, -1), weight),
         lambda: F.linear(x[0], weight),
+        lambda: F.linear(x, weight[0]),
+        lambda: F.linear(x, weight, weight.flatten()[:10:2]),
+        lambda: F.linear(x, weight, weight[:1, 0].expand(5)),
+        lambda: F.linear(x, weight, weight[0, :1]),
+        lambda: F.linear(x[:, None], weight).add_(1),
+        lambda: F.linear(x[:, None].clone().requires_grad_(), weight).clamp_(max=0.5),
     ]
     for call in calls:
         expected = call()
@@ -137,24 +145,28 @@ def test_flop_counters_see_the_model_as_it_is(products: list[Any]) -> None:
     assert not products
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("bias", [(), (False,), (True,)])
+@pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("form", ["[M, K]", "[B, T, K]", "strided"])
 def test_as_much_is_saved_as_linear_saves(
-    bias: bool, trained: tuple[bool, bool], form: str, products: list[Any]
+    bias: tuple[bool, ...], trained: tuple[bool, bool], form: str, products: list[Any]
 ) -> None:
     """Checkpointing compares the tensors of the forward pass with those of a second one outside."""
     x = torch.randn(70, 4) if form == "[M, K]" else torch.randn(7, 10, 4)
     x = (x.transpose(0, 1) if form == "strided" else x).requires_grad_(trained[0])
     weight = torch.randn(5, 4, requires_grad=trained[1])
-    added = torch.randn(5, requires_grad=trained[1]) if bias else None
+    added = [torch.randn(5, requires_grad=one) for one in bias]
+    given = [x, weight, *added]
+    if not any(one.requires_grad for one in given):
+        pytest.skip("nothing is trained")
 
     def saved() -> tuple[list[Any], list[Tensor | None]]:
         shapes: list[Any] = []
-        x.grad = weight.grad = None
+        for one in given:
+            one.grad = None
         with torch.autograd.graph.saved_tensors_hooks(lambda one: (shapes.append(one.shape), one)[1], lambda one: one):
-            F.linear(x, weight, added).square().sum().backward()
-        return shapes, [x.grad, weight.grad]
+            F.linear(*given).square().sum().backward()
+        return shapes, [one.grad for one in given]
 
     shapes, gradients = saved()
     with faster_products(build("llama"), 70):
@@ -177,8 +189,12 @@ def test_a_checkpointed_layer_runs_again_outside(name: str, trained: bool, produ
             return checkpoint(super().forward, *args, use_reentrant=False, **options)
 
     layer.__class__ = Checkpointed
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    model.zero_grad()
     for got, value in zip(step(model, layers), expected, strict=True):
         assert relative(got, value) < 1e-5
+    for parameter, value in zip(layer.parameters(), gradients, strict=True):
+        assert (parameter.grad is None and value is None) or relative(parameter.grad, value) < 1e-5
     assert products
 
 
