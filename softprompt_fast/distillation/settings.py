@@ -15,6 +15,7 @@ from ..base.fields import (
     described,
     one_of,
 )
+from ..base.precision import PRECISIONS
 
 PROMPT, TEACHER, TRAINING, OUTPUT = "Prompt", "Teacher", "Training", "Output"
 FORMS = ("embeddings", "kv")
@@ -117,6 +118,16 @@ class DistillationSettings:
     max_grad_norm: float = field(
         default=1.0,
         metadata=described("Gradients with a larger norm are scaled down to this norm.", POSITIVE, group=TRAINING),
+    )
+    matmul_precision: str | None = field(
+        default=None,
+        metadata=described(
+            "Precision of float32 products while the prompt is trained: highest, high or medium, as in "
+            "torch.set_float32_matmul_precision. medium is bfloat16 on CPUs that have it, and TF32 on GPUs. By default "
+            "that which PyTorch is set to.",
+            one_of(*PRECISIONS),
+            group=TRAINING,
+        ),
     )
     seed: int = field(
         default=0,

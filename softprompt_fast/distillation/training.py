@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..base.precision import float32_products
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.placement import freeze_first
 from ..tasks.collation import Collator
@@ -106,15 +107,17 @@ def train_prompts(
     losses: list[float] = []
     start = time.perf_counter()
     for step, batch in zip(range(1, settings.steps + 1), batches(targets, settings), strict=False):
-        parts = []
-        if settings.divergence != "reverse":
-            parts.append(batch_loss(student, prompt, batch, settings.temperature))
+        parts = [] if settings.divergence == "reverse" else [(batch, False)]
         if settings.divergence != "forward":
             assert teacher is not None
             drawn = teacher.judged(student, prompt, [one.query for one in batch], settings.seed + step)
-            parts.append(batch_loss(student, prompt, drawn, settings.temperature, reverse=True))
-        loss = torch.stack(parts).mean()
-        loss.backward()
+            parts.append((drawn, True))
+        with float32_products(settings.matmul_precision):
+            found = [
+                batch_loss(student, prompt, some, settings.temperature, reverse=reverse) for some, reverse in parts
+            ]
+            loss = torch.stack(found).mean()
+            loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         losses.append(loss.item())
         if not torch.isfinite(loss) or not torch.isfinite(norm):

@@ -14,6 +14,7 @@ from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..base.precision import float32_precision
 from .adapters import adapter_state
 from .randomness import draws_random_numbers
 
@@ -183,7 +184,7 @@ def model_state(model: Any, device: torch.device) -> tuple[Any, ...]:
     ``forward``, no random choice of layers.
     """
     config = model.config.get_text_config()
-    facts: list[Any] = [torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(), *_kernels()]
+    facts: list[Any] = [torch.are_deterministic_algorithms_enabled(), float32_precision(device), *_kernels()]
     facts += _numbers(vars(config))
     facts.append(config._attn_implementation)
     waiting = [model]

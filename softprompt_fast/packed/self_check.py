@@ -8,11 +8,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..base.precision import float32_precision
 from ..hf.embedding import vectors_like
 from ..prompts.selection import Selection
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Tolerance for packed against row-by-row logits, relative to the largest logit."""
+ROUNDED = {"tf32": torch.float16, "bf16": torch.bfloat16}
+"""Dtypes as precise as the products of float32 matrices can be."""
 GRADIENT_SHARE = 0.2
 """Weight of a relative difference of gradients: a backward pass rounds several times as much as a forward pass."""
 SLACK = 2.0
@@ -38,7 +41,7 @@ class RowAlone(Protocol):
 
 
 def tolerance(model: Any, slack: float = 1.0) -> float:
-    """The largest relative difference that rounding explains, in the dtype in which the model computes.
+    """The largest relative difference that rounding explains, in the precision in which the model computes.
 
     Args:
         slack: factor on it.
@@ -46,6 +49,8 @@ def tolerance(model: Any, slack: float = 1.0) -> float:
     like = vectors_like(model.get_input_embeddings())
     device = like.device.type
     rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+    if rounded == torch.float32:
+        rounded = ROUNDED.get(float32_precision(like.device), rounded)
     if getattr(model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
         rounded = torch.bfloat16
     return TOLERANCE[rounded] * slack

@@ -14,7 +14,9 @@ from support.tiny_reviews import tiny_tokenizer
 from support.tiny_text import TEMPLATE, TEXT, chat_tokenizer, compressed, logits_after_text, queries
 
 import softprompt_fast as spf
+from softprompt_fast.base.precision import float32_precision
 from softprompt_fast.compiled.compile import slot_shape
+from softprompt_fast.distillation import retention, training
 from softprompt_fast.distillation.figure import retention_figure
 from softprompt_fast.distillation.result import Compression, recommend
 from softprompt_fast.distillation.retention import Retention
@@ -209,6 +211,22 @@ def test_the_same_seed_gives_the_same_prompt(tmp_path: Path) -> None:
         compressed(tmp_path / str(i), seed=seed).prompts[0].retention.kl for i, seed in enumerate((0, 0, 1))
     )
     assert first == again != other
+
+
+def test_products_are_rounded_only_while_the_prompt_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[str]] = {"training": set(), "measuring": set()}
+
+    def noted(where: str, function: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            seen[where].add(float32_precision(torch.device("cpu")))
+            return function(*args, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(training, "batch_loss", noted("training", training.batch_loss))
+    monkeypatch.setattr(retention, "logits_of", noted("measuring", retention.logits_of))
+    compressed(tmp_path, matmul_precision="medium", steps=2)
+    assert seen == {"training": {"bf16"}, "measuring": {"ieee"}}
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "mixed"])

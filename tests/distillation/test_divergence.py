@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import kl_div
 
 from softprompt_fast.distillation.divergence import DistillationLoss, class_log_probabilities, kl_divergence
@@ -24,6 +26,43 @@ def test_a_rest_too_small_for_a_difference_from_one_keeps_its_gradient() -> None
     torch.testing.assert_close(rest, torch.tensor(-40.0 + torch.tensor(39.0).log().item()))
     rest.backward()
     assert logits.grad is not None and logits.grad[0, 1:].min() > 0.02
+
+
+def plain_classes(logits: Tensor, ids: Tensor) -> Tensor:
+    values = logits.log_softmax(-1)
+    rest = values.masked_fill(torch.zeros_like(values, dtype=torch.bool).scatter(-1, ids, True), -torch.inf)
+    return torch.cat([values.gather(-1, ids), rest.logsumexp(-1, keepdim=True)], -1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_and_gradients_are_those_of_the_plain_expression(dtype: torch.dtype, temperature: float) -> None:
+    logits = (torch.randn(6, 40) * 6).to(dtype)
+    logits[0, 7] = 300.0  # the rest has almost no mass
+    logits[1, 3:30] = -torch.inf
+    ids = torch.stack([torch.randperm(40)[:5] for _ in range(6)])
+    weights = torch.randn(6, 6)
+    weights[1] = weights[1].masked_fill(torch.cat([logits[1, ids[1]].isinf(), torch.tensor([False])]), 0.0)
+    expected = logits.double().requires_grad_()
+    values = plain_classes(expected / temperature, ids)
+    values.masked_fill(values.isinf(), 0.0).mul(weights).sum().backward()
+    logits.requires_grad_()
+    found = class_log_probabilities(logits, ids, temperature)
+    assert found.dtype == torch.float32 and found.requires_grad
+    torch.testing.assert_close(found.double(), values, rtol=1e-5, atol=2e-5)
+    found.masked_fill(found.isinf(), 0.0).mul(weights).sum().backward()
+    assert logits.grad is not None and logits.grad.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(logits.grad.double(), expected.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_rest_without_any_mass_has_no_gradient() -> None:
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, -torch.inf]], requires_grad=True)
+    values = class_log_probabilities(logits, torch.tensor([[0, 1]]))
+    assert values[0, -1] == -torch.inf
+    values[0, 0].backward()
+    assert logits.grad is not None and logits.grad[0, 2:].eq(0).all()
+    torch.testing.assert_close(logits.grad[0, :2].sum(), torch.tensor(0.0))
 
 
 def test_the_divergence_is_the_whole_one_if_all_tokens_are_classes_and_at_most_that() -> None:

@@ -1,0 +1,53 @@
+"""The precision of float32 products: read for each device, and set for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from softprompt_fast.base.precision import float32_precision, float32_products
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+
+
+@pytest.fixture(autouse=True)
+def precision_restored() -> Iterator[None]:
+    before = [backend.fp32_precision for backend in BACKENDS]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(BACKENDS, before, strict=True):
+        backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("setting", "cpu", "cuda"),
+    [("highest", "ieee", "ieee"), ("high", "tf32", "tf32"), ("medium", "bf16", "tf32"), (None, "ieee", "ieee")],
+)
+def test_a_precision_holds_for_a_while(setting: str | None, cpu: str, cuda: str) -> None:
+    with pytest.raises(KeyError), float32_products(setting):
+        assert (float32_precision(CPU), float32_precision(CUDA)) == (cpu, cuda)
+        raise KeyError
+    assert (float32_precision(CPU), float32_precision(CUDA)) == ("ieee", "ieee")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_the_user_set_comes_back() -> None:
+    torch.set_float32_matmul_precision("high")
+    with float32_products("highest"):
+        assert float32_precision(CPU) == "ieee"
+    assert torch.get_float32_matmul_precision() == "high" and float32_precision(CUDA) == "tf32"
+
+
+def test_a_backend_of_its_own_comes_back() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    with float32_products("highest"):
+        assert float32_precision(CPU) == "ieee"
+    assert (float32_precision(CPU), float32_precision(CUDA)) == ("bf16", "ieee")
+
+
+def test_other_devices_do_not_round() -> None:
+    torch.set_float32_matmul_precision("medium")
+    assert float32_precision(torch.device("meta")) == "ieee"

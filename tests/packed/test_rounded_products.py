@@ -1,0 +1,69 @@
+"""Products of float32 matrices that the user lets PyTorch round: prompts run as before, in the same layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from support.deep_rows_alone import deep_model
+from support.rows_alone import ROWS, relative, tuned_model
+from support.tiny_models import batch, build
+
+from softprompt_fast.hf.cuda_graphs import model_state
+from softprompt_fast.packed.self_check import TOLERANCE, tolerance
+
+BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+
+
+@pytest.fixture(autouse=True)
+def precision_restored() -> Iterator[None]:
+    before = [backend.fp32_precision for backend in BACKENDS]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(BACKENDS, before, strict=True):
+        backend.fp32_precision = precision
+
+
+def of_one_backend() -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def of_all() -> None:
+    torch.set_float32_matmul_precision("medium")
+
+
+@pytest.mark.parametrize("choose", [of_one_backend, of_all])
+@pytest.mark.parametrize("make", [tuned_model, deep_model])
+def test_prompts_keep_their_layout(make: Callable[[str], torch.nn.Module], choose: Callable[[], None]) -> None:
+    torch.manual_seed(0)
+    tuned = make("llama")
+    wide = torch.nn.Linear(512, 512)  # large enough for rounded products
+    ids, mask = batch()
+    exact, product = tuned(ids, mask, prompt_ids=ROWS).logits, wide(torch.ones(64, 512))
+    choose()
+    rounds = not torch.equal(wide(torch.ones(64, 512)), product)
+    again = make("llama")
+    again.load_state_dict(tuned.state_dict())
+    found = again(ids, mask, prompt_ids=ROWS).logits
+    assert again.execution_report().execution == "shared"
+    assert relative(found, exact) < (5e-2 if rounds else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("setting", "rounded"), [("highest", torch.float32), ("high", torch.float16), ("medium", torch.bfloat16)]
+)
+def test_the_check_allows_what_the_products_round(setting: str, rounded: torch.dtype) -> None:
+    model = tuned_model("llama").base_model
+    torch.set_float32_matmul_precision(setting)
+    assert tolerance(model) == TOLERANCE[rounded]
+    assert tolerance(model.double()) == TOLERANCE[torch.float64]
+    assert tolerance(model.bfloat16()) == TOLERANCE[torch.bfloat16]
+
+
+def test_a_graph_depends_on_the_products_of_its_device() -> None:
+    model, device = build("llama").requires_grad_(False), torch.device("cpu")
+    before = model_state(model, device)
+    assert before
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # then the common setting cannot be read
+    assert model_state(model, device) not in ((), before)
