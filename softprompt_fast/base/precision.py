@@ -47,4 +47,5 @@ def _backends() -> dict[str, Any]:
     """The settings of each type of device."""
     import torch
 
-    return {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}
+    backends: Any = torch.backends  # not all of it is annotated
+    return {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
