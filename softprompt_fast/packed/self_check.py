@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..base.precision import float32_precision
+from ..base.precision import float32_precision, float32_products
 from ..hf.embedding import vectors_like
 from ..prompts.selection import Selection
 
@@ -16,8 +17,9 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torc
 """Tolerance for packed against row-by-row logits, relative to the largest logit."""
 ROUNDED = {"tf32": torch.float16, "bf16": torch.bfloat16}
 """Dtypes as precise as the products of float32 matrices can be."""
-GRADIENT_SHARE = 0.2
-"""Weight of a relative difference of gradients: a backward pass rounds several times as much as a forward pass."""
+GRADIENT_SHARE = 0.25
+"""Weight of a relative difference of gradients: a backward pass rounds several times as much as a forward pass. A lost
+gradient differs by 1, which is more than every tolerance."""
 SLACK = 2.0
 """Factor on the tolerance for deep prompts: a failed check refuses them, while plain prompts then only run slower. In
 bfloat16 correct batches differ by up to 0.11 (SmolLM2-135M), batches with wrong positions or a lost virtual token by
@@ -54,6 +56,13 @@ def tolerance(model: Any, slack: float = 1.0) -> float:
     if getattr(model, "is_loaded_in_8bit", False):  # its products round to 8 bits and run in half precision
         rounded = torch.bfloat16
     return TOLERANCE[rounded] * slack
+
+
+def exact_products(model: Any) -> AbstractContextManager[None]:
+    """Within it, the products of a float32 model are not rounded, whatever the user has set."""
+    like = vectors_like(model.get_input_embeddings())
+    rounds = like.dtype == torch.float32 and float32_precision(like.device) != "ieee"
+    return float32_products("highest" if rounds else None)
 
 
 def checked_rows(rows: int) -> list[int]:

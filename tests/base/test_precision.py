@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -46,6 +47,51 @@ def test_a_backend_of_its_own_comes_back() -> None:
     with float32_products("highest"):
         assert float32_precision(CPU) == "ieee"
     assert (float32_precision(CPU), float32_precision(CUDA)) == ("bf16", "ieee")
+
+
+def test_a_parent_keeps_its_effect() -> None:
+    before = torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with float32_products("medium"):
+            assert float32_precision(CPU) == "bf16"
+        assert (float32_precision(CPU), float32_precision(CUDA)) == ("tf32", "tf32")
+        torch.backends.fp32_precision = "ieee"
+        assert (float32_precision(CPU), float32_precision(CUDA)) == ("ieee", "ieee")
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_a_common_precision_beside_a_backend_of_its_own_comes_back() -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    with float32_products("highest"):
+        assert float32_precision(CUDA) == "ieee"
+    assert torch.backends.cuda.matmul.allow_tf32 and float32_precision(CPU) == "bf16"
+
+
+def test_nested_uses_and_threads_that_overlap() -> None:
+    torch.set_float32_matmul_precision("high")
+    with float32_products("medium"):
+        with float32_products("highest"):
+            assert float32_precision(CPU) == "ieee"
+        assert float32_precision(CPU) == "bf16"
+    entered, leave = Event(), Event()
+
+    def other() -> None:
+        with float32_products("medium"):
+            entered.set()
+            assert leave.wait(30)
+
+    thread = Thread(target=other)
+    with float32_products("highest"):
+        thread.start()
+        assert entered.wait(30)
+        assert float32_precision(CPU) == "bf16"
+    assert float32_precision(CPU) == "bf16"
+    leave.set()
+    thread.join()
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_other_devices_do_not_round() -> None:

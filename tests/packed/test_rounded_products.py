@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.deep_rows_alone import deep_model
 from support.rows_alone import ROWS, relative, tuned_model
 from support.tiny_models import batch, build
 
 from softprompt_fast.hf.cuda_graphs import model_state
 from softprompt_fast.packed.self_check import TOLERANCE, tolerance
+from softprompt_fast.prompts.selection import Selection
 
 BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
 
@@ -53,12 +57,41 @@ def test_prompts_keep_their_layout(make: Callable[[str], torch.nn.Module], choos
 @pytest.mark.parametrize(
     ("setting", "rounded"), [("highest", torch.float32), ("high", torch.float16), ("medium", torch.bfloat16)]
 )
-def test_the_check_allows_what_the_products_round(setting: str, rounded: torch.dtype) -> None:
+def test_comparisons_with_what_was_rounded_allow_it(setting: str, rounded: torch.dtype) -> None:
     model = tuned_model("llama").base_model
     torch.set_float32_matmul_precision(setting)
     assert tolerance(model) == TOLERANCE[rounded]
     assert tolerance(model.double()) == TOLERANCE[torch.float64]
     assert tolerance(model.bfloat16()) == TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+@pytest.mark.parametrize("factor", [0.0, 0.8])
+def test_a_wrong_gradient_is_found(factor: float, setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = deep_model("llama")
+    ids, mask = batch()
+    pack = tuned.runner.pack
+
+    def wrong(selection: Selection, *arguments: Any, **options: Any) -> Any:
+        prompts = [factor * prompt + (1 - factor) * prompt.detach() for prompt in selection.prompts]
+        return pack(replace(selection, prompts=prompts), *arguments, **options)
+
+    monkeypatch.setattr(tuned.runner, "pack", wrong)
+    torch.set_float32_matmul_precision(setting)
+    with pytest.raises((TypeError, RuntimeError), match="packed logits differ"):
+        tuned(ids, mask, ids, ROWS)
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_wrong_logits_are_found(setting: str) -> None:
+    tuned = tuned_model("llama")
+    layer = tuned.base_model.model.layers[1].mlp
+    own = layer.forward
+    layer.forward = lambda x: own(x + 0.03 * F.pad(x, (0, 0, 1, 0))[:, :-1])  # reads the neighbour
+    ids, mask = batch()
+    torch.set_float32_matmul_precision(setting)
+    tuned(ids, mask, prompt_ids=ROWS)
+    assert tuned.execution_report().execution == "padded"
 
 
 def test_a_graph_depends_on_the_products_of_its_device() -> None:
