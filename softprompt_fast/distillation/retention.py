@@ -56,8 +56,7 @@ def measure_retention(
     """The retention of each contestant. The teacher's distributions are computed once for all of them."""
     sums = {id(one): [0.0, 0.0, 0.0] for one in contestants}
     places = sum(len(target.continuation) for target in targets)
-    for start in range(0, len(targets), settings.batch_size):
-        batch = targets[start : start + settings.batch_size]
+    for batch in teacher.batches(targets, settings.batch_size):
         firsts = torch.tensor([0] + [len(target.continuation) for target in batch[:-1]]).cumsum(0)
         expected = teacher.logits(batch).float().log_softmax(-1)
         best = expected.argmax(-1)

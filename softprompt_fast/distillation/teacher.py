@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..base.files import save_tensors_atomically
 from ..evaluation.likelihood import ModelBackend
-from ..hf.embedding import embedding_table
+from ..hf.embedding import embedding_table, own_embedding
 from ..hf.generation_options import end_token_ids
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import base_fingerprint
@@ -33,6 +33,8 @@ logger = logging.getLogger("softprompt_fast")
 CACHE_FORMAT = 1
 CHUNK = 32
 """Queries that the teacher answers together; one file of the cache."""
+LARGEST_LOGITS = 2**28
+"""Most numbers of the logits that are computed together, 1 GiB in float32. A long continuation alone may have more."""
 TEXT = "text"
 """Name of the teacher's prompt."""
 TOLERANCE = 0.01
@@ -123,6 +125,19 @@ class Teacher:
         """[M, V] at all places of the continuations, row by row."""
         return logits_of(self.model, self._front, targets)
 
+    def batches(self, targets: Sequence[Target], rows: int) -> Iterator[list[Target]]:
+        """The targets in their order, at most `rows` together, and fewer if their logits would be large."""
+        vocabulary = len(own_embedding(self.model.get_input_embeddings()).weight)
+        batch: list[Target] = []
+        for target in targets:
+            places = sum(len(one.continuation) for one in (*batch, target))
+            if batch and (len(batch) == rows or places * vocabulary > LARGEST_LOGITS):
+                yield batch
+                batch = []
+            batch.append(target)
+        if batch:
+            yield batch
+
     def generate(
         self,
         queries: Sequence[list[int]],
@@ -160,13 +175,16 @@ class Teacher:
     def _targets(self, queries: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Target]:
         empty = torch.empty(0)
         rows = [Target(query, answer, empty, empty) for query, answer in zip(queries, answers, strict=True)]
-        logits = self.logits(rows)
-        count = min(self.settings.top_k, logits.shape[-1] - 1)
-        top_ids = logits.topk(count, -1).indices
-        values = class_log_probabilities(logits, top_ids, self.settings.temperature)
-        lengths = [len(answer) for answer in answers]
-        parts = zip(top_ids.cpu().split(lengths), values.cpu().split(lengths), strict=True)
-        return [Target(row.query, row.continuation, ids, part) for row, (ids, part) in zip(rows, parts, strict=True)]
+        found = []
+        for batch in self.batches(rows, CHUNK):
+            logits = self.logits(batch)
+            count = min(self.settings.top_k, logits.shape[-1] - 1)
+            top_ids = logits.topk(count, -1).indices
+            values = class_log_probabilities(logits, top_ids, self.settings.temperature)
+            lengths = [len(row.continuation) for row in batch]
+            parts = zip(batch, top_ids.cpu().split(lengths), values.cpu().split(lengths), strict=True)
+            found += [Target(row.query, row.continuation, ids, part) for row, ids, part in parts]
+        return found
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in self._ends), tokens)

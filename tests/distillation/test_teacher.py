@@ -14,6 +14,8 @@ from support.tiny_models import build
 from support.tiny_reviews import tiny_tokenizer
 from support.tiny_text import TEMPLATE, TEXT, logits_after_text, queries
 
+from softprompt_fast.distillation import teacher as teacher_module
+from softprompt_fast.distillation.retention import Contestant, measure_retention
 from softprompt_fast.distillation.settings import DistillationSettings
 from softprompt_fast.distillation.teacher import CHUNK, Target, Teacher
 from softprompt_fast.models.soft_prompt_model import SoftPromptModel
@@ -75,6 +77,34 @@ def test_a_continuation_ends_with_the_end_token() -> None:
     assert targets[row].continuation == before[row][: before[row].index(end) + 1]
     assert all(end not in target.continuation[:-1] for target in targets)
     assert all(len(target.top_ids) == len(target.continuation) for target in targets)
+
+
+def test_large_logits_are_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    expected = teacher_of(model).targets(QUERIES)
+    student = Contestant("nothing", 0, SoftPromptModel(model), None)
+    (measured,) = measure_retention(teacher_of(model), [student], expected, DistillationSettings())
+    parts: list[list[int]] = []
+    logits = Teacher.logits
+
+    def counted(self: Teacher, targets: Any) -> Any:
+        parts.append([len(target.continuation) for target in targets])
+        return logits(self, targets)
+
+    monkeypatch.setattr(Teacher, "logits", counted)
+    lengths = [len(target.continuation) for target in expected]
+    for places in (sum(lengths) // 2, 1):  # then less than one continuation has
+        monkeypatch.setattr(teacher_module, "LARGEST_LOGITS", places * model.config.vocab_size)
+        found = teacher_of(model).targets(QUERIES)
+        assert len(parts) > 1 and [length for part in parts for length in part] == lengths
+        assert all(sum(part) <= places or len(part) == 1 for part in parts)
+        for one, other in zip(found, expected, strict=True):
+            assert one.continuation == other.continuation and torch.equal(one.top_ids, other.top_ids)
+            torch.testing.assert_close(one.log_probabilities, other.log_probabilities)
+        (again,) = measure_retention(teacher_of(model), [student], found, DistillationSettings())
+        assert parts[: len(parts) // 2] == parts[len(parts) // 2 :] and again.kl == pytest.approx(measured.kl, rel=1e-4)
+        assert (again.agreement, again.first_token) == (measured.agreement, measured.first_token)
+        parts.clear()
 
 
 def test_the_top_tokens_leave_one_for_the_rest() -> None:
