@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from threading import Event, Thread
 
 import pytest
 import torch
+from support.rounded_products import precision_restored  # noqa: F401
 
 from softprompt_fast.base.precision import float32_precision, float32_products
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-
-
-@pytest.fixture(autouse=True)
-def precision_restored() -> Iterator[None]:
-    before = [backend.fp32_precision for backend in BACKENDS]
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for backend, precision in zip(BACKENDS, before, strict=True):
-        backend.fp32_precision = precision
+pytestmark = pytest.mark.usefixtures("precision_restored")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.deep_rows_alone import deep_model
+from support.rounded_products import precision_restored  # noqa: F401
 from support.rows_alone import ROWS, relative, tuned_model
 from support.tiny_models import batch, build
 
@@ -17,16 +18,7 @@ from softprompt_fast.hf.cuda_graphs import model_state
 from softprompt_fast.packed.self_check import TOLERANCE, tolerance
 from softprompt_fast.prompts.selection import Selection
 
-BACKENDS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-
-
-@pytest.fixture(autouse=True)
-def precision_restored() -> Iterator[None]:
-    before = [backend.fp32_precision for backend in BACKENDS]
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for backend, precision in zip(BACKENDS, before, strict=True):
-        backend.fp32_precision = precision
+pytestmark = pytest.mark.usefixtures("precision_restored")
 
 
 def of_one_backend() -> None:

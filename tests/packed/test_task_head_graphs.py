@@ -20,7 +20,7 @@ LABELS = torch.tensor([0, 1, 1, 0])
 
 def steps(cuda_graphs: bool, name: str) -> list[list[Tensor]]:
     """Loss, logits and gradients of a few steps that also change the head."""
-    model = build(name, head="SequenceClassification")
+    model = build(name, head="SequenceClassification", dtype=torch.float64)  # rounding adds up over the steps
     tuned = spf.SoftPromptModel(model, cuda_graphs=cuda_graphs)
     for prompt, length in PROMPTS.items():
         tuned.add_prompt(prompt, init=torch.randn(length, tuned.prompts.embedding_dim) * 0.5)
@@ -51,7 +51,7 @@ def test_steps_equal_those_without_graphs(name: str) -> None:
     assert graphs.replays > 4
     for some, others in zip(found, expected, strict=True):
         for one, other in zip(some, others, strict=True):
-            assert relative(one, other) < 5e-5  # rounding adds up over the steps
+            assert relative(one, other) < 1e-5
 
 
 def test_the_base_gets_its_attention_back_with_the_last_reference() -> None:
