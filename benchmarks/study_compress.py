@@ -6,15 +6,14 @@
 ``instruction`` is the text below, about 450 tokens with SmolLM2's tokenizer. ``reviews`` is the same instruction with
 ten labelled movie reviews as its examples, also about 450 tokens. The queries of both are other movie reviews, cut to
 160 characters, without their labels. ``documents`` are the four of ``texts`` one after the other, about 2,000 tokens,
-and their queries 3,600 questions about them. ``--self-made`` queries are made by the model from the text, with seed 0,
-and kept in ``--made``; a run takes its ``--queries`` from these first, then from the given ones. The same 64 given
-queries are held out in all runs. The teacher answers once; every run reads its cache. `seconds` are those of the
-training, with whatever else the machine did at the time.
+and their queries 3,600 questions about them. ``--self-made`` queries are made by the model from the text, with seed 0;
+a run takes its ``--queries`` from these first, then from the given ones. The same 64 given queries are held out in all
+runs. The teacher answers once; every run reads its cache. `seconds` are those of the training, with whatever else the
+machine did at the time.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -69,7 +68,6 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--queries", nargs="*", type=int, default=[768], help="queries to train on")
     parser.add_argument("--self-made", type=int, default=0, help="queries that the model makes")
-    parser.add_argument("--made", type=Path, help="file of queries that the model made; it is written if it is new")
     parser.add_argument("--held-out", type=int, default=64)
     parser.add_argument("--set", nargs="*", default=[], help="settings, such as batch_size=32")
     arguments = parser.parse_args()
@@ -78,7 +76,7 @@ def main() -> None:
 
     model, tokenizer = load_base_model(arguments.model, arguments.dtype, arguments.device)
     given, held_out = given_queries(arguments.text, arguments.held_out)
-    made = kept_or_made(model, tokenizer, arguments) if arguments.self_made else []
+    made = self_made(model, tokenizer, arguments) if arguments.self_made else []
     references = True
     for seed in arguments.seeds:
         for form in arguments.forms:
@@ -148,17 +146,6 @@ def settings_of(arguments: Any, **changes: Any) -> Any:
         name, _, value = pair.partition("=")
         given[name] = int(value) if name in INTEGERS else float(value) if name == "learning_rate" else value
     return DistillationSettings(**given | changes)
-
-
-def kept_or_made(model: Any, tokenizer: Any, arguments: Any) -> list[dict[str, Any]]:
-    """Self-made queries, from their file if it exists."""
-    file: Path | None = arguments.made
-    if file is not None and file.exists():
-        return [json.loads(line) for line in file.read_text().splitlines()][: arguments.self_made]
-    rows = self_made(model, tokenizer, arguments)
-    if file is not None:
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return rows
 
 
 def self_made(model: Any, tokenizer: Any, arguments: Any) -> list[dict[str, Any]]:
