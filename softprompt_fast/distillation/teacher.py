@@ -1,7 +1,8 @@
 """The teacher: the frozen model with the whole text in front, its continuations and its probabilities.
 
-The text is a prompt of token embeddings, so it runs once per batch and not once per query. What the teacher says is
-cached on disk by the content that it depends on, in chunks, so that an interrupted run continues where it was.
+The text is a prompt of token embeddings. It runs once, and its keys and values are kept (:class:`.PromptBank`); where a
+model does not allow that, it runs once per batch. What the teacher says is cached on disk by the content that it depends
+on, in chunks, so that an interrupted run continues where it was.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..base.files import save_tensors_atomically
 from ..evaluation.likelihood import ModelBackend
 from ..hf.embedding import embedding_table, own_embedding
 from ..hf.generation_options import end_token_ids
+from ..inference.engine import Engine
+from ..inference.prompt_bank import PromptBank
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.base_identity import base_fingerprint
 from ..prompts.fast_soft_prompt import PromptIds
@@ -78,8 +81,11 @@ class Teacher:
     ) -> None:
         self.tokenizer, self.settings, self.cache = tokenizer, settings, cache
         self.model, self._front = (SoftPromptModel(model), (TEXT,)) if parts is None else parts
+        self._engine: Engine | None = None
+        """Keeps the text's keys and values. None: the text is one of many arrangements, each with few queries."""
         if parts is None:
             add_text(self.model, TEXT, text_ids)
+            self._engine = Engine(PromptBank(self.model))
         self._ends = end_token_ids(model, tokenizer.eos_token_id) or []
         sampled = settings.continuation == "sampled"
         self._facts = {
@@ -123,7 +129,12 @@ class Teacher:
 
     def logits(self, targets: Sequence[Target]) -> Tensor:
         """[M, V] at all places of the continuations, row by row."""
-        return logits_of(self.model, self._front, targets)
+        if self._engine is None:
+            return logits_of(self.model, self._front, targets)
+        names = [TEXT] * len(targets)
+        with self._engine.bank.use(names) as view:
+            texts, continuations = [one.query for one in targets], [one.continuation for one in targets]
+            return self._engine.target_logits(view, texts, names, continuations)
 
     def batches(self, targets: Sequence[Target], rows: int) -> Iterator[list[Target]]:
         """The targets in their order, at most `rows` together, and fewer if their logits would be large."""
@@ -152,16 +163,22 @@ class Teacher:
             speaker: a model and its prompt, or one (None: no prompt) for each query, that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
-        model, prompts = (self.model, [self._front] * len(queries)) if speaker is None else speaker
         draws = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "num_beams": 1, **draws, **options}
         if self._ends:
             given["eos_token_id"] = self._ends
-        ids, mask = padded(queries, model.device, side="left")
+        given["do_sample"] = seed is not None
         with torch.random.fork_rng():
             torch.manual_seed(0 if seed is None else seed)
-            output = model.generate(ids, mask, prompts, do_sample=seed is not None, **given)
-        return [self._until_end(row) for row in output[:, ids.shape[1] :].tolist()]
+            if speaker is None and self._engine is not None:
+                names = [TEXT] * len(queries)
+                with self._engine.bank.use(names) as view:
+                    output = self._engine.generate(view, queries, names, given)
+            else:
+                model, prompts = (self.model, [self._front] * len(queries)) if speaker is None else speaker
+                ids, mask = padded(queries, model.device, side="left")
+                output = model.generate(ids, mask, prompts, **given)[:, ids.shape[1] :]
+        return [self._until_end(row) for row in output.tolist()]
 
     def judged(self, student: SoftPromptModel, prompt: str, queries: Sequence[list[int]], seed: int) -> list[Target]:
         """Continuations drawn from a student's prompt, with the teacher's probabilities."""

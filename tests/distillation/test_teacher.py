@@ -14,10 +14,12 @@ from support.tiny_models import build
 from support.tiny_reviews import tiny_tokenizer
 from support.tiny_text import TEMPLATE, TEXT, logits_after_text, queries
 
+from softprompt_fast.base.errors import Unsupported
 from softprompt_fast.distillation import teacher as teacher_module
 from softprompt_fast.distillation.retention import Contestant, measure_retention
 from softprompt_fast.distillation.settings import DistillationSettings
 from softprompt_fast.distillation.teacher import CHUNK, Target, Teacher
+from softprompt_fast.inference import prompt_bank
 from softprompt_fast.models.soft_prompt_model import SoftPromptModel
 from softprompt_fast.tasks.encoding import token_ids
 
@@ -33,14 +35,18 @@ def teacher_of(model: Any, cache: Path | None = None, **settings: Any) -> Teache
 def count_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call of ``generate``."""
     calls: list[int] = []
-    generate = SoftPromptModel.generate
+    generate = Teacher.generate
 
-    def counted(self: Any, input_ids: Any, *arguments: Any, **options: Any) -> Any:
-        calls.append(len(input_ids))
-        return generate(self, input_ids, *arguments, **options)
+    def counted(self: Teacher, queries: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(len(queries))
+        return generate(self, queries, *arguments, **options)
 
-    monkeypatch.setattr(SoftPromptModel, "generate", counted)
+    monkeypatch.setattr(Teacher, "generate", counted)
     return calls
+
+
+def broken(*_: Any) -> Any:
+    raise Unsupported("its attention cannot be replaced")
 
 
 def same(a: list[Target], b: list[Target]) -> bool:
@@ -53,7 +59,7 @@ def same(a: list[Target], b: list[Target]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gemma3", "gptj", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma3", "gptj", "mistral-window", "bloom", "mpt"])
 def test_the_teacher_is_the_model_that_reads_text_and_query(name: str) -> None:
     model = build(name)
     for target in teacher_of(model).targets(QUERIES):
@@ -65,6 +71,28 @@ def test_the_teacher_is_the_model_that_reads_text_and_query(name: str) -> None:
         torch.testing.assert_close(target.log_probabilities[:, :-1], values, atol=1e-4, rtol=1e-4)
         assert torch.equal(target.top_ids, ids)
         torch.testing.assert_close(target.log_probabilities.exp().sum(-1), torch.ones(len(ids)))
+
+
+def test_the_text_runs_once() -> None:
+    model = build("llama")
+    teacher = teacher_of(model)
+    targets = teacher.targets(QUERIES)
+    read: list[int] = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    teacher.logits(targets)
+    hook.remove()
+    assert read == [sum(len(target.query) + len(target.continuation) - 1 for target in targets)]
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_text_that_is_not_kept_runs_with_its_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    expected = teacher_of(model).targets(QUERIES)
+    monkeypatch.setattr(prompt_bank, "compile_prompts", broken)
+    found = teacher_of(model).targets(QUERIES)
+    for one, other in zip(found, expected, strict=True):
+        assert one.continuation == other.continuation and torch.equal(one.top_ids, other.top_ids)
+        torch.testing.assert_close(one.log_probabilities, other.log_probabilities, atol=1e-4, rtol=1e-4)
 
 
 def test_a_continuation_ends_with_the_end_token() -> None:
