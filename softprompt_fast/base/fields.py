@@ -5,6 +5,7 @@ One description serves the check in Python and the option on the command line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from typing import Any
@@ -33,17 +34,17 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, float) or _is_integer(value)
+    return (isinstance(value, float) and math.isfinite(value)) or _is_integer(value)
 
 
 ANYTHING = Rule(str, "anything", lambda value: True)
 YES_OR_NO = Rule(bool, "True or False", lambda value: isinstance(value, bool))
 TEXTS = Rule(list[str], "a list of texts", lambda value: isinstance(value, list))
-INTEGER = Rule(int, "an integer", _is_integer)
+SEED = Rule(int, "an integer from 0 to 2**32 - 1", lambda value: _is_integer(value) and 0 <= value < 2**32, "int>=0")
 POSITIVE_INTEGER = Rule(int, "a positive integer", lambda value: _is_integer(value) and value >= 1, "int>=1")
-POSITIVE = Rule(float, "positive", lambda value: _is_number(value) and value > 0, "float>0")
+POSITIVE = Rule(float, "positive and finite", lambda value: _is_number(value) and value > 0, "float>0")
 NOT_NEGATIVE_INTEGER = Rule(int, "an integer from 0", lambda value: _is_integer(value) and value >= 0, "int>=0")
-NOT_NEGATIVE = Rule(float, "0 or more", lambda value: _is_number(value) and value >= 0, "float>=0")
+NOT_NEGATIVE = Rule(float, "0 or more and finite", lambda value: _is_number(value) and value >= 0, "float>=0")
 SHARE = Rule(float, "at least 0 and below 1", lambda value: _is_number(value) and 0 <= value < 1, "0<=float<1")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 BLUE, RED, GREY = "#4477aa", "#d1495b", "#9a9a9a"
 
+ENDINGS = (".svg", ".png", ".pdf")
 SHOWN = 30
 """Most bars and ticks that get a label; more would not be readable."""
 
@@ -26,13 +27,23 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def check_figure_path(path: PathLike[str] | str) -> Path:
+    """The path of a figure's file.
+
+    Raises:
+        ValueError: no figure can be written to a file with this ending.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"a figure's file must end with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, got {str(path)!r}")
+    return path
+
+
 def save_figure(figure: Any, path: PathLike[str] | str) -> Path:
     """Writes svg, png or pdf, chosen by the path's ending. The same figure gives the same svg."""
     import matplotlib
 
-    path = Path(path)
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ValueError(f"a figure's file must end with .svg, .png or .pdf, got {str(path)!r}")
+    path = check_figure_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": "softprompt_fast", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -71,6 +71,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return values if isinstance(values, dict) else None
 
 
+def check_folder(path: Path, argument: str) -> None:
+    """Checks before any work that files can be written into a folder, which need not exist yet.
+
+    Raises:
+        NotADirectoryError, PermissionError: naming the argument and the path.
+    """
+    place = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{argument} must be a folder, got {path}, where {place} is a file")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{argument} must be a folder that can be written to, got {path}")
+
+
 def size_of(folder: Path) -> int:
     """Bytes of all files in a folder and below."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -155,6 +155,8 @@ def write_file(rows: Examples, answers: Answers, output: Path, resume: bool) -> 
 
 
 def _finish(written: Written, target: str) -> None:
-    console.print(f"wrote {written.rows} rows, {written.errors} of them errors, to {target}", soft_wrap=True)
+    console.print(
+        f"wrote {written.rows} rows, {written.errors} of them errors, to {target}", soft_wrap=True, markup=False
+    )
     if written.errors:
         raise typer.Exit(1 if written.errors == written.rows else SOME_FAILED)

@@ -170,11 +170,13 @@ def compare(
         )
     except KeyboardInterrupt:
         console.print(
-            f"interrupted; run the same command to continue from what is finished in {output}", highlight=False
+            f"interrupted; run the same command to continue from what is finished in {output}",
+            highlight=False,
+            markup=False,
         )
         raise typer.Exit(130) from None
     print_comparison(comparison, Console())
-    console.print(f"wrote {output / 'report.html'}, results.json, results.csv", highlight=False)
+    console.print(f"wrote {output / 'report.html'}, results.json, results.csv", highlight=False, markup=False)
     draw_figure(lambda: overview_figure(comparison), figure)
     if all(summary.score is None for summary in comparison.summaries):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..base.extras import require
+from ..base.files import check_folder
 from ..distillation.settings import TEACHER, TRAINING, DistillationSettings
 from .data import DataOptions
 from .options import DATA, OUTPUT, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
@@ -138,7 +139,11 @@ def compress(
     """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
     data_options = data_options_of()
     settings = settings_of()
-    _check_drawings({"--figure": figure, "--report": report}, text)
+    files = [Path(name) for name in (queries, held_out) if name is not None]
+    _check_drawings({"--figure": figure, "--report": report}, [*text, *files])
+    check_folder(output, "--output")
+    if teacher_cache is not None:
+        check_folder(teacher_cache, "--teacher-cache")
     counts = _counts(tokens)
     from ..distillation.documents import compress_documents
     from ..distillation.figure import retention_figure
@@ -147,17 +152,20 @@ def compress(
     from ..distillation.queries import read_text_lines
     from ..distillation.run import compress as compress_text
     from ..hf.loading import load_base_model
-    from ..tasks.templates import unescaped
+    from ..tasks.templates import columns, unescaped
 
     names = prompt_names(name, counts, settings)
     check_queries([queries] if queries is not None else [], self_queries)
     texts = _texts(text, data_options.encoding)
     _check_options(context, several=len(texts) > 1)
+    if template is not None and _given(context, "text_column") and text_column not in columns(unescaped(template)):
+        raise ValueError(f"--text-column must be a column that --template names, got {text_column}")
     if len(texts) > 1 and len(counts) > 1:
         raise ValueError(f"--tokens must be one number for several --text files, got {tokens}")
 
     def read(name: str) -> Examples:
         if Path(name).suffix.lower() == ".txt":
+            data_options.check_text_lines(name)
             return read_text_lines(Path(name), text_column, data_options.encoding)
         return data_options.read(name)
 
@@ -178,7 +186,7 @@ def compress(
     if len(texts) > 1:
         options = common | {"tokens": counts[0], "beside": beside, "document_column": document_column}
         compress_documents(base, tokenizer, texts, output, rows, **options)
-        console.print(f"use several: softprompt-fast join {output}/... --output joined", highlight=False)
+        console.print(f"use several: softprompt-fast join {output}/... --output joined", highlight=False, markup=False)
         return
     (words,) = texts.values()
     result = compress_text(
@@ -186,28 +194,33 @@ def compress(
     )
     draw_figure(lambda: retention_figure(result), figure)
     if report is not None:
-        console.print(f"wrote {write_page(result, report)}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {write_page(result, report)}", highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ...",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
 
 
-def _check_drawings(outputs: dict[str, Path | None], texts: list[Path]) -> None:
+def _check_drawings(outputs: dict[str, Path | None], inputs: list[Path]) -> None:
     for option, path in outputs.items():
         if path is not None:
             require("train", "matplotlib", purpose=option)
-    check_outputs([path for path in outputs.values() if path is not None], texts)
+    check_outputs([path for path in outputs.values() if path is not None], inputs)
 
 
 def _check_options(context: typer.Context, *, several: bool) -> None:
     """Refuses options that would be ignored."""
     for option in ONE_TEXT if several else SEVERAL_TEXTS:
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
+        if _given(context, option):
             shown = "--" + option.replace("_", "-")
             raise ValueError(f"{shown} cannot be given for {'several --text files' if several else 'one --text file'}")
+
+
+def _given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _texts(files: list[Path], encoding: str | None) -> dict[str, str]:

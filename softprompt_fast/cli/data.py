@@ -46,6 +46,12 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def check_text_lines(self, source: str) -> None:
+        """Raises ValueError for options that a text file, a line for each row, would ignore."""
+        for name in ("split", "config", "delimiter", "no_header"):
+            if getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} cannot be given for a text file, got {source}")
+
     def read(self, source: str) -> Examples:
         """The rows of a file, a folder or a Hub dataset."""
         require("train", "datasets", "pyarrow", purpose="reading data")

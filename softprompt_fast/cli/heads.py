@@ -181,5 +181,7 @@ def model_to_train(task: Task, train_head: bool | None, dtype: str, device: str 
         )
     train = loaded.fresh or other if train_head is None else train_head
     why = "it is new" if loaded.fresh else "its labels are new" if other else "it is the checkpoint's"
-    console.print(f"the head {task.head.name} is {'trained' if train else 'not trained'}: {why}", highlight=False)
+    console.print(
+        f"the head {task.head.name} is {'trained' if train else 'not trained'}: {why}", highlight=False, markup=False
+    )
     return SoftPromptModel(loaded.model, train_head=train), loaded.tokenizer

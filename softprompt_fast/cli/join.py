@@ -20,4 +20,6 @@ def join(
     from ..distillation.joining import join_prompts
 
     join_prompts(folders, output)
-    console.print(f"use it: softprompt-fast generate --prompt {output} --data ...", highlight=False, soft_wrap=True)
+    console.print(
+        f"use it: softprompt-fast generate --prompt {output} --data ...", highlight=False, markup=False, soft_wrap=True
+    )

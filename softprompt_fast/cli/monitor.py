@@ -161,7 +161,7 @@ def _write(
         write_atomically(prometheus, prometheus_text(result))
     for path in (report, json_file, prometheus):
         if path is not None:
-            console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass
@@ -225,7 +225,7 @@ class _Source:
                     f"numbers or task differ ({own}); record it again with --reference"
                 )
         if record:
-            console.print(f"wrote {profile.save(folder)}", highlight=False, soft_wrap=True)
+            console.print(f"wrote {profile.save(folder)}", highlight=False, markup=False, soft_wrap=True)
         return replace(profile, prompt=folder.resolve().name)
 
     def observations(self, profile: Profile, data: str) -> list[Any]:
@@ -282,5 +282,9 @@ def _with_text(task: Task, rows: Examples, option: str) -> Examples:
     if not filled:
         raise ValueError(f"{option} must hold rows with text, got none among {len(rows)}")
     if len(filled) < len(rows):
-        console.print(f"{len(rows) - len(filled)} rows of {option} without readable text are left out", highlight=False)
+        console.print(
+            f"{len(rows) - len(filled)} rows of {option} without readable text are left out",
+            highlight=False,
+            markup=False,
+        )
     return choose(rows, filled)

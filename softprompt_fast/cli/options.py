@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..base.fields import descriptions
+from ..base.figures import check_figure_path
 
 DATA, PROMPT, TRAINING, OUTPUT, MACHINE = "Data", "Prompt", "Training", "Output", "Machine"
 """Headings in the help of a command; what a command cannot do without has none."""
@@ -89,8 +90,15 @@ Register = Annotated[
 Report = Annotated[
     Path | None, typer.Option("--output", "-o", help="JSON file for all results.", rich_help_panel=OUTPUT)
 ]
+
+
+def _figure_path(path: Path | None) -> Path | None:
+    return None if path is None else check_figure_path(path)
+
+
 Figure = Annotated[
-    Path | None, typer.Option("--figure", help="File for a figure: svg, png or pdf.", rich_help_panel=OUTPUT)
+    Path | None,
+    typer.Option("--figure", help="File for a figure: svg, png or pdf.", callback=_figure_path, rich_help_panel=OUTPUT),
 ]
 BatchSize = Annotated[
     int, typer.Option("--batch-size", "-b", min=1, help="Largest number of rows in a batch.", rich_help_panel=MACHINE)

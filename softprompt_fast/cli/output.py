@@ -21,7 +21,7 @@ def write_report(values: Any, path: Path | None) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    console.print(f"wrote {path}")
+    console.print(f"wrote {path}", markup=False)
 
 
 def draw_figure(draw: Callable[[], Any], path: Path | None) -> None:
@@ -29,7 +29,7 @@ def draw_figure(draw: Callable[[], Any], path: Path | None) -> None:
     from ..base.figures import save_figure
 
     if path is not None:
-        console.print(f"drew {save_figure(draw(), path)}")
+        console.print(f"drew {save_figure(draw(), path)}", markup=False)
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], *, folders: Sequence[Path] = ()) -> None:

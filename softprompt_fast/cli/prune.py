@@ -101,5 +101,5 @@ def prune(
             batch_size=batch_size,
         )
     print_pruned(pruned, Console())
-    console.print(f"saved in {pruned.save(tuned, task, output)}")
+    console.print(f"saved in {pruned.save(tuned, task, output)}", markup=False)
     draw_figure(lambda: pruning_figure(pruned), figure)

@@ -44,6 +44,8 @@ def push(
         create_pr=create_pr,
         base_model=base_model,
     )
-    console.print(f"uploaded to {commit.pr_url or commit}", highlight=False, soft_wrap=True)
+    console.print(f"uploaded to {commit.pr_url or commit}", highlight=False, markup=False, soft_wrap=True)
     named = repository if revision is None else f"{repository}@{revision}"
-    console.print(f"use it:\n  softprompt-fast predict --prompt {named} --data ...", highlight=False, soft_wrap=True)
+    console.print(
+        f"use it:\n  softprompt-fast predict --prompt {named} --data ...", highlight=False, markup=False, soft_wrap=True
+    )

@@ -127,7 +127,10 @@ def search(
         raise typer.Exit(130) from None
     register_prompts(register, [output / name])
     console.print(
-        f"use it: softprompt-fast predict --prompt {output / name} --data ...", highlight=False, soft_wrap=True
+        f"use it: softprompt-fast predict --prompt {output / name} --data ...",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
 
 

@@ -133,7 +133,9 @@ def train(
     else:
         results = tune_tasks(tuned, tokenizer, jobs, output, settings, shared_tokens=shared_tokens, **common)
     if results[0].interrupted:
-        console.print(f"interrupted at step {results[0].steps}; run the same command with --resume to continue")
+        console.print(
+            f"interrupted at step {results[0].steps}; run the same command with --resume to continue", markup=False
+        )
     register_prompts(None if results[0].interrupted else register, [result.folder for result in results])
     more = {"--ensemble": several != 1, "--prompt-name-column": task_column}
     folder = output if several != 1 or task_column is not None else results[0].folder

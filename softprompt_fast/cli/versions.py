@@ -93,7 +93,9 @@ def add(
         _print_json(version.to_json())
     else:
         also = f" and {version.name}@{alias}" if alias else ""
-        console.print(f"added {version}{also} to {registry or prompts.uri}", highlight=False, soft_wrap=True)
+        console.print(
+            f"added {version}{also} to {registry or prompts.uri}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def list_versions(
@@ -112,7 +114,7 @@ def list_versions(
         _print_json([version.to_json() for version in every])
         return
     if not every:
-        console.print(f"no versions in {prompts.uri}", highlight=False, soft_wrap=True)
+        console.print(f"no versions in {prompts.uri}", highlight=False, markup=False, soft_wrap=True)
         return
     print_versions(every, Console())
     for one in names:
@@ -244,7 +246,7 @@ def verify(registry: Registry = None, as_json: AsJson = False) -> None:
     else:
         for fault in faults:
             print(fault)
-        console.print(f"{count} versions, {len(faults)} faults", highlight=False)
+        console.print(f"{count} versions, {len(faults)} faults", highlight=False, markup=False)
     if faults:
         raise typer.Exit(1)
 
@@ -303,7 +305,7 @@ def register_prompts(name: str | None, folders: list[Path]) -> None:
     prompts = _registry(None)
     for folder in folders:
         version = prompts.add(folder, name if len(folders) == 1 else f"{name}-{folder.name}")
-        console.print(f"registered {version} in {prompts.uri}", highlight=False, soft_wrap=True)
+        console.print(f"registered {version} in {prompts.uri}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _registry(uri: str | None) -> PromptRegistry:
@@ -318,9 +320,9 @@ def _say_move(move: Any, as_json: bool) -> None:
         _print_json(asdict(move))
         return
     before = "" if move.before is None else f"; it was {move.name}@{move.before}"
-    console.print(f"{move.name}@{move.alias} is {move.name}@{move.after} now{before}", highlight=False)
+    console.print(f"{move.name}@{move.alias} is {move.name}@{move.after} now{before}", highlight=False, markup=False)
     if move.forced:
-        console.print(f"forced, although {move.forced}", highlight=False, soft_wrap=True)
+        console.print(f"forced, although {move.forced}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_json(values: Any) -> None:

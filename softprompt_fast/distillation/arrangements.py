@@ -13,7 +13,7 @@ from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.fast_soft_prompt import check_name
 from .settings import DistillationSettings
 from .source_text import SourceText, read_source
-from .teacher import Target, Teacher, add_text
+from .teacher import Target, Teacher, add_text, model_identity
 
 OPENING = "opening"
 """Name of the prompt before all documents: BOS, or the opening of a chat."""
@@ -88,6 +88,7 @@ class Teachers:
         if documents.opening:
             add_text(self.model, OPENING, documents.opening)
         self._of = (model, tokenizer, settings, cache)
+        self._identity = model_identity(model)
         self._documents = documents
         self._known: dict[Arrangement, Teacher] = {}
 
@@ -95,7 +96,9 @@ class Teachers:
         if arrangement not in self._known:
             model, tokenizer, settings, cache = self._of
             ids, front = self._documents.ids(arrangement), self._documents.front(arrangement)
-            self._known[arrangement] = Teacher(model, tokenizer, ids, settings, cache, (self.model, front))
+            parts = (self.model, front)
+            parts = (self.model, front)
+            self._known[arrangement] = Teacher(model, tokenizer, ids, settings, cache, parts, self._identity)
         return self._known[arrangement]
 
     def targets(

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..hf.architecture import context_length
+from ..tasks.containers import as_rows
 from ..tasks.examples import Examples
 from ..tasks.rows import joined
 from ..tasks.task import Task
 from .arrangements import Arrangement, Documents, Teachers, beside_others
-from .preparation import as_examples, check_room, check_room_to_ask, split_queries
-from .queries import encoded, make_queries, usable_queries
+from .preparation import check_held_out, check_room, check_room_to_ask, split_queries
+from .queries import check_one_column, encoded, make_queries, usable_queries
 from .settings import DistillationSettings
 
 
@@ -29,13 +30,14 @@ class DocumentQueries:
     """Holds the name of a query's document."""
     settings: DistillationSettings
 
-    def known(self, rows: Sequence[Mapping[str, Any]]) -> Examples:
+    def known(self, rows: Sequence[Mapping[str, Any]], argument: str = "queries") -> Examples:
         """The queries with text, each once.
 
         Raises:
             ValueError: one names no document.
         """
-        usable = usable_queries(self.task, as_examples(rows), self.column) if rows else []
+        rows = as_rows(rows, argument)
+        usable = usable_queries(self.task, rows, self.column) if rows else []
         for row in usable:
             if row.get(self.column) not in self.read.pieces:
                 names = ", ".join(self.read.names)
@@ -51,6 +53,19 @@ class DocumentQueries:
             rows = make_queries(teachers[(name,)], source, self.task, count, seed=self.settings.seed)
             made += [row | {self.column: name} for row in rows]
         return made
+
+    def check_split(self, held_out: Any, given: int, made: int) -> None:
+        """Checks before the model makes queries what can be known of them.
+
+        Args:
+            given: number of given queries.
+            made: number of queries that the model shall make from each document.
+        """
+        if made:
+            check_one_column(self.task)
+            if self.column in self.task.columns:
+                raise ValueError(f"`document_column` must not be the column of self-made queries, got {self.column!r}")
+        check_held_out(held_out, given + made * len(self.read.names))
 
     def split(
         self, given: Examples, made: Examples, held_out: float | Sequence[Mapping[str, Any]]

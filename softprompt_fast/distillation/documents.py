@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..base.files import write_json
-from ..base.modules import evaluating
+from ..base.files import check_folder, write_json
+from ..base.modules import undisturbed
 from ..base.progress import progress_bar
 from ..models.deep_prompt_model import DeepPromptModel
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
+from ..tasks.containers import as_rows
 from ..tasks.task import Task
 from ..tasks.templates import field
 from .arrangements import OPENING, Arrangement, Documents, Teachers, read_documents
@@ -27,8 +29,16 @@ from .document_queries import DocumentQueries
 from .fitting import check_fitting
 from .initial_choice import add_prompts
 from .joining import Composition
-from .preparation import cache_folder, check_count, check_model, check_queries, new_student, task_of
-from .queries import QUERIES_FILE, write_queries
+from .preparation import (
+    cache_folder,
+    check_count,
+    check_model,
+    check_new_files,
+    check_queries,
+    new_student,
+    task_of,
+)
+from .queries import write_queries
 from .retention import NOTHING, Contestant, Retention, measure_retention
 from .settings import FITTED, INITS, DistillationSettings
 from .teacher import Target, add_text
@@ -132,24 +142,27 @@ def compress_documents(
     console = Console(stderr=True) if console is None else console
     settings = replace(DistillationSettings() if settings is None else settings, **changes)
     base, output = model.base_model if isinstance(model, SoftPromptModel) else model, Path(output)
+    queries = as_rows([] if queries is None else queries, "queries")
     _check(documents, queries, self_queries, beside, settings)
     check_model(base)
-    for name in (*documents, DOCUMENTS_FILE, QUERIES_FILE):
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} already exists; choose another output folder")
-    with evaluating(base):
+    with undisturbed(base):
         read = read_documents(tokenizer, documents, field(text_column) if template is None else template, chat=chat)
-        _check_tokens(tokens, read, settings)
+        check_new_files(output, [*documents, DOCUMENTS_FILE], self_queries)
+        check_folder(cache_folder(cache), "`cache`")
+        tokens = _checked_tokens(tokens, read, settings)
         task = task_of(base, read.source.template, settings, base_name)
         about = DocumentQueries(base, tokenizer, read, task, document_column, settings)
         student = _student(base, read, settings)
-        given = about.known(queries or [])
-        about.check_room(given + ([] if isinstance(held_out, (int, float)) else about.known(held_out)), beside)
+        given = about.known(queries)
+        about.check_room(
+            given + ([] if isinstance(held_out, (int, float, Real)) else about.known(held_out, "held_out")), beside
+        )
+        about.check_split(held_out, len(given), self_queries)
         teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
         made = about.made(teachers, self_queries)
+        write_queries(made, output)
         train, test = about.split(given, made, held_out)
         about.check_room([*train, *test], beside)
-        write_queries(made, output)
         most = about.most_beside([*train, *test], beside)
         asked = about.alone(train) + (about.beside(train, beside, settings.seed) if beside else [])
         held = [about.alone(test), about.beside(test, most, seed=0) if most else []]
@@ -194,7 +207,7 @@ def _check(
     settings: DistillationSettings,
 ) -> None:
     check_queries(queries, self_queries)
-    if not 0 <= beside < max(2, len(documents)):
+    if not isinstance(beside, int) or not 0 <= beside < max(2, len(documents)):
         raise ValueError(f"`beside` must be 0 to {len(documents) - 1}, the number of other documents, got {beside}")
     if settings.divergence != "forward":
         raise ValueError(f"`divergence` must be forward for several documents, got {settings.divergence}")
@@ -204,11 +217,12 @@ def _check(
         raise ValueError(f"`init` must be {', '.join(('auto', *INITS))} for several documents, got {settings.init}")
 
 
-def _check_tokens(tokens: int, read: Documents, settings: DistillationSettings) -> None:
-    check_count(tokens, settings)
+def _checked_tokens(tokens: int, read: Documents, settings: DistillationSettings) -> int:
+    tokens = check_count(tokens, settings)
     name, ids = min(read.pieces.items(), key=lambda item: len(item[1]))
     if tokens >= len(ids):
         raise ValueError(f"`tokens` must be below the {len(ids)} tokens of {name!r}, got {tokens}")
+    return tokens
 
 
 def _student(base: Any, read: Documents, settings: DistillationSettings) -> SoftPromptModel:

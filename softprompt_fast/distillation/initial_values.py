@@ -22,7 +22,7 @@ MOVED = 0.1
 
 def spread_places(length: int, count: int) -> list[int]:
     """`count` places of a text, spread evenly, the first of them first."""
-    return torch.linspace(0, length - 1, count).round().long().tolist() if count > 1 else [0]
+    return torch.linspace(0, length - 1, count, dtype=torch.float32).round().long().tolist() if count > 1 else [0]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 
@@ -55,10 +55,18 @@ class Composition:
         write_json(folder / COMPOSITION_FILE, asdict(self))
 
 
+FIELDS = tuple(one.name for one in fields(Composition))
+
+
 def read_composition(folder: Path) -> Composition | None:
     """None: the prompt was not trained as one of several documents."""
     values = read_json(folder / COMPOSITION_FILE)
-    return None if values is None else Composition(**values | {"documents": tuple(values["documents"])})
+    if values is None:
+        return None
+    try:
+        return Composition(**values | {"documents": tuple(values["documents"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / COMPOSITION_FILE} must hold {', '.join(FIELDS)}, got {list(values)}") from error
 
 
 def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] | str) -> Path:
@@ -96,9 +104,11 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
             raise ValueError(f"`folders` must have prompts of one width, got {widths}")
     found = [read_composition(path) for path in paths]
     _warn_of_strangers([path.name for path in paths], found)
-    openings = [0 if one is None else one.opening for one in found]
-    # A run's documents have the same opening, so that of the first prompt serves all.
-    values = torch.cat([parts[0], *(part[skip:] for part, skip in zip(parts[1:], openings[1:], strict=True))])
+    opening = parts[0][: 0 if found[0] is None else found[0].opening]
+    values = torch.cat(
+        [parts[0], *(_without(part, opening, one) for part, one in zip(parts[1:], found[1:], strict=True))]
+    )
+    task = next((Task.load(path) for path in paths if (path / TASK_FILE).is_file()), None)
     name, fingerprint = read_base(paths[0])
     config = read_config(paths[0], None)
     facts = {"task_type": config.get("task_type"), "base_model_name_or_path": name, FINGERPRINT: fingerprint}
@@ -110,10 +120,18 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
     if len(known) == len(found) and len({one.run for one in known}) == 1:
         documents = tuple(document for one in known for document in one.documents)
         replace(known[0], documents=documents).save(output)
-    if task := next((path for path in paths if (path / TASK_FILE).is_file()), None):
-        replace(Task.load(task), prompt=output.name).save(output)
+    if task is not None:
+        replace(task, prompt=output.name).save(output)
     write_card(output)
     return output
+
+
+def _without(part: Tensor, opening: Tensor, composition: Composition | None) -> Tensor:
+    """A prompt [P, D] without its opening, if the first prompt begins with the same one [O, D]."""
+    same = (
+        composition is not None and composition.opening == len(opening) and torch.equal(part[: len(opening)], opening)
+    )
+    return part[len(opening) :] if same else part
 
 
 def _warn_of_strangers(names: Sequence[str], found: Sequence[Composition | None]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ..base.files import check_folder
 from ..base.locations import located
 from ..base.progress import progress_bar
 from ..hf.architecture import context_length, is_causal
@@ -21,16 +25,28 @@ from ..prompts.base_identity import check_base
 from ..prompts.fast_soft_prompt import check_name
 from ..prompts.peft_files import is_prompt_folder
 from ..prompts.run_files import RETENTION_FILE
+from ..tasks.containers import as_rows
 from ..tasks.cuts import counting_cuts
 from ..tasks.examples import Examples, split_rows
-from ..tasks.rows import Rows, choose, joined
+from ..tasks.rows import choose, joined
 from ..tasks.task import Task, generation_task
-from ..tasks.templates import field, parse
+from ..tasks.templates import columns, field
 from .fitting import check_fitting
-from .queries import LONGEST, encoded, make_queries, query_starts, usable_queries
+from .queries import (
+    LONGEST,
+    QUERIES_FILE,
+    check_one_column,
+    encoded,
+    make_queries,
+    query_starts,
+    usable_queries,
+    write_queries,
+)
 from .settings import FITTED, INITS, DistillationSettings
 from .source_text import SourceText, read_source
 from .teacher import Teacher
+
+logger = logging.getLogger("softprompt_fast")
 
 ANSWER_COLUMNS = ("response", "answer", "continuation")
 """Names of the column of answers; the first that the template does not use."""
@@ -80,35 +96,39 @@ def prepare(
     settings: DistillationSettings,
     console: Console,
 ) -> Prepared:
-    """Arguments as in :func:`~.run.compress`. Nothing is written; the model runs only if it makes queries."""
+    """Arguments as in :func:`~.run.compress`. Nothing is written but queries that the model makes."""
     names = prompt_names(name, tokens, settings)
+    queries = as_rows(queries, "queries")
     check_queries(queries, self_queries)
-    if not max_drop >= 0:
-        raise ValueError(f"`max_drop` must be 0 or more, got {max_drop}")
+    if not 0 <= max_drop < math.inf:
+        raise ValueError(f"`max_drop` must be 0 or more and finite, got {max_drop}")
     check_model(base)
-    for file in (*names.values(), RETENTION_FILE):
-        if (output / file).exists():
-            raise FileExistsError(f"{output / file} already exists; choose another output folder")
+    check_new_files(output, [*names.values(), RETENTION_FILE], self_queries)
+    check_folder(cache_folder(cache), "`cache`")
     source = read_source(tokenizer, text, field(text_column) if template is None else template, chat=chat)
     if max(names) >= len(source):
         raise ValueError(f"`tokens` must be below the text's {len(source)} tokens, got {max(names)}")
     task = replace(task_of(base, source.template, settings, base_name), prompt=name)
-    given = usable_queries(task, as_examples(queries)) if queries else []
+    given = usable_queries(task, queries) if queries else []
+    check_held_out(held_out, len(given) + self_queries)
     check_room(base, len(source), [len(ids) for ids in encoded(task, given, tokenizer)], settings.new_tokens)
     student = _student(base, names, settings)
     teacher = Teacher(base, tokenizer, source.ids, settings, cache_folder(cache))
     self_made: Examples = []
     start = time.perf_counter()
     if self_queries:
+        check_one_column(task)
         check_room_to_ask(base, tokenizer, source)
         console.print(f"the model makes {self_queries} queries from the text", highlight=False)
         with progress_bar(self_queries, console) as advance:
             self_made = make_queries(teacher, source, task, self_queries, seed=settings.seed, progress=advance)
+        write_queries(self_made, output)
     query_seconds = time.perf_counter() - start
     rows = usable_queries(task, joined(given, self_made)) if self_made else given
     train, test = split_queries(task, rows, held_out, settings.seed)
     with counting_cuts():
         train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
+    train_ids = not_held_out(train_ids, test_ids)
     check_room(base, len(source), [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
     return Prepared(
         base,
@@ -129,13 +149,14 @@ def prepare(
 
 def task_of(base: Any, template: str, settings: DistillationSettings, base_name: str | None) -> Task:
     """The task of a compressed text: queries as the template renders them, and a column of answers."""
-    columns = [column for _, column in parse(template)]
+    used = columns(template)
     return generation_task(
-        output_column=next(column for column in ANSWER_COLUMNS if column not in columns),
+        output_column=next((column for column in ANSWER_COLUMNS if column not in used), "_".join(used)),
         template=template,
         max_length=settings.max_length,
         model=base_name or getattr(base, "name_or_path", None) or None,
         special_tokens=False,
+        literal=True,
     )
 
 
@@ -161,21 +182,22 @@ def prompt_names(name: str, tokens: int | Sequence[int], settings: DistillationS
     """
     check_name(name)
     counts = list(tokens) if isinstance(tokens, Sequence) else [tokens]
-    for count in counts:
-        check_count(count, settings)
+    counts = [check_count(count, settings) for count in counts]
     if not counts:
         raise ValueError("`tokens` must name at least one number, got none")
-    if len(counts) == 1:
-        return {counts[0]: name}
-    return {count: f"{name}-{count}" for count in sorted(set(counts))}
+    names = {count: f"{name}-{count}" for count in sorted(set(counts))} if len(counts) > 1 else {counts[0]: name}
+    for each in names.values():
+        check_name(each)
+    return names
 
 
-def check_count(count: Any, settings: DistillationSettings) -> None:
-    """Raises ValueError if `count` is no number of tokens that can be trained."""
+def check_count(count: Any, settings: DistillationSettings) -> int:
+    """A number of tokens. Raises ValueError if `count` is none that can be trained."""
     least = 2 if settings.keep_first else 1
-    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+    if not isinstance(count, Integral) or isinstance(count, bool) or count < least:
         why = " because the first position is not trained (`keep_first`)" if least == 2 and count == 1 else ""
         raise ValueError(f"`tokens` must be integers of at least {least}{why}, got {count!r}")
+    return int(count)
 
 
 def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
@@ -187,6 +209,42 @@ def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
             "there are no queries: give `queries` (--queries), or let the model make some with `self_queries` "
             "(--self-queries)"
         )
+
+
+def check_new_files(output: Path, names: Sequence[str], self_queries: int) -> None:
+    """Raises OSError if the output folder cannot be written to, or holds something that would be replaced."""
+    check_folder(output, "`output`")
+    for name in (*names, QUERIES_FILE) if self_queries else names:
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} already exists; choose another output folder")
+
+
+def check_held_out(held_out: Any, count: int) -> None:
+    """Raises ValueError if a share or number leaves none of at most `count` queries on one side."""
+    if not isinstance(held_out, Real):
+        return
+    share = float(held_out)
+    kept = share if share >= 1 else round(count * share)
+    if isinstance(held_out, bool) or not 0 < kept < count or kept % 1:
+        raise ValueError(
+            f"`held_out` must be a share below 1 or a whole number that leaves some of {count} queries on both sides, "
+            f"got {held_out}"
+        )
+
+
+def not_held_out(train: list[list[int]], test: list[list[int]]) -> list[list[int]]:
+    """The queries to train on, as token ids, without those that have the same ids as a held-out one.
+
+    Raises:
+        ValueError: none is left.
+    """
+    held = set(map(tuple, test))
+    kept = [ids for ids in train if tuple(ids) not in held]
+    if not kept:
+        raise ValueError(f"`queries` must hold some that are not held out, got {len(train)}, all of them in `held_out`")
+    if len(kept) < len(train):
+        logger.warning("%d queries have the tokens of held-out ones and are left out", len(train) - len(kept))
+    return kept
 
 
 def split_queries(
@@ -201,13 +259,13 @@ def split_queries(
     Args:
         about: as for :func:`~.queries.usable_queries`.
     """
-    if isinstance(held_out, (int, float)):
-        return split_rows(rows, held_out, seed)
+    if isinstance(held_out, (int, float, Real)):
+        return split_rows(rows, float(held_out), seed)
 
     def key(row: Mapping[str, Any]) -> tuple[Any, str]:
         return None if about is None else row.get(about), task.text(row)
 
-    test = usable_queries(task, as_examples(held_out), about)
+    test = usable_queries(task, as_rows(held_out, "held_out"), about)
     known = {key(row) for row in test}
     train = choose(rows, [i for i, row in enumerate(rows) if key(row) not in known])
     if not train:
@@ -264,7 +322,3 @@ def check_room_to_ask(base: Any, tokenizer: Any, source: SourceText) -> None:
     starts, parts = query_starts(tokenizer, source)
     asked = [len(ids) for openings in starts.values() for _, ids in openings]
     check_room(base, max(len(source), *map(len, parts)), asked, LONGEST)
-
-
-def as_examples(queries: Sequence[Mapping[str, Any]]) -> Examples:
-    return queries if isinstance(queries, Rows) else [dict(row) for row in queries]

@@ -17,7 +17,7 @@ from ..base.files import write_atomically
 from ..tasks.decoding import decode, read_bytes
 from ..tasks.encoding import encode_text, token_ids
 from ..tasks.examples import Examples
-from ..tasks.rows import Origin, Rows, choose, places
+from ..tasks.rows import Origin, Rows, choose, place, places
 from ..tasks.task import Task
 from .source_text import SourceText, words_after, words_before
 from .teacher import CHUNK, Teacher
@@ -70,7 +70,8 @@ QUESTION, SENTENCES = re.compile(r"[^?]*\?"), re.compile(r".*[.?!](?=\W|$)")
 
 def read_text_lines(path: Path, column: str, encoding: str | None = None) -> Rows:
     """A query on each line of a text file; empty lines are left out."""
-    lines = decode(read_bytes(path, str(path)), str(path), encoding).splitlines()
+    text = decode(read_bytes(path, str(path)), str(path), encoding)
+    lines = re.split(r"\r\n|\r|\n", text)  # `splitlines` also splits at characters inside of a line
     kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not kept:
         raise ValueError(f"{path} must hold a query on each line, got none")
@@ -125,10 +126,8 @@ def make_queries(
     Near-duplicates are left out. After :data:`DRAWS` times as many drawn ones, fewer are returned, with a warning.
 
     Raises:
-        ValueError: the template has several columns, or the model makes fewer than two queries.
+        ValueError: the model makes fewer than two queries.
     """
-    if len(task.columns) != 1:
-        raise ValueError(f"self-made queries need a template with one column, got {', '.join(task.columns)}")
     (column,) = task.columns
     starts, shown_parts = query_starts(teacher.tokenizer, source)
     kinds, parts = list(starts), teacher.add_parts(shown_parts)
@@ -155,7 +154,7 @@ def make_queries(
             words = set(normalise(query).split())
             if len(rows) < count and query and _usable(task, {column: query}) and _is_new(words, known):
                 known.append(words)
-                rows.append({column: query, "kind": kind})
+                rows.append({"kind": kind, column: query})
         if progress is not None:
             progress(len(rows) - before)
     if len(rows) < min(2, count):
@@ -167,6 +166,12 @@ def make_queries(
     return rows
 
 
+def check_one_column(task: Task) -> None:
+    """Raises ValueError if the model cannot make queries, because the template has several columns."""
+    if len(task.columns) != 1:
+        raise ValueError(f"self-made queries need a template with one column, got {', '.join(task.columns)}")
+
+
 def write_queries(rows: Examples, folder: Path) -> None:
     """Keeps self-made queries beside the prompts; nothing is written if there are none."""
     if rows:
@@ -175,8 +180,18 @@ def write_queries(rows: Examples, folder: Path) -> None:
 
 
 def encoded(task: Task, rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
-    """Token ids [T] of each query, as serving reads it."""
-    return [encode_text(task, row, tokenizer) for row in rows]
+    """Token ids [T] of each query, as serving reads it.
+
+    Raises:
+        ValueError: a query without tokens, with its row.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        try:
+            found.append(encode_text(task, row, tokenizer))
+        except ValueError as error:
+            raise ValueError(f"{place(rows, i)}: {error}") from error
+    return found
 
 
 def query_starts(tokenizer: Any, source: SourceText) -> tuple[dict[str, list[tuple[str, list[int]]]], list[list[int]]]:

@@ -15,9 +15,9 @@ def print_result(result: Compression, console: Console) -> None:
     console.print(_drawn(retention_table(result)))
     console.print(_drawn(cost_table(result)))
     if len(result.prompts) > 1:
-        console.print(recommendation(result), highlight=False)
+        console.print(recommendation(result), highlight=False, markup=False)
     for note in result.notes:
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
 
 
 def _drawn(rows: Table) -> table.Table:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from ..base.files import size_of
-from ..base.modules import evaluating
+from ..base.modules import undisturbed
 from ..base.progress import progress_bar
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.card import write_card
@@ -24,7 +24,6 @@ from .cost import bank_of, first_token_seconds
 from .initial_choice import add_prompts
 from .initial_values import values_from_text
 from .preparation import Prepared, prepare
-from .queries import write_queries
 from .report import print_result
 from .result import CompressedPrompt, Compression, recommend
 from .retention import CUT, NOTHING, POOLED, WHOLE, Contestant, Retention, measure_retention
@@ -106,7 +105,7 @@ def compress(
     settings = replace(DistillationSettings() if settings is None else settings, **changes)
     check_scorer(scorer, settings)
     base = model.base_model if isinstance(model, SoftPromptModel) else model
-    with evaluating(base):
+    with undisturbed(base):
         prepared = prepare(
             base,
             tokenizer,
@@ -126,7 +125,6 @@ def compress(
             settings=settings,
             console=console,
         )
-        write_queries(prepared.self_made, prepared.output)
         train, held_out_targets, answer_seconds = _teach(prepared)
         teacher_seconds = prepared.query_seconds + answer_seconds
         free = free_continuations(prepared.teacher, held_out_targets, settings, scorer)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from os import PathLike
 
 from ..base.fields import (
-    INTEGER,
     NOT_NEGATIVE_INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
+    SEED,
     YES_OR_NO,
     check_fields,
     described,
@@ -132,7 +132,7 @@ class DistillationSettings:
     seed: int = field(
         default=0,
         metadata=described(
-            "Seed of the held-out queries, of the order of queries, and of what is drawn.", INTEGER, group=TRAINING
+            "Seed of the held-out queries, of the order of queries, and of what is drawn.", SEED, group=TRAINING
         ),
     )
     free_continuations: int = field(

@@ -18,7 +18,7 @@ class SourceText:
     """What is in front of every query."""
 
     ids: list[int]
-    """[T], with the BOS token if the tokenizer has one."""
+    """[T], with the BOS token if the tokenizer adds one; in a chat, if the chat template writes one."""
     frame: int
     """Number of the first ids that an empty text would have too: BOS, and the opening of a chat."""
     template: str
@@ -44,7 +44,7 @@ class SourceText:
         before, between, after = _chat_parts(tokenizer)
         if not after:
             raise ValueError("the model's chat template must begin an answer after the user's words")
-        opening = plain_text_ids(tokenizer, before, end=False) if before else self.ids[: self.frame]
+        opening = token_ids(tokenizer, before) if before else self.ids[: self.frame]
         return SourceText(opening + self.ids[self.frame :], len(opening), self.template, between, after)
 
     def asking(self, tokenizer: Any, words: str, opening: str = "") -> list[int]:
@@ -71,8 +71,8 @@ def read_source(tokenizer: Any, text: str, template: str, *, chat: bool) -> Sour
         bos = getattr(tokenizer, "bos_token_id", None)
         return SourceText(ids, int(bos is not None and ids[:1] == [bos]), template)
     before, between, after = _chat_parts(tokenizer)
-    ids = plain_text_ids(tokenizer, before + text, end=False)
-    opening = plain_text_ids(tokenizer, before, end=False) if before else []
+    ids = token_ids(tokenizer, before + text)  # as apply_chat_template: the template writes all special tokens
+    opening = token_ids(tokenizer, before) if before else []
     frame = next((i for i, (a, b) in enumerate(zip(opening, ids, strict=False)) if a != b), min(len(opening), len(ids)))
     return SourceText(ids, frame, _escaped(between) + template + _escaped(after), between, after)
 

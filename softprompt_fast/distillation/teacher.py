@@ -1,8 +1,8 @@
 """The teacher: the frozen model with the whole text in front, its continuations and its probabilities.
 
-The text is a prompt of token embeddings. It runs once, and its keys and values are kept (:class:`.PromptBank`); where a
-model does not allow that, it runs once per batch. What the teacher says is cached on disk by the content that it depends
-on, in chunks, so that an interrupted run continues where it was.
+The text is a prompt of token embeddings. It runs once, and its keys and values are kept (:class:`.PromptBank`); where
+the model does not allow that, it runs once per batch. What the teacher says is cached on disk by the content that it
+depends on, in chunks, so that an interrupted run continues where it was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..hf.generation_options import end_token_ids
 from ..inference.engine import Engine
 from ..inference.prompt_bank import PromptBank
 from ..models.soft_prompt_model import SoftPromptModel
-from ..prompts.base_identity import base_fingerprint
+from ..prompts.base_identity import base_fingerprint, weights_sha256
 from ..prompts.fast_soft_prompt import PromptIds
 from ..tasks.collation import pad_token_id, padded
 from .divergence import class_log_probabilities, kl_divergence
@@ -33,13 +33,29 @@ from .settings import DistillationSettings
 
 logger = logging.getLogger("softprompt_fast")
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CHUNK = 32
 """Queries that the teacher answers together; one file of the cache."""
 LARGEST_LOGITS = 2**28
 """Most numbers of the logits that are computed together, 1 GiB in float32. A long continuation alone may have more."""
+ONE_ANSWER: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""Options of ``generate`` that a model's own configuration does not change here."""
+WHOLE_DISTRIBUTION: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+}
+"""The same for tokens that are drawn: every token can be."""
 TEXT = "text"
 """Name of the teacher's prompt."""
+Identity = dict[str, Any]
+UNRELATED = ("transformers_version", "_name_or_path", "architectures")
+"""Fields of a configuration on which no answer depends."""
 TOLERANCE = 0.01
 """Largest divergence per token of a cached answer from the present model's. Rounding in bfloat16 stays below."""
 
@@ -68,6 +84,7 @@ class Teacher:
         text_ids: [T]
         cache: folder of the cache; None: nothing is stored.
         parts: a model that has the text as prompts, and their names; several teachers share it. None: a new model.
+        identity: :func:`model_identity` of the model, if it is known.
     """
 
     def __init__(
@@ -78,7 +95,10 @@ class Teacher:
         settings: DistillationSettings,
         cache: Path | None,
         parts: tuple[SoftPromptModel, tuple[str, ...]] | None = None,
+        identity: Identity | None = None,
     ) -> None:
+        from transformers import GenerationConfig
+
         self.tokenizer, self.settings, self.cache = tokenizer, settings, cache
         self.model, self._front = (SoftPromptModel(model), (TEXT,)) if parts is None else parts
         self._engine: Engine | None = None
@@ -88,9 +108,11 @@ class Teacher:
             self._engine = Engine(PromptBank(self.model))
         self._ends = end_token_ids(model, tokenizer.eos_token_id) or []
         sampled = settings.continuation == "sampled"
+        identity = model_identity(model) if identity is None else identity
+        self._weights_known = identity["weights"] is not None
         self._facts = {
             "format": CACHE_FORMAT,
-            "model": [base_fingerprint(model), getattr(model, "name_or_path", ""), str(model.dtype)],
+            "model": identity,
             "text": list(text_ids),
             "ends": self._ends,
             "generation": _generation_settings(model),
@@ -99,8 +121,9 @@ class Teacher:
             "temperature": settings.temperature,
             "seed": settings.seed if sampled else None,
         }
-        self._trusted: bool | None = None
-        """Whether this model has written the cache; None: not compared yet."""
+        fields = vars(GenerationConfig())  # of this version of transformers
+        self._draws = {name: value for name, value in WHOLE_DISTRIBUTION.items() if name in fields}
+        self._warned = False
 
     def targets(self, queries: Sequence[list[int]], progress: Callable[[int], None] | None = None) -> list[Target]:
         """The teacher's continuations of queries [T] and its probabilities, from the cache where they are known."""
@@ -108,7 +131,7 @@ class Teacher:
         for start in range(0, len(queries), CHUNK):
             chunk = list(queries[start : start + CHUNK])
             path = None if self.cache is None else self.cache / f"{self._key(chunk)}.safetensors"
-            known = None if path is None or self._trusted is False else self._read(path, chunk)
+            known = None if path is None else self._read(path, chunk)
             if known is None:
                 known = self._run(chunk)
                 if path is not None:
@@ -163,11 +186,10 @@ class Teacher:
             speaker: a model and its prompt, or one (None: no prompt) for each query, that speak instead of the teacher.
             options: of transformers' ``generate``.
         """
-        draws = {} if seed is None else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "num_beams": 1, **draws, **options}
+        given: dict[str, Any] = {"pad_token_id": pad_token_id(self.tokenizer), "do_sample": seed is not None}
+        given |= ONE_ANSWER | ({} if seed is None else self._draws) | options
         if self._ends:
             given["eos_token_id"] = self._ends
-        given["do_sample"] = seed is not None
         with torch.random.fork_rng():
             torch.manual_seed(0 if seed is None else seed)
             if speaker is None and self._engine is not None:
@@ -225,19 +247,33 @@ class Teacher:
             Target(query, tokens.tolist(), top_ids.long(), values)
             for query, tokens, top_ids, values in zip(queries, *parts, strict=True)
         ]
-        if self._trusted is None:
-            self._trusted = self._agrees(targets[0])
-            if not self._trusted:
-                logger.warning("the teacher's cache holds the answers of other weights; it is written again")
-        return targets if self._trusted else None
+        if self._weights_known or self._agrees(targets[0]):
+            return targets
+        if not self._warned:
+            logger.warning("the teacher's cache holds the answers of other weights; it is written again")
+        self._warned = True
+        return None
 
     @torch.no_grad()
     def _agrees(self, target: Target) -> bool:
-        """Whether this model gives a cached answer its probabilities: a fingerprint reads only some of the weights."""
+        """Whether this model gives a cached answer its probabilities; asked where its weights cannot be read."""
         values = class_log_probabilities(
             self.logits([target]), target.top_ids.to(self.model.device), self.settings.temperature
         )
         return kl_divergence(target.log_probabilities, values.cpu()).mean().item() <= TOLERANCE
+
+
+def model_identity(model: Any) -> Identity:
+    """What a model's answers depend on. ``weights`` is None where these cannot be read, such as quantised ones."""
+    config = model.config.to_diff_dict()
+    weights = weights_sha256(model)
+    return {
+        "base": base_fingerprint(model),
+        "weights": weights,
+        "name": getattr(model, "name_or_path", "") if weights is None else None,
+        "dtype": str(model.dtype),
+        "config": {key: repr(value) for key, value in sorted(config.items()) if key not in UNRELATED},
+    }
 
 
 def add_text(model: SoftPromptModel, name: str, ids: Sequence[int]) -> None:
@@ -251,7 +287,7 @@ def _generation_settings(model: Any) -> dict[str, str]:
     """What a model's own configuration says of continuations, such as a repetition penalty."""
     config = getattr(model, "generation_config", None)
     changed = {} if config is None else config.to_diff_dict()
-    return {name: repr(value) for name, value in sorted(changed.items()) if name != "transformers_version"}
+    return {name: repr(value) for name, value in sorted(changed.items()) if name not in UNRELATED}
 
 
 def logits_of(model: SoftPromptModel, prompt: str | tuple[str, ...] | None, targets: Sequence[Target]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..base.modules import without_gradients
 from ..base.precision import float32_products
 from ..models.soft_prompt_model import SoftPromptModel
 from ..prompts.placement import freeze_first
@@ -100,6 +101,8 @@ def train_prompts(
         ValueError: the loss is not finite any more.
     """
     parameters = [freeze_first(student.prompts, name, int(settings.keep_first)) for name in prompts]
+    # Another object over the same model may train its adapters: their gradients are not ours.
+    others = list(student.base_model.parameters())
     rate = settings.rate_from(init)
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
     prompt, shown = prompts[0], ", ".join(prompts)
@@ -112,7 +115,7 @@ def train_prompts(
             assert teacher is not None
             drawn = teacher.judged(student, prompt, [one.query for one in batch], settings.seed + step)
             parts.append((drawn, True))
-        with float32_products(settings.matmul_precision):
+        with float32_products(settings.matmul_precision), without_gradients(others):
             found = [
                 batch_loss(student, prompt, some, settings.temperature, reverse=reverse) for some, reverse in parts
             ]

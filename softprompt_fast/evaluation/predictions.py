@@ -113,6 +113,7 @@ def _generate(backend: ModelBackend, tokenizer: Any, texts: Ids, max_new_tokens:
     pad = pad_token_id(tokenizer)
     ids, mask = padded(texts, backend.model.device, value=pad)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    options |= {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever the model's configuration says
     options = with_end_token(backend.model.base_model, tokenizer.eos_token_id, options)
     output = backend.model.generate(ids, mask, backend.prompt_ids, **options)
     if not backend.encoder_decoder:

@@ -295,6 +295,8 @@ def with_pad_token(config: Any) -> Iterator[None]:
         config.pad_token_id = None
 
 
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
+"""Types of PEFT's prompts that add no columns to a model's results."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -330,6 +332,19 @@ def check_architecture(model: Any, *, task_head: bool = False) -> None:
         raise Unsupported(f"it has layers of type {', '.join(sorted(other))}")
     if not task_head and getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
         raise Unsupported(f"its loss is {model.loss_type}")
+
+
+def check_no_input_prompt(model: Any) -> None:
+    """Raises TypeError if a model puts a prompt of PEFT in front of its input: its results have other places then."""
+    configs, active = getattr(model, "peft_config", None) or {}, getattr(model, "active_adapter", None)
+    config = configs.get(active) if isinstance(active, str) else None
+    kind = config.peft_type.value if getattr(config, "is_prompt_learning", False) else None
+    if kind is not None and kind not in KEYS_AND_VALUES:
+        raise TypeError(
+            f"{type(model).__name__} cannot use a prompt: it has one of its own, {active!r} ({kind}). "
+            "Pass the model without it (`get_base_model()`) and add the saved prompt by its folder, or let "
+            "`softprompt_fast.accelerate` run the model as it is"
+        )
 
 
 def _unadapted(model: Any) -> Any:

@@ -52,9 +52,10 @@ def is_faster() -> bool:
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    x, weight = torch.ones(2, 3), torch.arange(12.0).view(4, 3)
+    x, weight, bias = (torch.arange(n, dtype=torch.float32) for n in (6, 12, 4))
+    x, weight = x.view(2, 3), weight.view(4, 3)
     try:  # it is not part of PyTorch's public interface
-        return torch.equal(_product(x, weight, torch.ones(4)), F.linear(x, weight, torch.ones(4)))
+        return torch.equal(_product(x, weight, bias), F.linear(x, weight, bias))
     except (RuntimeError, TypeError):
         return False
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.modules import evaluating
-from .architecture import ForwardTraits, answers_spans, classifies_rows, with_pad_token
+from .architecture import ForwardTraits, answers_spans, check_no_input_prompt, classifies_rows, with_pad_token
 from .embedding import LOOKUP_SCALE, check_whole, token_vectors, vectors_like, vocabulary_size
 
 COMPARED_TOKENS = 4
@@ -33,8 +33,10 @@ def check_inputs(model: Any, *, run_sharded: bool = True) -> None:
         run_sharded: False: a sharded model is left to a later call, because running it settles how it is sharded.
 
     Raises:
-        TypeError: the model does something else with embeddings that it looks up, or padding changes its results.
+        TypeError: the model does something else with embeddings that it looks up, padding changes its results, or a
+            prompt of PEFT stands in front of its input.
     """
+    check_no_input_prompt(model)
     embedding = model.get_input_embeddings()
     if hasattr(embedding, LOOKUP_SCALE) or not isinstance(embedding, nn.Module):
         return

@@ -97,6 +97,7 @@ class Engine:
     @torch.no_grad()
     def generate(self, view: View, texts: Ids, names: Sequence[str | None], options: dict[str, Any]) -> Tensor:
         """[B, N], the new tokens of each row; B is multiplied by ``num_return_sequences`` if several are asked for."""
+        options = options | {"return_dict_in_generate": False}  # the model's own configuration may say so
         if architecture.is_encoder_decoder(self.base):
             ids, mask = padded(texts, self.model.device)
             output: Tensor = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)

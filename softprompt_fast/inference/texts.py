@@ -33,8 +33,8 @@ Prompts = str | None | Iterable[str | None]
 """One prompt for all texts, or one for each in any container; None: no prompt."""
 Labels = Mapping[str, str] | Iterable[str] | None
 """What the model may say for each label, or the words alone; None: as each prompt's task says."""
-Encoded = dict[tuple[str, int, bool, int] | None, list[int]]
-"""A text's token ids by a task's template, length limit, special tokens and rules; None: without a task."""
+Encoded = dict[tuple[Any, ...] | None, list[int]]
+"""A text's token ids by what a task says of its encoding; None: without a task."""
 
 
 class TextEncoder:
@@ -57,7 +57,9 @@ class TextEncoder:
             ValueError: an empty text, or one that does not fit into the model's context.
         """
         task = self._task(name)
-        key = None if task is None else (task.template, task.max_length, task.special_tokens, task.encoding)
+        key = (
+            None if task is None else (task.template, task.max_length, task.special_tokens, task.literal, task.encoding)
+        )
         encoded = {} if encoded is None else encoded
         if key not in encoded:
             encoded[key] = self.encode(text, task, name)

@@ -78,6 +78,7 @@ class SoftPromptLM(HFLM):  # type: ignore[misc]
             ["prompt"] * len(context),
             max_new_tokens=max_length - context.shape[1],
             pad_token_id=self.tokenizer.pad_token_id,
+            return_dict_in_generate=False,
             **self._stops(stop),
             **options,
         )

@@ -67,7 +67,7 @@ def exact_products(model: Any) -> AbstractContextManager[None]:
 
 def checked_rows(rows: int) -> list[int]:
     """The rows of a batch to compare: at most CHECKED_ROWS, spread over the batch."""
-    return torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS)).round().long().tolist()  # type: ignore[no-any-return]
+    return torch.linspace(0, rows - 1, min(rows, CHECKED_ROWS), dtype=torch.float32).round().long().tolist()  # type: ignore[no-any-return]
 
 
 def compare_with_rows_alone(

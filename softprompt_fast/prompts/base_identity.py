@@ -59,6 +59,21 @@ def base_fingerprint(model: Any, *, with_pooler: bool = False) -> str:
     return f"{fingerprint}:{_digest(adapters)}"
 
 
+@torch.no_grad()
+def weights_sha256(model: Any) -> str | None:
+    """The hash of all weights of a model as they are, adapters included; None: some cannot be read.
+
+    It takes a second for each GB or two, and depends on the type of the numbers.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if type(tensor) is not Tensor or tensor.device.type == "meta":
+            return None
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
 def base_facts(model: Any) -> dict[str, Any]:
     """What :func:`write_prompt` writes of a base model: PEFT's fields and the fingerprint."""
     return peft_config(model) | {FINGERPRINT: base_fingerprint(model)}
@@ -131,11 +146,15 @@ def _readable(weight: Tensor) -> bool:
     return weight.is_floating_point() and type(weight.data) is Tensor and weight.device.type != "meta"
 
 
+def _spread(length: int) -> Tensor:
+    return torch.linspace(0, length - 1, min(SAMPLES, length), dtype=torch.float32).long()
+
+
 @torch.no_grad()
 def _digest(vectors: list[Tensor]) -> str:
     if not vectors:
         return UNKNOWN
-    places = {len(v): torch.linspace(0, len(v) - 1, min(SAMPLES, len(v))).long() for v in vectors}
+    places = {len(v): _spread(len(v)) for v in vectors}
     signs = [torch.signbit(v[places[len(v)].to(v.device)]) for v in vectors]
     bits = torch.cat([sign.cpu() for sign in signs])
     return hashlib.blake2b(bits.numpy().tobytes(), digest_size=8).hexdigest()

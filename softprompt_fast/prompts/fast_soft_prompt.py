@@ -74,7 +74,7 @@ class FastSoftPrompt(nn.Module):
         for name, length in (prompts or {}).items():
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"`prompts` must give a positive length for {name!r}, got {length!r}")
-            self.add_prompt(name, init=torch.randn(length, embedding_dim) * 0.02)
+            self.add_prompt(name, init=torch.randn(length, embedding_dim, dtype=torch.float32) * 0.02)
 
     @classmethod
     def frozen(cls, prompts: Mapping[str, Tensor], like: FastSoftPrompt) -> FastSoftPrompt:
@@ -191,8 +191,8 @@ class FastSoftPrompt(nn.Module):
             raise ValueError(f"prompt {name!r} already has a token update; set_token_update replaces it")
         random = None if seed is None else torch.Generator().manual_seed(seed)
         bound = 1 / math.sqrt(rank)
-        a = torch.empty(max_length, rank).uniform_(-bound, bound, generator=random)
-        return self.set_token_update(name, a, torch.zeros(rank, self.embedding_dim))
+        a = torch.empty(max_length, rank, dtype=torch.float32).uniform_(-bound, bound, generator=random)
+        return self.set_token_update(name, a, torch.zeros(rank, self.embedding_dim, dtype=torch.float32))
 
     def set_token_update(self, name: str, a: Tensor, b: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
         """Sets the factors a [U, r] and b [r, D] of a prompt's token update; an earlier update is replaced."""

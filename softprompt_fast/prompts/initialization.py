@@ -90,7 +90,7 @@ def initial_prompt(
     if init == "vocabulary":
         return _vocabulary(table, num_virtual_tokens, generator)
     spread = table.weight.detach().float().std().item() * abs(table.scale)
-    return torch.randn(num_virtual_tokens, table.weight.shape[1], generator=generator) * spread
+    return torch.randn(num_virtual_tokens, table.weight.shape[1], generator=generator, dtype=torch.float32) * spread
 
 
 def _as_given(values: Tensor, count: int | None) -> Tensor:

@@ -65,8 +65,8 @@ class LowRank(nn.Module):
         super().__init__()
         if not 0 < rank <= min(length, dim):
             raise ValueError(f"`rank` must be 1 to {min(length, dim)}, the smaller side of [P, D], got {rank}")
-        self.a = nn.Parameter(torch.randn(length, rank) / math.sqrt(rank))
-        self.b = nn.Parameter(torch.zeros(rank, dim))
+        self.a = nn.Parameter(torch.randn(length, rank, dtype=torch.float32) / math.sqrt(rank))
+        self.b = nn.Parameter(torch.zeros(rank, dim, dtype=torch.float32))
 
     def forward(self, prompt: Tensor) -> Tensor:
         return prompt.detach() + self.a @ self.b

@@ -38,7 +38,9 @@ class Selection:
         """[R, D]; a single prompt is returned as it is, without a copy."""
         if len(self.prompts) == 1:
             return self.prompts[0]
-        return torch.cat(self.prompts) if self.prompts else torch.empty(0, self.width, device=device)
+        return (
+            torch.cat(self.prompts) if self.prompts else torch.empty(0, self.width, device=device, dtype=torch.float32)
+        )
 
     def token_factors(self) -> tuple[Tensor, Tensor] | None:
         """a [N, U, r] and b [N, r, D] for ``assemble``, filled up with zeros; None: no prompt has an update."""

@@ -35,7 +35,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def without_end(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids without the end-of-sequence token that some tokenizers append: the answer follows there."""
+    """Token ids without an end-of-sequence token at their end: the answer follows there."""
     ids = list(ids)
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
 
@@ -77,8 +77,12 @@ def plain_text_ids(tokenizer: Any, text: str, *, end: bool) -> list[int]:
     Args:
         end: whether an end-of-sequence token that the tokenizer appends stays.
     """
-    ids = _one_bos(list(tokenizer(checked(text)).input_ids), tokenizer, special_tokens=True)
-    return ids if end else without_end(ids, tokenizer)
+    ids, own = list(tokenizer(checked(text)).input_ids), token_ids(tokenizer, text)
+    if not end:  # an end token that the text itself writes stays
+        starts = (start for start in range(len(ids) - len(own) + 1) if ids[start : start + len(own)] == own)
+        start = next(starts, None)
+        ids = without_end(ids, tokenizer) if start is None else ids[: start + len(own)]
+    return _one_bos(ids, tokenizer, special_tokens=True)
 
 
 def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_decoder: bool = False) -> list[int]:
@@ -89,22 +93,26 @@ def encode_text(task: Task, row: Mapping[str, Any], tokenizer: Any, *, encoder_d
     its last spaces and the tokenizer's end token stay.
 
     Raises:
-        ValueError: the template alone has more than ``task.max_length`` tokens, or the text is not valid Unicode.
+        ValueError: the text has no tokens, the template alone has more than ``task.max_length``, or the text is not
+            valid Unicode.
     """
+    literal = task.literal and not task.special_tokens
     text = checked(task.text(row))
     continued = not encoder_decoder and task.head is None
     if continued:
         text = text[: len(text) - len(moved_space(task))]
     ids = list(tokenizer(text, truncation=False, add_special_tokens=task.special_tokens).input_ids)
     whole = len(ids)
-    if task.encoding > 1:
+    if task.encoding > 1 and not literal:
         ids = _one_bos(ids, tokenizer, special_tokens=task.special_tokens)
     dropped = whole - len(ids)
-    if continued:
+    if continued and not literal:
         ids = without_end(ids, tokenizer)
     current_cuts().count_text(len(ids) > task.max_length, task.max_length)
     if len(ids) > task.max_length:
         ids = _cut_columns(task, row, text, ids, tokenizer, dropped)
+    if not ids and (literal or tokenizer.eos_token_id is None):
+        raise ValueError("the text has no tokens")
     return ids or [tokenizer.eos_token_id]
 
 

@@ -52,6 +52,9 @@ class Task:
     encoding: int = 2
     """Rules by which rows become tokens. 2: answers as in running text, label words with an end token where one begins
     another, long texts without the beginning of their columns. 1: the rules of prompts saved without this field."""
+    literal: bool = False
+    """Whether special tokens that the template writes stay, wherever they are; for prompts that are a compressed text,
+    without ``special_tokens``. Else BOS at the beginning and an end token at the end are left out."""
     chat: dict[str, str] | None = None
     """Generation from conversations: the tokenizer's ``chat_template``, and the special tokens that it names.
     An empty mapping until :meth:`read_chat`. None: no conversations."""
@@ -85,7 +88,7 @@ class Task:
     @property
     def columns(self) -> list[str]:
         """The columns that the template names."""
-        return list(dict.fromkeys(name for _, name in templates.parse(self.template) if name is not None))
+        return templates.columns(self.template)
 
     @property
     def labels(self) -> list[str]:
@@ -210,9 +213,9 @@ class Task:
             self.chat = chat.chat_of(tokenizer)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields. A task without a head has none of that name, as in files of older versions."""
+        """The fields; as in files of older versions, those of a head and of literal templates only where they count."""
         fields = asdict(self)
-        return {key: value for key, value in fields.items() if key != "head" or value is not None}
+        return {key: value for key, value in fields.items() if key not in ("head", "literal") or value}
 
     def save(self, folder: PathLike[str] | str) -> None:
         (Path(folder) / TASK_FILE).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
@@ -224,10 +227,13 @@ class Task:
         files = [folder / TASK_FILE] if (folder / TASK_FILE).is_file() else sorted(folder.glob(f"*/{TASK_FILE}"))
         if len(files) != 1:
             raise FileNotFoundError(f"{folder} must hold one prompt with a {TASK_FILE}, got {len(files)}")
-        fields = {"encoding": 1} | json.loads(files[0].read_text())
-        if fields.get("head") is not None:
-            fields["head"] = Head(**fields["head"])
-        return cls(**fields)
+        try:
+            fields = {"encoding": 1} | json.loads(files[0].read_text())
+            if fields.get("head") is not None:
+                fields["head"] = Head(**fields["head"])
+            return cls(**fields)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{files[0]} must hold the fields of a task: {error}") from error
 
 
 def classification_task(
@@ -246,7 +252,7 @@ def classification_task(
     """
     rows = as_rows(rows)
     name = label_column.capitalize().replace("{", "{{").replace("}", "}}")
-    template = template or f"{templates.field(text_column)}\n{name}:"
+    template = f"{templates.field(text_column)}\n{name}:" if template is None else template
     if label_words is None:
         label_words = {label: spaced(label.strip(), template) for label in labels_in(rows, label_column)}
     return Task("classification", template, label_column, dict(label_words), **fields)
@@ -287,4 +293,5 @@ def generation_task(
     *, input_column: str = "prompt", output_column: str = "response", template: str | None = None, **fields: Any
 ) -> Task:
     """A task in which the model continues the input column's text with the output column's."""
-    return Task("generation", template or templates.field(input_column), output_column, **fields)
+    template = templates.field(input_column) if template is None else template
+    return Task("generation", template, output_column, **fields)

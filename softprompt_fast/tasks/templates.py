@@ -35,6 +35,11 @@ def parse(template: str) -> list[tuple[str, str | None]]:
     return [*parts, (literal + template[at:], None)]
 
 
+def columns(template: str) -> list[str]:
+    """The columns that a template names, each once."""
+    return list(dict.fromkeys(name for _, name in parse(template) if name is not None))
+
+
 def render(template: str, values: Mapping[str, str]) -> str:
     """The template with each column's text."""
     return "".join(literal + ("" if name is None else values[name]) for literal, name in parse(template))

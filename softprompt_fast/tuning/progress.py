@@ -83,7 +83,7 @@ class RichProgress(TrainerCallback):
         return f"{clock((state.max_steps - state.global_step) * (self._step_end - self._first_end) / done)} left"
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

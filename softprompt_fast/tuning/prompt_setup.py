@@ -78,7 +78,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
     parameter = model.add_prompt(task.prompt, count, init=init, **options)
     if settings.init_noise:
         generator = torch.Generator().manual_seed(settings.seed)
-        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter)
         noise[: settings.num_frozen_tokens] = 0
         with torch.no_grad():
             parameter.add_(noise * parameter.std() * settings.init_noise)
@@ -86,7 +86,10 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
 
 def _holds_bos(init: str | PathLike[str]) -> bool:
     """Whether a saved prompt was tuned with ``placement="after_bos"``."""
-    return (Path(init) / TASK_FILE).is_file() and not Task.load(init).special_tokens
+    if not (Path(init) / TASK_FILE).is_file():
+        return False
+    task = Task.load(init)
+    return not task.special_tokens and not task.literal
 
 
 def _automatic(

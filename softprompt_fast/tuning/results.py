@@ -66,7 +66,7 @@ def save_results(prepared: Prepared, outcome: Outcome) -> list[TuningResult]:
         )
         prefix = line_prefix(job, prepared.jobs)
         line = f"{prefix}with the prompt: {describe_scores(after)}; saved in {folder}"
-        prepared.console.print(line, highlight=False, soft_wrap=True)
+        prepared.console.print(line, highlight=False, markup=False, soft_wrap=True)
     if outcome.main_process:
         _write_metrics(prepared, results)
     for job, result in zip(prepared.jobs, results, strict=True):

@@ -8,11 +8,11 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from ..base.fields import (
-    INTEGER,
     NOT_NEGATIVE,
     NOT_NEGATIVE_INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
+    SEED,
     SHARE,
     check_fields,
     described,
@@ -218,7 +218,7 @@ class TuningSettings:
         default=0,
         metadata=described(
             "Seed of the initial values and of the order of rows. The same seed gives the same prompt.",
-            INTEGER,
+            SEED,
             group=TRAINING,
         ),
     )

@@ -61,7 +61,7 @@ def test_options_can_be_chosen() -> None:
     [
         (["--batch-size", "0"], "--batch-size must be a positive integer, got 0"),
         (["--steps", "0"], "--steps must be a positive integer, got 0"),
-        (["--lr", "0"], "--learning-rate must be positive, got 0.0"),
+        (["--lr", "0"], "--learning-rate must be positive and finite, got 0.0"),
         (["--accumulate", "0"], "--accumulate must be a positive integer, got 0"),
         (["-P", "-1"], "--virtual-tokens must be a positive integer, got -1"),
         (["--label-smoothing", "1"], "--label-smoothing must be at least 0 and below 1, got 1.0"),

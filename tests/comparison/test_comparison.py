@@ -47,7 +47,7 @@ def test_options_are_checked_before_anything_runs(tmp_path: Path) -> None:
         ("`methods` must be some of .* got magic", {"methods": ["magic"]}),
         ("`methods` must be some of .* got magic", {"options": {"magic": {}}}),
         ("`options` of 'lora' must be some of r, alpha, .* got 'rank'", {"options": {"lora": {"rank": 3}}}),
-        ("`learning_rate` must be positive", {"options": {"prompt": {"learning_rate": -1.0}}}),
+        ("`learning_rate` must be positive and finite", {"options": {"prompt": {"learning_rate": -1.0}}}),
         ("`init` of 'peft-prompt' must be one of RANDOM, .* got 'x'", {"options": {"peft-prompt": {"init": "x"}}}),
         ("`seeds` must hold at least one", {"seeds": []}),
         ("`steps` must be positive, got 0", {"steps": 0}),

@@ -134,6 +134,31 @@ def test_options_that_would_be_ignored_are_refused(folder: Path) -> None:
     assert "--text must name files whose names are" in error_of("--text", "my file.txt", *several)
 
 
+def test_no_input_is_overwritten_and_outputs_are_checked_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softprompt_fast.hf import loading
+
+    monkeypatch.setattr(loading, "load_base_model", None)
+    given = ["--text", "system.txt", "-q", "queries.jsonl"]
+    for file in ("system.txt", "queries.jsonl"):
+        assert error_of(*given, "--report", file) == f"each output must be a file of its own, got {file} twice"
+    assert "got new.jsonl twice" in error_of(*given, "--held-out", "new.jsonl", "--report", "new.jsonl")
+    assert "where" in error_of(*given, "-o", "system.txt/below") and "--output" in error_of(*given, "-o", "system.txt")
+    assert error_of(*given, "--teacher-cache", "system.txt").startswith("--teacher-cache must be a folder")
+    assert error_of(*given, "--figure", "a.jpg") == "a figure's file must end with .svg, .png or .pdf, got 'a.jpg'"
+    template = ["--template", "{question}", "--text-column", "text"]
+    assert error_of(*given, *template) == "--text-column must be a column that --template names, got text"
+    (folder / "lines.txt").write_text("film\ndull\n")
+    for option in (["--no-header"], ["--delimiter", ";"], ["--split", "train"], ["--config", "x"]):
+        message = f"{option[0]} cannot be given for a text file, got lines.txt"
+        assert error_of("--text", "system.txt", "-q", "lines.txt", *option) == message
+
+
+def test_brackets_in_a_path_are_shown_as_they_are(folder: Path) -> None:
+    command = ["compress", "-m", "model", "--text", "system.txt", "-q", "queries.jsonl", "-n", "2", "--steps", "1"]
+    shown = run(*command, "--dtype", "float32", "-o", "out[v2]", "--report", "out[/b].html").output
+    assert "--prompt out[v2]/prompt" in shown and "wrote out[/b].html" in shown
+
+
 def test_a_text_file_of_queries_and_keys_and_values(folder: Path) -> None:
     (folder / "lines.txt").write_text("".join(f"{row['text']}\n" for row in queries()))
     command = ["compress", "-m", "model", "--text", "system.txt", "-q", "lines.txt", "--template", r"{text}\nLabel :"]

@@ -51,7 +51,15 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"self_queries": -1}, "`self_queries` must be 0 or more, got -1"),
         ({"queries": [{"text": ""}, {"text": None}]}, r"the queries must hold text, got none among 2: no text \(rows"),
         ({"queries": [{"other": "film"}]}, "the template names column 'text', but the data has"),
-        ({"queries": queries(1)}, "`held_out` must leave rows on both sides of 1, got 0.2"),
+        ({"queries": queries(1)}, "`held_out` must be a share below 1 or a whole number .* of 1 queries on both sides"),
+        ({"held_out": 1.7}, "`held_out` must be a share below 1 or a whole number .*, got 1.7"),
+        ({"held_out": 24, "self_queries": 0}, "`held_out` must be a share below 1 or a whole number .*, got 24"),
+        ({"template": ""}, "`template` must name at least one column in braces, got ''"),
+        ({"template": "{a} {b}", "queries": None, "self_queries": 3}, "need a template with one column, got a, b"),
+        ({"name": "a" * 127, "tokens": [2, 4]}, "`name` must be 1 to 128 letters"),
+        ({"max_grad_norm": float("inf")}, "`max_grad_norm` must be positive and finite, got inf"),
+        ({"max_drop": float("inf")}, "`max_drop` must be 0 or more and finite, got inf"),
+        ({"seed": 2**32}, r"`seed` must be an integer from 0 to 2\*\*32 - 1, got 4294967296"),
         ({"template": "no column"}, "`template` must name at least one column in braces, got 'no column'"),
         ({"chat": True}, "conversations need a model whose tokenizer has a chat template"),
         ({"name": "a b"}, "`name` must be 1 to 128 letters"),
@@ -61,7 +69,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             "`init` must be .*, fitted or the folder or file of a prompt, got 'random'",
         ),
         ({"steps": 0}, "`steps` must be a positive integer, got 0"),
-        ({"max_drop": -0.1}, "`max_drop` must be 0 or more, got -0.1"),
+        ({"max_drop": -0.1}, "`max_drop` must be 0 or more and finite, got -0.1"),
     ],
 )
 def test_one_line_says_what_is_wrong(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -96,6 +104,36 @@ def test_a_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "prompt-8").mkdir()
     with pytest.raises(FileExistsError, match="prompt-8 already exists; choose another output folder"):
         compressed(tmp_path, tokens=[4, 8])
+
+
+def test_queries_that_are_there_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "queries.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(FileExistsError, match=r"queries\.jsonl already exists; choose another output folder"):
+        compressed(tmp_path, self_queries=3)
+    assert (tmp_path / "queries.jsonl").read_text() == '{"text": "mine"}\n'
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"queries": ["film great", "dull"]}, "`queries` must hold a mapping of columns in each row, got str in row 0"),
+        ({"queries": "queries.jsonl"}, "`queries` must be a list of rows, got one str"),
+        ({"held_out": "0.2"}, "`held_out` must be a list of rows, got one str"),
+        ({"held_out": ["film"]}, "`held_out` must hold a mapping of columns"),
+    ],
+)
+def test_rows_must_be_mappings(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=message):
+        compressed(tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("argument", ["output", "cache"])
+def test_folders_are_checked_before_the_teacher_runs(argument: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        folders = {"output": tmp_path / "out", "cache": tmp_path / "cache"} | {argument: place}
+        with pytest.raises(NotADirectoryError, match=f"`{argument}` must be a folder, got .*file is a file"):
+            compressed(folders["output"], cache=folders["cache"])
 
 
 @pytest.mark.parametrize(

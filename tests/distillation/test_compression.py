@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support.tiny_models import build
@@ -270,3 +273,20 @@ def test_a_system_prompt_is_read_in_the_chat_template(tmp_path: Path) -> None:
     assert whole[-len(query) :] == query and len(whole) - len(query) == result.text_tokens
     nothing = result.references[1]
     assert nothing.tokens == 1  # "system_turn" is there without a text too
+
+
+def test_tables_and_numbers_of_other_libraries_are_taken(tmp_path: Path) -> None:
+    table = pd.DataFrame(queries())
+    result = compressed(tmp_path, queries=table, tokens=np.int64(4), held_out=np.float32(0.25), steps=1)
+    assert (result.prompts[0].tokens, result.held_out_queries) == (4, 6)
+
+
+def test_a_held_out_query_is_not_trained_on_in_another_spelling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = queries(6)
+    with caplog.at_level(logging.WARNING):
+        result = compressed(
+            tmp_path, queries=rows, held_out=[{"text": f"{rows[0]['text']} "}, {"text": "dull"}], steps=1
+        )
+    assert result.training_queries == 5 and "1 queries have the tokens of held-out ones" in caplog.text

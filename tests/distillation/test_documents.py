@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from softprompt_fast.distillation.settings import DistillationSettings
 from softprompt_fast.distillation.teacher import Teacher
 from softprompt_fast.inference.pipeline import SoftPromptPipeline
 from softprompt_fast.inference.prompt_bank import PromptBank
-from softprompt_fast.prompts.peft_files import write_prompt
+from softprompt_fast.prompts.peft_files import read_prompt, write_prompt
 from softprompt_fast.tasks.encoding import token_ids
 from softprompt_fast.tasks.task import Task
 
@@ -252,6 +253,13 @@ def test_self_made_queries_are_kept(tmp_path: Path) -> None:
             {"init": "elsewhere"},
             "for several documents, got elsewhere",
         ),
+        ({"beside": 1.5}, "`beside` must be 0 to 2, the number of other documents, got 1.5"),
+        ({"documents": {1: TEXT, "two": TEXT}}, "`name` must be 1 to 128 letters"),
+        (
+            {"self_queries": 2, "queries": None, "document_column": "text"},
+            "`document_column` must not be the column of self-made queries, got 'text'",
+        ),
+        ({"held_out": 1.5}, "`held_out` must be a share below 1 or a whole number"),
         ({"queries": queries(6)}, "column 'document' must be one of first, second, third, got None"),
         ({"queries": []}, "there are no queries"),
     ],
@@ -260,6 +268,29 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=message):
         compressed(tmp_path, **options)
     assert not list(tmp_path.glob("*/adapter_config.json"))
+
+
+def test_a_joined_prompt_keeps_the_opening_of_a_run_after_a_prompt_without_one(
+    results: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = chat_tokenizer()
+    compressed(tmp_path / "chat", tokenizer=tokenizer, chat=True, template="{text}", steps=1)
+    plain, chat = results["embeddings"][1] / "first", tmp_path / "chat" / "first"
+    with caplog.at_level(logging.WARNING):
+        joined = read_prompt(join_prompts([plain, chat], tmp_path / "joined"))[0]
+    assert "were not trained together" in caplog.text
+    assert torch.equal(joined, torch.cat([read_prompt(plain)[0], read_prompt(chat)[0]]))
+
+
+@pytest.mark.parametrize(("file", "text"), [("task.json", "{"), ("task.json", '{"x": 1}'), ("composition.json", "{}")])
+def test_a_damaged_file_leaves_nothing_half_written(file: str, text: str, results: Any, tmp_path: Path) -> None:
+    output = results["embeddings"][1]
+    for name in ("first", "second"):
+        copytree(output / name, tmp_path / name)
+    (tmp_path / "first" / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file} must hold"):
+        join_prompts([tmp_path / "first", tmp_path / "second"], tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
 
 
 def test_bad_joins(results: Any, tmp_path: Path) -> None:

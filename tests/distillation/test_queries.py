@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def prepared(tokenizer: Any, output: Path, **options: Any) -> Prepared:
         "console": Console(quiet=True),
     }
     text = options.pop("text", TEXT)
-    return prepare(build("llama"), tokenizer, text, output, **given | options)
+    return prepare(build("llama"), tokenizer, text, Path(tempfile.mkdtemp(dir=output)), **given | options)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, answers: list[str]) -> list[list[list[int]]]:
@@ -115,6 +116,17 @@ def test_a_query_begins_with_the_words_that_the_model_continues(
     rows = prepared(tokenizer, tmp_path, chat=True, self_queries=3).self_made
     assert {row["text"].split()[0] for row in rows} <= {"dull", "great"}
     assert {tokenizer.decode(ids).split()[-1] for ids in read[0]} == {"dull", "great"}
+
+
+def test_the_column_of_the_queries_can_have_any_name(tmp_path: Path) -> None:
+    rows = prepared(tiny_tokenizer(*EVERY_WORD), tmp_path, text_column="kind").self_made
+    assert len(rows) == 12 and not {row["kind"] for row in rows} & set(SEEDS)
+
+
+def test_lines_end_with_line_breaks_alone(tmp_path: Path) -> None:
+    (tmp_path / "queries.txt").write_bytes("one\u2028line\r\n\ntwo\x0clines\rthree\n".encode())
+    rows = module.read_text_lines(tmp_path / "queries.txt", "text")
+    assert [row["text"] for row in rows] == ["one\u2028line", "two\x0clines", "three"]
 
 
 def test_a_long_text_is_shown_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

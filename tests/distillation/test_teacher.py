@@ -190,6 +190,25 @@ def test_another_generation_configuration_gives_other_answers(tmp_path: Path) ->
     assert not set(first.continuation) & set(range(10, 60))
 
 
+@pytest.mark.parametrize(
+    "own", [{"return_dict_in_generate": True}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}]
+)
+def test_the_models_own_options_give_one_answer(own: dict[str, Any]) -> None:
+    model = build("llama")
+    expected = teacher_of(model).targets(QUERIES)
+    model.generation_config.update(**own)
+    assert same(expected, teacher_of(model).targets(QUERIES))
+
+
+@pytest.mark.parametrize("own", [{"min_p": 0.99}, {"epsilon_cutoff": 0.5}, {"top_p": 0.01}, {"temperature": 0.01}])
+def test_a_sampled_continuation_is_drawn_from_the_whole_distribution(own: dict[str, Any]) -> None:
+    model = build("llama")
+    greedy = teacher_of(model).targets(QUERIES)
+    model.generation_config.update(do_sample=True, **own)
+    drawn = teacher_of(model, continuation="sampled").targets(QUERIES)
+    assert sum(a.continuation != b.continuation for a, b in zip(greedy, drawn, strict=True)) > len(QUERIES) // 2
+
+
 def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     first = teacher_of(model, tmp_path).targets(QUERIES)
@@ -200,10 +219,29 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert same(first, teacher_of(model, tmp_path).targets(QUERIES)) and calls == [6]
 
 
-def test_answers_of_other_weights_with_the_same_fingerprint_are_not_used(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("change", ["weights", "one number", "head", "configuration"])
+def test_answers_of_another_model_are_not_used(change: str, tmp_path: Path) -> None:
+    model = build("llama")
+    teacher_of(model, tmp_path).targets(QUERIES)
+    with torch.no_grad():
+        if change == "weights":
+            for parameter in model.parameters():
+                parameter.mul_(1 + 0.01 * torch.rand(parameter.shape))
+        elif change == "one number":
+            model.model.layers[1].mlp.up_proj.weight[3, 4] *= 1.001
+        elif change == "head":
+            model.lm_head.weight[40] *= 2
+        else:
+            model.config.rms_norm_eps = 0.1
+    teacher_of(model, tmp_path).targets(QUERIES)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_weights_that_cannot_be_read_are_known_by_their_answers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("llama")
+    monkeypatch.setattr(teacher_module, "weights_sha256", lambda model: None)
     teacher_of(model, tmp_path).targets(QUERIES)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(3)  # keeps every sign

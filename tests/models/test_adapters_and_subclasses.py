@@ -75,9 +75,19 @@ def test_an_adapter_and_its_base_can_both_be_wrapped() -> None:
 
 
 def test_prompts_of_peft_in_the_base_are_the_reason() -> None:
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     report = spf.SoftPromptModel(peft.get_peft_model(build("llama"), config)).execution_report()
     assert (report.execution, "it has a prompt of PEFT" in report.reason) == ("padded", True)
+
+
+@pytest.mark.parametrize("kind", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_a_base_with_an_input_prompt_of_peft_is_refused(kind: Any) -> None:
+    base = build("llama")
+    spf.SoftPromptModel(base)  # the model itself was checked before
+    model = peft.get_peft_model(base, kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(TypeError, match=r"PeftModelForCausalLM cannot use a prompt: it has one of its own, 'default'"):
+        spf.SoftPromptModel(model)
+    spf.SoftPromptModel(model.get_base_model())
 
 
 def test_a_subclass_runs_like_its_class() -> None:
