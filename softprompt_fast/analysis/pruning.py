@@ -122,7 +122,7 @@ def prune(
     mask = torch.ones(P, max(pieces, 1), dtype=torch.bool)
     search = _Search(losses, mask, tolerance, rescore)
     whole = search.lowest
-    fixed = 0 if task.special_tokens else 1  # a prompt after BOS begins with BOS's vector, which stays
+    fixed = int(task.prompt_holds_bos)  # a prompt after BOS begins with BOS's vector, which stays
     removed, first = search.eliminate([(i, slice(None)) for i in range(P)], P - min_tokens, fixed)
     zeroed: list[int] = []
     if pieces > 1:

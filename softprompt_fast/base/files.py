@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -75,13 +76,16 @@ def check_folder(path: Path, argument: str) -> None:
     """Checks before any work that files can be written into a folder, which need not exist yet.
 
     Raises:
-        NotADirectoryError, PermissionError: naming the argument and the path.
+        OSError: naming the argument and the path.
     """
     place = next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())
-    if not place.is_dir():
-        raise NotADirectoryError(f"{argument} must be a folder, got {path}, where {place} is a file")
-    if not os.access(place, os.W_OK):
-        raise PermissionError(f"{argument} must be a folder that can be written to, got {path}")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{argument} must be a folder that can be written to, got {path}: {error.strerror or error} ({place})"
+        ) from error
 
 
 def size_of(folder: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +25,13 @@ def evaluating(model: Any) -> Iterator[None]:
 @contextmanager
 def undisturbed(model: Any) -> Iterator[None]:
     """As :func:`evaluating`. The caller's settings of gradients, inference mode and autocast do not count within."""
-    kind = next(model.parameters()).device.type
-    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
-    with torch.inference_mode(False), torch.enable_grad(), plain, evaluating(model):
+    with ExitStack() as settings:
+        for kind in {parameter.device.type for parameter in model.parameters()}:
+            if torch.amp.is_autocast_available(kind):
+                settings.enter_context(torch.autocast(kind, enabled=False))
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        settings.enter_context(evaluating(model))
         yield
 
 

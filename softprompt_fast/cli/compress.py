@@ -11,7 +11,7 @@ import typer
 from ..base.extras import require
 from ..base.files import check_folder
 from ..distillation.settings import TEACHER, TRAINING, DistillationSettings
-from .data import DataOptions
+from .data import DataOptions, is_text_file
 from .options import DATA, OUTPUT, PROMPT, Device, Dtype, Figure, Model, PromptName, with_options
 from .output import check_outputs, console, draw_figure
 
@@ -163,14 +163,16 @@ def compress(
     if len(texts) > 1 and len(counts) > 1:
         raise ValueError(f"--tokens must be one number for several --text files, got {tokens}")
 
+    number = _number(held_out)
+    data_options.check_used([name for name in (queries, held_out if number is None else None) if name is not None])
+
     def read(name: str) -> Examples:
-        if Path(name).suffix.lower() == ".txt":
-            data_options.check_text_lines(name)
+        if is_text_file(name):
             return read_text_lines(Path(name), text_column, data_options.encoding)
         return data_options.read(name)
 
     rows: Examples = [] if queries is None else read(queries)
-    measured = number if (number := _number(held_out)) is not None else read(held_out)
+    measured = read(held_out) if number is None else number
     base, tokenizer = load_base_model(model, dtype, device, console=console)
     common: dict[str, Any] = {
         "self_queries": self_queries,

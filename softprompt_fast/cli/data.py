@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base.extras import require
@@ -13,6 +14,11 @@ from .options import DATA
 if TYPE_CHECKING:
     from ..tasks.examples import Examples
     from ..tasks.task import Task
+
+
+def is_text_file(source: str) -> bool:
+    """Whether a source is a text file with a row on each line."""
+    return Path(source).suffix.lower() == ".txt"
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,13 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def check_text_lines(self, source: str) -> None:
-        """Raises ValueError for options that a text file, a line for each row, would ignore."""
+    def check_used(self, sources: Sequence[str]) -> None:
+        """Raises ValueError for options that would be ignored, because all sources are text files."""
+        if not sources or not all(map(is_text_file, sources)):
+            return
         for name in ("split", "config", "delimiter", "no_header"):
             if getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} cannot be given for a text file, got {source}")
+                raise ValueError(f"--{name.replace('_', '-')} cannot be given for a text file, got {sources[0]}")
 
     def read(self, source: str) -> Examples:
         """The rows of a file, a folder or a Hub dataset."""
@@ -147,6 +155,7 @@ class TaskOptions:
                     max_length=self.max_length,
                     chat={},
                     special_tokens=False,
+                    literal=True,
                     **fields,
                 )
             return generation_task(

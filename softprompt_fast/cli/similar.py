@@ -95,5 +95,5 @@ def _check_places(task: Task, folders: dict[str, Path]) -> None:
     from ..tasks.task import TASK_FILE, Task
 
     for name, folder in folders.items():
-        if (folder / TASK_FILE).is_file() and Task.load(folder).special_tokens != task.special_tokens:
+        if (folder / TASK_FILE).is_file() and Task.load(folder).prompt_holds_bos != task.prompt_holds_bos:
             raise ValueError(f"--prompt must hold prompts on the target's side of BOS, got {name!r} on the other")

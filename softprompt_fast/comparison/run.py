@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
+from ..base.fields import SEED
 from ..base.files import write_atomically, write_json
 from ..hf.loading import resolve_dtype
 from ..tasks.examples import Examples
@@ -160,6 +161,9 @@ def _same_dtype(model: str, dtype: str, device: str | None, console: Console) ->
 def _check(seeds: Sequence[int], **counts: int) -> None:
     if not seeds:
         raise ValueError("`seeds` must hold at least one seed, got none")
+    for seed in seeds:
+        if not SEED.holds(seed):
+            raise ValueError(f"`seeds` must each be {SEED.text}, got {seed}")
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"`{name}` must be positive, got {count}")

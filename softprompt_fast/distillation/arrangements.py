@@ -97,7 +97,6 @@ class Teachers:
             model, tokenizer, settings, cache = self._of
             ids, front = self._documents.ids(arrangement), self._documents.front(arrangement)
             parts = (self.model, front)
-            parts = (self.model, front)
             self._known[arrangement] = Teacher(model, tokenizer, ids, settings, cache, parts, self._identity)
         return self._known[arrangement]
 

@@ -13,7 +13,7 @@ from ..tasks.examples import Examples
 from ..tasks.rows import joined
 from ..tasks.task import Task
 from .arrangements import Arrangement, Documents, Teachers, beside_others
-from .preparation import check_held_out, check_room, check_room_to_ask, split_queries
+from .preparation import check_held_out, check_room, check_room_to_ask, not_held_out, split_queries
 from .queries import check_one_column, encoded, make_queries, usable_queries
 from .settings import DistillationSettings
 
@@ -30,8 +30,8 @@ class DocumentQueries:
     """Holds the name of a query's document."""
     settings: DistillationSettings
 
-    def known(self, rows: Sequence[Mapping[str, Any]], argument: str = "queries") -> Examples:
-        """The queries with text, each once.
+    def known(self, rows: Any, argument: str = "queries") -> Examples:
+        """The queries with text, each once, out of any container of rows.
 
         Raises:
             ValueError: one names no document.
@@ -73,6 +73,8 @@ class DocumentQueries:
         """Queries to train on, some about each document, and those that are held out."""
         rows = usable_queries(self.task, joined(given, made), self.column) if made else given
         train, test = split_queries(self.task, rows, held_out, self.settings.seed, self.column)
+        own, held = (list(zip(some, self.alone(some), strict=True)) for some in (train, test))
+        train = [row for row, _ in not_held_out(own, held, lambda query: str(query[1]))]
         if missing := set(self.read.names) - {row[self.column] for row in train}:
             raise ValueError(
                 f"`queries` must hold some to train on about each document, got none about {min(missing)!r}"

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from .preparation import (
     check_model,
     check_new_files,
     check_queries,
+    is_number,
     new_student,
     task_of,
 )
@@ -137,7 +138,8 @@ def compress_documents(
         ValueError: naming the argument, the rule and the value; before the teacher runs.
         TypeError: the model is no decoder that generates text, cannot run keys and values (``form="kv"``), or has an
             attention to which none can be fitted (``init="fitted"``).
-        FileExistsError: a folder of a prompt already exists.
+        FileExistsError: a folder of a prompt, or a file that would be written, already exists.
+        OSError: a folder cannot be written to.
     """
     console = Console(stderr=True) if console is None else console
     settings = replace(DistillationSettings() if settings is None else settings, **changes)
@@ -154,9 +156,7 @@ def compress_documents(
         about = DocumentQueries(base, tokenizer, read, task, document_column, settings)
         student = _student(base, read, settings)
         given = about.known(queries)
-        about.check_room(
-            given + ([] if isinstance(held_out, (int, float, Real)) else about.known(held_out, "held_out")), beside
-        )
+        about.check_room(given + ([] if is_number(held_out) else about.known(held_out, "held_out")), beside)
         about.check_split(held_out, len(given), self_queries)
         teachers = Teachers(base, tokenizer, read, settings, cache_folder(cache))
         made = about.made(teachers, self_queries)
@@ -207,7 +207,7 @@ def _check(
     settings: DistillationSettings,
 ) -> None:
     check_queries(queries, self_queries)
-    if not isinstance(beside, int) or not 0 <= beside < max(2, len(documents)):
+    if not isinstance(beside, Integral) or not 0 <= beside < max(2, len(documents)):
         raise ValueError(f"`beside` must be 0 to {len(documents) - 1}, the number of other documents, got {beside}")
     if settings.divergence != "forward":
         raise ValueError(f"`divergence` must be forward for several documents, got {settings.divergence}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from rich.console import Console
 
@@ -46,6 +46,7 @@ from .settings import FITTED, INITS, DistillationSettings
 from .source_text import SourceText, read_source
 from .teacher import Teacher
 
+Query = TypeVar("Query")
 logger = logging.getLogger("softprompt_fast")
 
 ANSWER_COLUMNS = ("response", "answer", "continuation")
@@ -111,7 +112,8 @@ def prepare(
     task = replace(task_of(base, source.template, settings, base_name), prompt=name)
     given = usable_queries(task, queries) if queries else []
     check_held_out(held_out, len(given) + self_queries)
-    check_room(base, len(source), [len(ids) for ids in encoded(task, given, tokenizer)], settings.new_tokens)
+    known = given if is_number(held_out) else joined(given, usable_queries(task, as_rows(held_out, "held_out")))
+    check_room(base, len(source), [len(ids) for ids in encoded(task, known, tokenizer)], settings.new_tokens)
     student = _student(base, names, settings)
     teacher = Teacher(base, tokenizer, source.ids, settings, cache_folder(cache))
     self_made: Examples = []
@@ -128,7 +130,7 @@ def prepare(
     train, test = split_queries(task, rows, held_out, settings.seed)
     with counting_cuts():
         train_ids, test_ids = encoded(task, train, tokenizer), encoded(task, test, tokenizer)
-    train_ids = not_held_out(train_ids, test_ids)
+    train_ids = not_held_out(train_ids, test_ids, tuple)
     check_room(base, len(source), [len(ids) for ids in train_ids + test_ids], settings.new_tokens)
     return Prepared(
         base,
@@ -202,8 +204,8 @@ def check_count(count: Any, settings: DistillationSettings) -> int:
 
 def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
     """Raises ValueError if there are no queries."""
-    if self_queries < 0:
-        raise ValueError(f"`self_queries` must be 0 or more, got {self_queries}")
+    if not isinstance(self_queries, Integral) or self_queries < 0:
+        raise ValueError(f"`self_queries` must be an integer from 0, got {self_queries}")
     if not queries and not self_queries:
         raise ValueError(
             "there are no queries: give `queries` (--queries), or let the model make some with `self_queries` "
@@ -214,17 +216,21 @@ def check_queries(queries: Sequence[Any] | None, self_queries: int) -> None:
 def check_new_files(output: Path, names: Sequence[str], self_queries: int) -> None:
     """Raises OSError if the output folder cannot be written to, or holds something that would be replaced."""
     check_folder(output, "`output`")
-    for name in (*names, QUERIES_FILE) if self_queries else names:
+    for name in names:
         if (output / name).exists():
             raise FileExistsError(f"{output / name} already exists; choose another output folder")
+    if self_queries and (output / QUERIES_FILE).exists():
+        raise FileExistsError(
+            f"{output / QUERIES_FILE} already exists; choose another output folder, or give this file as queries "
+            "instead of self-made ones"
+        )
 
 
 def check_held_out(held_out: Any, count: int) -> None:
     """Raises ValueError if a share or number leaves none of at most `count` queries on one side."""
-    if not isinstance(held_out, Real):
+    if not is_number(held_out):
         return
-    share = float(held_out)
-    kept = share if share >= 1 else round(count * share)
+    kept = held_out if held_out >= 1 else round(count * held_out) if held_out > 0 else 0
     if isinstance(held_out, bool) or not 0 < kept < count or kept % 1:
         raise ValueError(
             f"`held_out` must be a share below 1 or a whole number that leaves some of {count} queries on both sides, "
@@ -232,14 +238,19 @@ def check_held_out(held_out: Any, count: int) -> None:
         )
 
 
-def not_held_out(train: list[list[int]], test: list[list[int]]) -> list[list[int]]:
-    """The queries to train on, as token ids, without those that have the same ids as a held-out one.
+def is_number(held_out: Any) -> TypeGuard[float]:
+    """Whether a share or a number of queries is held out, and not rows of their own."""
+    return isinstance(held_out, Real)
+
+
+def not_held_out(train: list[Query], test: list[Query], key: Callable[[Query], Hashable]) -> list[Query]:
+    """The queries to train on, without those that have the key of a held-out one.
 
     Raises:
         ValueError: none is left.
     """
-    held = set(map(tuple, test))
-    kept = [ids for ids in train if tuple(ids) not in held]
+    held = set(map(key, test))
+    kept = [query for query in train if key(query) not in held]
     if not kept:
         raise ValueError(f"`queries` must hold some that are not held out, got {len(train)}, all of them in `held_out`")
     if len(kept) < len(train):
@@ -259,7 +270,7 @@ def split_queries(
     Args:
         about: as for :func:`~.queries.usable_queries`.
     """
-    if isinstance(held_out, (int, float, Real)):
+    if is_number(held_out):
         return split_rows(rows, float(held_out), seed)
 
     def key(row: Mapping[str, Any]) -> tuple[Any, str]:

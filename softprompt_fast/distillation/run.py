@@ -99,7 +99,8 @@ def compress(
         ValueError: naming the argument, the rule and the value; before the teacher runs.
         TypeError: the model is no decoder that generates text, or cannot run keys and values (``form="kv"``); or
             ``scorer`` is no function that returns a number.
-        FileExistsError: a folder of a prompt already exists.
+        FileExistsError: a folder of a prompt, or a file that would be written, already exists.
+        OSError: a folder cannot be written to.
     """
     console = Console(stderr=True) if console is None else console
     settings = replace(DistillationSettings() if settings is None else settings, **changes)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base.files import save_tensors_atomically
 from ..evaluation.likelihood import ModelBackend
+from ..hf.adapters import adapter_state
 from ..hf.embedding import embedding_table, own_embedding
 from ..hf.generation_options import end_token_ids
 from ..inference.engine import Engine
@@ -38,8 +39,13 @@ CHUNK = 32
 """Queries that the teacher answers together; one file of the cache."""
 LARGEST_LOGITS = 2**28
 """Most numbers of the logits that are computed together, 1 GiB in float32. A long continuation alone may have more."""
-ONE_ANSWER: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-"""Options of ``generate`` that a model's own configuration does not change here."""
+ONE_ANSWER: dict[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "output_attentions": False,
+}
+"""Options of ``generate`` for one row of token ids per query, whatever a model's own configuration says."""
 WHOLE_DISTRIBUTION: dict[str, Any] = {
     "temperature": 1.0,
     "top_k": 0,
@@ -50,7 +56,7 @@ WHOLE_DISTRIBUTION: dict[str, Any] = {
     "eta_cutoff": 0.0,
     "top_h": None,
 }
-"""The same for tokens that are drawn: every token can be."""
+"""Sampling options that would leave out tokens, switched off."""
 TEXT = "text"
 """Name of the teacher's prompt."""
 Identity = dict[str, Any]
@@ -264,12 +270,13 @@ class Teacher:
 
 
 def model_identity(model: Any) -> Identity:
-    """What a model's answers depend on. ``weights`` is None where these cannot be read, such as quantised ones."""
+    """What a model's answers depend on. ``weights`` is None where some cannot be read."""
     config = model.config.to_diff_dict()
     weights = weights_sha256(model)
     return {
         "base": base_fingerprint(model),
         "weights": weights,
+        "adapters": [state for module in model.modules() if (state := adapter_state(module))],
         "name": getattr(model, "name_or_path", "") if weights is None else None,
         "dtype": str(model.dtype),
         "config": {key: repr(value) for key, value in sorted(config.items()) if key not in UNRELATED},

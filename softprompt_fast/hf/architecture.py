@@ -335,11 +335,18 @@ def check_architecture(model: Any, *, task_head: bool = False) -> None:
 
 
 def check_no_input_prompt(model: Any) -> None:
-    """Raises TypeError if a model puts a prompt of PEFT in front of its input: its results have other places then."""
+    """Raises TypeError if a prompt of PEFT in front of a model's input moves the places of its results.
+
+    An encoder-decoder's decoder and a classification of rows have the same places with such a prompt.
+    """
+    if is_encoder_decoder(model) or classifies_rows(model):
+        return
     configs, active = getattr(model, "peft_config", None) or {}, getattr(model, "active_adapter", None)
     config = configs.get(active) if isinstance(active, str) else None
-    kind = config.peft_type.value if getattr(config, "is_prompt_learning", False) else None
-    if kind is not None and kind not in KEYS_AND_VALUES:
+    if config is None or not getattr(config, "is_prompt_learning", False):
+        return
+    kind = config.peft_type.value
+    if kind not in KEYS_AND_VALUES:
         raise TypeError(
             f"{type(model).__name__} cannot use a prompt: it has one of its own, {active!r} ({kind}). "
             "Pass the model without it (`get_base_model()`) and add the saved prompt by its folder, or let "

@@ -93,7 +93,8 @@ def prepare_search(
         raise ValueError(f"the model already has a prompt {task.prompt!r}; remove it, or give the task another name")
     check_rows(task, train_rows, held_out_rows, test_rows)
     check_form(model, tokenizer, settings)
-    task = replace(task, special_tokens=settings.placement != "after_bos")
+    if settings.placement == "after_bos" or not task.literal:
+        task = replace(task, special_tokens=settings.placement != "after_bos", literal=False)
     lengths, rates = checked_lengths(lengths, settings), checked_rates(rates, settings)
     facts = search_facts(model, task, train_rows, held_out_rows, settings, lengths, rates, budget)
     longest = max(lengths) + (settings.placement == "after_bos")

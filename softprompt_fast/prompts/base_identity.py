@@ -67,10 +67,11 @@ def weights_sha256(model: Any) -> str | None:
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if type(tensor) is not Tensor or tensor.device.type == "meta":
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_quantized
+        if not plain or tensor.device.type == "meta":
             return None
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+        digest.update(tensor.resolve_conj().resolve_neg().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

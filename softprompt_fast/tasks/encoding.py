@@ -81,7 +81,8 @@ def plain_text_ids(tokenizer: Any, text: str, *, end: bool) -> list[int]:
     if not end:  # an end token that the text itself writes stays
         starts = (start for start in range(len(ids) - len(own) + 1) if ids[start : start + len(own)] == own)
         start = next(starts, None)
-        ids = without_end(ids, tokenizer) if start is None else ids[: start + len(own)]
+        if start is None or ids[start + len(own) :] == [tokenizer.eos_token_id]:
+            ids = without_end(ids, tokenizer)
     return _one_bos(ids, tokenizer, special_tokens=True)
 
 

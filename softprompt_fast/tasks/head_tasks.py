@@ -35,7 +35,8 @@ def sequence_task(
     """
     labels = in_order(labels_in(as_rows(rows), label_column))
     head = Head(SEQUENCE, _named(labels, checkpoint_labels))
-    return Task("classification", template or templates.field(text_column), label_column, head=head, **fields)
+    template = templates.field(text_column) if template is None else template
+    return Task("classification", template, label_column, head=head, **fields)
 
 
 def tagging_task(

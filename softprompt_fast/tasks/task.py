@@ -53,8 +53,8 @@ class Task:
     """Rules by which rows become tokens. 2: answers as in running text, label words with an end token where one begins
     another, long texts without the beginning of their columns. 1: the rules of prompts saved without this field."""
     literal: bool = False
-    """Whether special tokens that the template writes stay, wherever they are; for prompts that are a compressed text,
-    without ``special_tokens``. Else BOS at the beginning and an end token at the end are left out."""
+    """Without ``special_tokens``: whether those that the template writes stay, wherever they are; for chats and for
+    compressed texts. Else BOS at the beginning and an end token at the end are left out."""
     chat: dict[str, str] | None = None
     """Generation from conversations: the tokenizer's ``chat_template``, and the special tokens that it names.
     An empty mapping until :meth:`read_chat`. None: no conversations."""
@@ -84,6 +84,11 @@ class Task:
             raise ValueError(f"`encoding` must be 1 or 2, got {self.encoding}; a newer version tuned this prompt")
         if self.max_length < 1:
             raise ValueError(f"`max_length` must be positive, got {self.max_length}")
+
+    @property
+    def prompt_holds_bos(self) -> bool:
+        """Whether texts are read without the BOS token because the prompt begins with it."""
+        return not self.special_tokens and not self.literal
 
     @property
     def columns(self) -> list[str]:

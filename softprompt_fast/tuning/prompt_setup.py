@@ -86,10 +86,7 @@ def add_prompt(model: SoftPromptModel, tokenizer: Any, task: Task, settings: Tun
 
 def _holds_bos(init: str | PathLike[str]) -> bool:
     """Whether a saved prompt was tuned with ``placement="after_bos"``."""
-    if not (Path(init) / TASK_FILE).is_file():
-        return False
-    task = Task.load(init)
-    return not task.special_tokens and not task.literal
+    return (Path(init) / TASK_FILE).is_file() and Task.load(init).prompt_holds_bos
 
 
 def _automatic(

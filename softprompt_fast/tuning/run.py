@@ -103,7 +103,7 @@ def tune_tasks(
     check_jobs(jobs, settings, shared_tokens)
     check_form(model, tokenizer, settings)
     if settings.placement == "after_bos":  # the prompt holds BOS, so texts are encoded without it
-        jobs = [replace(job, task=replace(job.task, special_tokens=False)) for job in jobs]
+        jobs = [replace(job, task=replace(job.task, special_tokens=False, literal=False)) for job in jobs]
     from .training_loop import run  # imports transformers' Trainer, which takes long
 
     with _training_only(model, [job.task.prompt for job in jobs]):

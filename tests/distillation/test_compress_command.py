@@ -142,7 +142,10 @@ def test_no_input_is_overwritten_and_outputs_are_checked_first(folder: Path, mon
     for file in ("system.txt", "queries.jsonl"):
         assert error_of(*given, "--report", file) == f"each output must be a file of its own, got {file} twice"
     assert "got new.jsonl twice" in error_of(*given, "--held-out", "new.jsonl", "--report", "new.jsonl")
-    assert "where" in error_of(*given, "-o", "system.txt/below") and "--output" in error_of(*given, "-o", "system.txt")
+    for place in ("system.txt", "system.txt/below"):
+        assert error_of(*given, "-o", place).startswith(
+            "--output must be a folder that can be written to, got system.txt"
+        )
     assert error_of(*given, "--teacher-cache", "system.txt").startswith("--teacher-cache must be a folder")
     assert error_of(*given, "--figure", "a.jpg") == "a figure's file must end with .svg, .png or .pdf, got 'a.jpg'"
     template = ["--template", "{question}", "--text-column", "text"]
@@ -151,6 +154,28 @@ def test_no_input_is_overwritten_and_outputs_are_checked_first(folder: Path, mon
     for option in (["--no-header"], ["--delimiter", ";"], ["--split", "train"], ["--config", "x"]):
         message = f"{option[0]} cannot be given for a text file, got lines.txt"
         assert error_of("--text", "system.txt", "-q", "lines.txt", *option) == message
+    (folder / "held.csv").write_text("text;x\nfilm;1\n")
+    with pytest.raises(TypeError, match="NoneType"):  # both files are read, and the model comes next
+        raise (
+            CliRunner()
+            .invoke(
+                app,
+                [
+                    "compress",
+                    "-m",
+                    "model",
+                    *given[:2],
+                    "-q",
+                    "lines.txt",
+                    "--held-out",
+                    "held.csv",
+                    "--delimiter",
+                    ";",
+                ],
+            )
+            .exception
+            or AssertionError
+        )
 
 
 def test_brackets_in_a_path_are_shown_as_they_are(folder: Path) -> None:

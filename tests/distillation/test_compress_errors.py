@@ -48,10 +48,13 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"queries": None}, "there are no queries: give `queries`"),
         ({"queries": []}, "there are no queries: give `queries`"),
-        ({"self_queries": -1}, "`self_queries` must be 0 or more, got -1"),
+        ({"self_queries": -1}, "`self_queries` must be an integer from 0, got -1"),
         ({"queries": [{"text": ""}, {"text": None}]}, r"the queries must hold text, got none among 2: no text \(rows"),
         ({"queries": [{"other": "film"}]}, "the template names column 'text', but the data has"),
         ({"queries": queries(1)}, "`held_out` must be a share below 1 or a whole number .* of 1 queries on both sides"),
+        ({"self_queries": 1.5}, "`self_queries` must be an integer from 0, got 1.5"),
+        ({"held_out": float("nan")}, "`held_out` must be a share below 1 or a whole number .*, got nan"),
+        ({"held_out": [{"other": "film"}], "self_queries": 3}, "the template names column 'text', but the data has"),
         ({"held_out": 1.7}, "`held_out` must be a share below 1 or a whole number .*, got 1.7"),
         ({"held_out": 24, "self_queries": 0}, "`held_out` must be a share below 1 or a whole number .*, got 24"),
         ({"template": ""}, "`template` must name at least one column in braces, got ''"),
@@ -132,7 +135,7 @@ def test_folders_are_checked_before_the_teacher_runs(argument: str, tmp_path: Pa
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         folders = {"output": tmp_path / "out", "cache": tmp_path / "cache"} | {argument: place}
-        with pytest.raises(NotADirectoryError, match=f"`{argument}` must be a folder, got .*file is a file"):
+        with pytest.raises(OSError, match=f"`{argument}` must be a folder that can be written to, got .*file"):
             compressed(folders["output"], cache=folders["cache"])
 
 

@@ -270,6 +270,13 @@ def test_bad_input(options: dict[str, Any], message: str, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("*/adapter_config.json"))
 
 
+def test_a_held_out_query_is_not_trained_on_in_another_spelling(tmp_path: Path) -> None:
+    some = rows(12)
+    held_out = [some[0] | {"text": f"{some[0]['text']} "}, some[1] | {"document": "third"}]
+    result = compressed(tmp_path, queries=some, held_out=held_out, steps=1)
+    assert result.training_queries == 11  # the second one is about another document
+
+
 def test_a_joined_prompt_keeps_the_opening_of_a_run_after_a_prompt_without_one(
     results: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -191,7 +192,13 @@ def test_another_generation_configuration_gives_other_answers(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "own", [{"return_dict_in_generate": True}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}]
+    "own",
+    [
+        {"return_dict_in_generate": True},
+        {"output_attentions": True},
+        {"num_beams": 3},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ],
 )
 def test_the_models_own_options_give_one_answer(own: dict[str, Any]) -> None:
     model = build("llama")
@@ -219,12 +226,17 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert same(first, teacher_of(model, tmp_path).targets(QUERIES)) and calls == [6]
 
 
-@pytest.mark.parametrize("change", ["weights", "one number", "head", "configuration"])
+@pytest.mark.parametrize("change", ["weights", "one number", "head", "configuration", "scaling"])
 def test_answers_of_another_model_are_not_used(change: str, tmp_path: Path) -> None:
-    model = build("llama")
+    model: Any = build("llama")
+    if change == "scaling":
+        config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+        model = peft.get_peft_model(model, config).eval()
     teacher_of(model, tmp_path).targets(QUERIES)
     with torch.no_grad():
-        if change == "weights":
+        if change == "scaling":
+            model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] *= 40
+        elif change == "weights":
             for parameter in model.parameters():
                 parameter.mul_(1 + 0.01 * torch.rand(parameter.shape))
         elif change == "one number":

@@ -90,6 +90,21 @@ def test_a_base_with_an_input_prompt_of_peft_is_refused(kind: Any) -> None:
     spf.SoftPromptModel(model.get_base_model())
 
 
+def test_an_encoder_decoder_with_a_prompt_of_peft_in_its_encoder_has_another_one() -> None:
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3, num_transformer_submodules=1)
+    base = build("t5")
+    model = peft.get_peft_model(base, config).eval()
+    tuned = spf.SoftPromptModel(model)
+    tuned.add_prompt("a", 2)
+    ids = torch.tensor([[5, 6, 7]])
+    start = torch.tensor([[0]])
+    own, added = model.get_prompt(1).detach(), tuned.prompts["a"].detach()[None]
+    vectors = torch.cat([own, added, base.get_input_embeddings()(ids)], 1)
+    expected = base(inputs_embeds=vectors, decoder_input_ids=start).logits
+    found = tuned(ids, torch.ones_like(ids), prompt_ids="a", decoder_input_ids=start).logits
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_subclass_runs_like_its_class() -> None:
     class MyModel(tf.LlamaForCausalLM):
         pass
