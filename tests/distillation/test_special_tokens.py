@@ -12,6 +12,7 @@ from support.tiny_models import build
 from support.tiny_text import CHAT_TEMPLATE, TEXT, chat_tokenizer, compressed
 from tokenizers.processors import TemplateProcessing
 
+from softprompt_fast.cli.data import TaskOptions
 from softprompt_fast.distillation.preparation import task_of
 from softprompt_fast.distillation.queries import encoded
 from softprompt_fast.distillation.settings import DistillationSettings
@@ -99,3 +100,14 @@ def test_a_query_without_tokens_is_named() -> None:
 
     with pytest.raises(ValueError, match="row 0: the text has no tokens"):
         encoded(task, [{"text": "film"}], silent)
+
+
+@pytest.mark.parametrize("tokenizer", [chat_tokenizer(), adds_special_tokens(), adds_special_tokens(end=True)])
+def test_a_prompt_for_conversations_follows_what_the_chat_template_writes(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ bos_token }} " + CHAT_TEMPLATE
+    messages = [{"role": "user", "content": "film great"}, {"role": "assistant", "content": "yes"}]
+    task = TaskOptions(kind="generation").task([{"messages": messages}])
+    task.read_chat(tokenizer)
+    expected = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert encode_text(task, {"messages": messages}, tokenizer) == list(expected) and expected[0] == 1
+    assert not task.prompt_holds_bos
