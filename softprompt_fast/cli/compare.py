@@ -169,11 +169,8 @@ def compare(
             console=console,
         )
     except KeyboardInterrupt:
-        console.print(
-            f"interrupted; run the same command to continue from what is finished in {output}",
-            highlight=False,
-            markup=False,
-        )
+        where = f"interrupted; run the same command to continue from what is finished in {output}"
+        console.print(where, highlight=False, markup=False)
         raise typer.Exit(130) from None
     print_comparison(comparison, Console())
     console.print(f"wrote {output / 'report.html'}, results.json, results.csv", highlight=False, markup=False)

@@ -139,47 +139,36 @@ def compress(
     """Turns a long text in front of requests into a few virtual tokens that have the same effect, without labels."""
     data_options = data_options_of()
     settings = settings_of()
-    files = [Path(name) for name in (queries, held_out) if name is not None]
-    _check_drawings({"--figure": figure, "--report": report}, [*text, *files])
-    check_folder(output, "--output")
-    if teacher_cache is not None:
-        check_folder(teacher_cache, "--teacher-cache")
+    files = [name for name in (queries, None if _number(held_out) is not None else held_out) if name is not None]
+    data_options.check_used(files)
+    _check_drawings({"--figure": figure, "--report": report}, [*text, *map(Path, files)])
+    _check_folders({"--output": output, "--teacher-cache": teacher_cache})
     counts = _counts(tokens)
     from ..distillation.documents import compress_documents
     from ..distillation.figure import retention_figure
     from ..distillation.page import write_page
     from ..distillation.preparation import check_queries, prompt_names
-    from ..distillation.queries import read_text_lines
     from ..distillation.run import compress as compress_text
     from ..hf.loading import load_base_model
-    from ..tasks.templates import columns, unescaped
+    from ..tasks.templates import unescaped
 
     names = prompt_names(name, counts, settings)
     check_queries([queries] if queries is not None else [], self_queries)
     texts = _texts(text, data_options.encoding)
+    template = None if template is None else unescaped(template)
     _check_options(context, several=len(texts) > 1)
-    if template is not None and _given(context, "text_column") and text_column not in columns(unescaped(template)):
-        raise ValueError(f"--text-column must be a column that --template names, got {text_column}")
+    _check_text_column(context, text_column, template)
     if len(texts) > 1 and len(counts) > 1:
         raise ValueError(f"--tokens must be one number for several --text files, got {tokens}")
-
-    number = _number(held_out)
-    data_options.check_used([name for name in (queries, held_out if number is None else None) if name is not None])
-
-    def read(name: str) -> Examples:
-        if is_text_file(name):
-            return read_text_lines(Path(name), text_column, data_options.encoding)
-        return data_options.read(name)
-
-    rows: Examples = [] if queries is None else read(queries)
-    measured = read(held_out) if number is None else number
+    rows: Examples = [] if queries is None else _read(queries, text_column, data_options)
+    share = _number(held_out)
     base, tokenizer = load_base_model(model, dtype, device, console=console)
     common: dict[str, Any] = {
         "self_queries": self_queries,
         "text_column": text_column,
-        "template": None if template is None else unescaped(template),
+        "template": template,
         "chat": chat,
-        "held_out": measured,
+        "held_out": _read(held_out, text_column, data_options) if share is None else share,
         "base_name": model,
         "cache": teacher_cache,
         "settings": settings,
@@ -197,12 +186,28 @@ def compress(
     draw_figure(lambda: retention_figure(result), figure)
     if report is not None:
         console.print(f"wrote {write_page(result, report)}", highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ...",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    use = f"use it: softprompt-fast generate --prompt {result.recommended.folder} --data ..."
+    console.print(use, highlight=False, markup=False, soft_wrap=True)
+
+
+def _read(name: str, column: str, options: DataOptions) -> Examples:
+    """Queries of a file, a folder or a Hub dataset."""
+    from ..distillation.queries import read_text_lines
+
+    return read_text_lines(Path(name), column, options.encoding) if is_text_file(name) else options.read(name)
+
+
+def _check_folders(folders: dict[str, Path | None]) -> None:
+    for option, path in folders.items():
+        if path is not None:
+            check_folder(path, option)
+
+
+def _check_text_column(context: typer.Context, column: str, template: str | None) -> None:
+    from ..tasks.templates import columns
+
+    if template is not None and _given(context, "text_column") and column not in columns(template):
+        raise ValueError(f"--text-column must be a column that --template names, got {column}")
 
 
 def _check_drawings(outputs: dict[str, Path | None], inputs: list[Path]) -> None:

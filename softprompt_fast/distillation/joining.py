@@ -104,10 +104,8 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
             raise ValueError(f"`folders` must have prompts of one width, got {widths}")
     found = [read_composition(path) for path in paths]
     _warn_of_strangers([path.name for path in paths], found)
-    opening = parts[0][: 0 if found[0] is None else found[0].opening]
-    values = torch.cat(
-        [parts[0], *(_without(part, opening, one) for part, one in zip(parts[1:], found[1:], strict=True))]
-    )
+    pairs = zip(parts[1:], found[1:], strict=True)
+    values = torch.cat([parts[0], *(part[_repeated(part, one, parts[0], found[0]) :] for part, one in pairs)])
     task = next((Task.load(path) for path in paths if (path / TASK_FILE).is_file()), None)
     name, fingerprint = read_base(paths[0])
     config = read_config(paths[0], None)
@@ -126,12 +124,12 @@ def join_prompts(folders: Sequence[PathLike[str] | str], output: PathLike[str] |
     return output
 
 
-def _without(part: Tensor, opening: Tensor, composition: Composition | None) -> Tensor:
-    """A prompt [P, D] without its opening, if the first prompt begins with the same one [O, D]."""
-    same = (
-        composition is not None and composition.opening == len(opening) and torch.equal(part[: len(opening)], opening)
-    )
-    return part[len(opening) :] if same else part
+def _repeated(part: Tensor, known: Composition | None, first: Tensor, of_first: Composition | None) -> int:
+    """The number of a prompt's [P, D] positions at which it repeats the opening of the first one [Q, D]."""
+    if known is None or of_first is None or known.opening != of_first.opening:
+        return 0
+    count = known.opening
+    return count if known.run == of_first.run or torch.equal(part[:count], first[:count]) else 0
 
 
 def _warn_of_strangers(names: Sequence[str], found: Sequence[Composition | None]) -> None:

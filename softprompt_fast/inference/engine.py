@@ -14,6 +14,7 @@ from ..compiled.continuation import Continuation
 from ..compiled.prefix_runner import PrefixRunner
 from ..evaluation.likelihood import Ids, ModelBackend, joined, target_places
 from ..hf import architecture
+from ..hf.generation_options import with_settings
 from ..packed.self_check import CHECKED_ROWS, SLACK, tolerance
 from ..prompts.fast_soft_prompt import FastSoftPrompt
 from ..tasks.collation import padded
@@ -97,7 +98,7 @@ class Engine:
     @torch.no_grad()
     def generate(self, view: View, texts: Ids, names: Sequence[str | None], options: dict[str, Any]) -> Tensor:
         """[B, N], the new tokens of each row; B is multiplied by ``num_return_sequences`` if several are asked for."""
-        options = options | {"return_dict_in_generate": False}  # the model's own configuration may say so
+        options = with_settings(options, return_dict_in_generate=False)  # whatever the model's configuration says
         if architecture.is_encoder_decoder(self.base):
             ids, mask = padded(texts, self.model.device)
             output: Tensor = self.model.generate(ids, mask, list(names), prompts=view.prompts, **options)
