@@ -166,12 +166,12 @@ def _say_what_comes(console: Console, steps: int, held_out: int) -> None:
 def _example(output: Path) -> str:
     """A program that uses the prompt."""
     return (
-        "from softprompt_fast import SoftPromptModel\n"
-        "from softprompt_fast.tuning import load_base_model\n"
+        "from softprompt_fast.hf import load_base_model\n"
+        "from softprompt_fast.inference import SoftPromptPipeline\n"
         f'model, tokenizer = load_base_model("{SMOLLM2}")\n'
-        f'tuned = SoftPromptModel.from_pretrained(model, "{output}")\n'
-        'batch = tokenizer("A charming film.\\nSentiment:", return_tensors="pt")\n'
-        'print(tokenizer.decode(tuned.generate(**batch, prompt_ids="movies", max_new_tokens=1)[0]))'
+        "pipe = SoftPromptPipeline(model, tokenizer)\n"
+        f'pipe.bank.add_directory("{output}")\n'
+        'print(pipe.classify(["A charming film.", "Dull and far too long."], "movies"))'
     )
 
 

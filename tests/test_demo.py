@@ -52,7 +52,17 @@ def test_the_demo_says_what_comes_and_scores_other_rows(
     assert (metrics["rows_before"], metrics["rows"], metrics["settings"]["steps"]) == (20, 60, 4)
     summary = capsys.readouterr().out
     assert "(20 reviews)" in summary and "(60 other reviews)" in summary
-    assert f'from_pretrained(model, "{tmp_path / "run"}")' in summary
+    assert f'add_directory("{tmp_path / "run"}")' in summary
+
+
+def test_the_program_that_the_demo_prints_classifies(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo.run_demo(tmp_path / "demo", steps=2, seed=0, held_out=20, console=Console(file=io.StringIO()))
+    program = "\n".join(line[2:] for line in capsys.readouterr().out.split("Use it:\n")[1].splitlines())
+    monkeypatch.setattr("softprompt_fast.hf.load_base_model", lambda _: (build("llama"), tiny_tokenizer()))
+    exec(program, {})
+    assert "'prediction': " in capsys.readouterr().out
 
 
 def test_the_extension_compiles_while_the_model_loads(
