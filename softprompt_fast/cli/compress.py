@@ -162,13 +162,14 @@ def compress(
         raise ValueError(f"--tokens must be one number for several --text files, got {tokens}")
     rows: Examples = [] if queries is None else _read(queries, text_column, data_options)
     share = _number(held_out)
+    measured = _read(held_out, text_column, data_options) if share is None else share
     base, tokenizer = load_base_model(model, dtype, device, console=console)
     common: dict[str, Any] = {
         "self_queries": self_queries,
         "text_column": text_column,
         "template": template,
         "chat": chat,
-        "held_out": _read(held_out, text_column, data_options) if share is None else share,
+        "held_out": measured,
         "base_name": model,
         "cache": teacher_cache,
         "settings": settings,

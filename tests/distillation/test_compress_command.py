@@ -155,6 +155,7 @@ def test_no_input_is_overwritten_and_outputs_are_checked_first(folder: Path, mon
         message = f"{option[0]} cannot be given for a text file, got lines.txt"
         assert error_of("--text", "system.txt", "-q", "lines.txt", *option) == message
     (folder / "held.csv").write_text("text;x\nfilm;1\n")
+    assert "missing.jsonl" in error_of("--text", "system.txt", "-q", "lines.txt", "--held-out", "missing.jsonl")
     with pytest.raises(TypeError, match="NoneType"):  # both files are read, and the model comes next
         raise (
             CliRunner()
